@@ -1,0 +1,226 @@
+# Licensed under the Apache License, Version 2.0
+"""`HeaprConfig`: every choice of a pruning run in one flat, validated dataclass.
+
+A recipe file is a `HeaprConfig` written as YAML, `heapr_config` in a pruned model's `config.json` is one written as
+JSON, and the flags of the command line are made from its fields: there is no second list of options anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .utils.errors import HeaprError, did_you_mean
+from .utils.files import write_json
+
+
+CONFIG_NAME = "heapr_config.json"
+
+CRITERIA = ("heapr", "fisher", "magnitude", "activation", "random")
+ALLOCATIONS = ("global", "layer", "uniform")
+LAYOUTS = ("variable", "uniform", "padded")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class HeaprConfig:
+    """
+    How much to prune, what to rank atomic experts by, and which text to calibrate on.
+
+    Args:
+        ratio (`float`, *optional*, defaults to 0.25):
+            Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
+        criterion (`str`, *optional*, defaults to `"heapr"`):
+            What atomic experts are ranked by, one of `heapr`, `fisher`, `magnitude`, `activation`, `random`.
+        allocation (`str`, *optional*, defaults to `"global"`):
+            Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
+            of each layer, `uniform` leaves every expert of the model the same width.
+        width_multiple (`int`, *optional*, defaults to 1):
+            Widths are multiples of this; the groups of atomic experts are chosen by importance.
+        min_width (`int`, *optional*, defaults to 0):
+            Atomic experts that every expert keeps at least; 0 lets a whole expert go.
+        protect_unreached (`bool`, *optional*, defaults to `False`):
+            Keep the experts that no calibration token reached as they are.
+        layout (`str`, *optional*, defaults to `"variable"`):
+            How the pruned experts are stored.
+        dataset (`str`, *optional*):
+            Calibration text: a local file or folder, or the name of a dataset on the Hub.
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset on the Hub, e.g. `wikitext-2-raw-v1`.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of the dataset.
+        text_column (`str`, *optional*, defaults to `"text"`):
+            Column that holds the text, when the dataset has neither `messages` nor `input_ids`.
+        num_samples (`int`, *optional*, defaults to 128):
+            Calibration samples.
+        seq_length (`int`, *optional*, defaults to 2048):
+            Tokens in a sample.
+        batch_size (`int`, *optional*, defaults to 1):
+            Samples in a micro-batch; it changes speed and memory, not the statistics.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the choice of samples and of the `random` criterion.
+
+    Raises:
+        HeaprError: if a value is out of its range; the message names the value and what is allowed.
+    """
+
+    ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
+    criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
+    allocation: str = _option(
+        "global", "rank over the whole model, remove the same share of each layer, or one width everywhere", ALLOCATIONS
+    )
+    width_multiple: int = _option(1, "widths are multiples of this, chosen by importance")
+    min_width: int = _option(0, "atomic experts that every expert keeps at least")
+    protect_unreached: bool = _option(False, "keep the experts that no calibration token reached as they are")
+    layout: str = _option("variable", "how the pruned experts are stored", LAYOUTS)
+    dataset: str | None = _option(None, "calibration text: a local file or folder, or a dataset on the Hub")
+    dataset_config: str | None = _option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
+    split: str = _option("train", "split of the dataset")
+    text_column: str = _option("text", "column that holds the text")
+    num_samples: int = _option(128, "calibration samples")
+    seq_length: int = _option(2048, "tokens in a sample")
+    batch_size: int = _option(1, "samples in a micro-batch; changes speed and memory, not the statistics")
+    seed: int = _option(0, "seed of the choice of samples and of the random criterion")
+
+    def __post_init__(self) -> None:
+        for name, kind in _field_types().items():
+            setattr(self, name, _checked_type(name, getattr(self, name), kind))
+        for option in dataclasses.fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices and value not in choices:
+                hint = did_you_mean(value, choices)
+                raise HeaprError(f"{option.name}={value!r}: must be one of {', '.join(choices)}{hint}")
+        if not 0 < self.ratio < 1:  # also false for NaN
+            raise HeaprError(
+                f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
+            )
+        for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
+            self._check_least(name, least)
+        for name, least in (("batch_size", 1), ("seed", 0)):
+            self._check_least(name, least)
+        if self.layout == "uniform" and self.allocation == "global":
+            # The stock architecture has one width; no other allocation can be stored that way.
+            self.allocation = "uniform"
+        if self.layout == "uniform" and self.allocation != "uniform":
+            raise HeaprError(f"allocation={self.allocation!r}: layout='uniform' needs allocation='uniform'")
+
+    def _check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise HeaprError(f"{name}={value}: must be at least {least}; leave it out for the default")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HeaprConfig:
+        """Makes a config from a mapping, such as a parsed recipe.
+
+        Raises:
+            HeaprError: if a key is unknown (the message suggests the nearest one) or a value is out of its range.
+        """
+        if not isinstance(values, dict):
+            raise HeaprError(f"config={values!r}: must be a mapping of option names to values")
+        known = [option.name for option in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known) or f"; known are {', '.join(known)}"
+                raise HeaprError(f"{key!r}: unknown option of HeaprConfig{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> HeaprConfig:
+        """Reads a recipe: YAML (`.yaml`, `.yml`) or JSON.
+
+        Raises:
+            HeaprError: if the file is missing, cannot be parsed, or holds a wrong option.
+        """
+        return cls.from_dict(read_mapping(path))
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike, **hub_options: Any) -> HeaprConfig:
+        """Reads back the config that made a pruned model.
+
+        Args:
+            model (`str`): a folder, or the name of a repository on the Hub.
+            hub_options: passed to `AutoConfig.from_pretrained`, e.g. `revision`, `token`.
+
+        Raises:
+            HeaprError: if the model was not pruned by this package.
+        """
+        from transformers import PreTrainedConfig
+
+        saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
+        if saved.get("heapr_config") is None:
+            raise HeaprError(f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned")
+        return cls.from_dict(saved["heapr_config"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> HeaprConfig:
+        """A copy with some options changed, validated anew."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Writes `heapr_config.json` into `folder` and returns its path."""
+        path = Path(folder) / CONFIG_NAME
+        write_json(path, self.to_dict())
+        return path
+
+
+def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
+    """Parses a YAML or JSON file whose top level is a mapping.
+
+    Raises:
+        HeaprError: if the file is missing or is not such a file.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
+    try:
+        # JSON on its own path: YAML 1.1 reads 1e-3 as a string.
+        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
+    if not isinstance(content, dict):
+        raise HeaprError(f"config={str(path)!r}: must hold a mapping of option names to values, one a line")
+    return content
+
+
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(HeaprConfig)
+
+
+def option_type(annotation: Any) -> type:
+    """The plain type of an option: `str` for `str | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _checked_type(name: str, value: Any, annotation: Any) -> Any:
+    kind = option_type(annotation)
+    if value is None and kind is not annotation:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise HeaprError(f"{name}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value) and name != "ratio":
+        raise HeaprError(f"{name}={value}: must be a finite number")
+    return value

@@ -1,0 +1,61 @@
+# Licensed under the Apache License, Version 2.0
+"""Artefacts between stages: one safetensors file each, tensors and a JSON document, nothing that could be executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import HeaprError
+from .files import replace_file
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+VERSION = "1"
+
+
+def write_artefact(
+    path: str | os.PathLike, format: str, tensors: dict[str, torch.Tensor], document: dict[str, Any]
+) -> None:
+    """Writes tensors and a JSON document as one file, whole or not at all.
+
+    Raises:
+        HeaprError: if the folder cannot be written to.
+    """
+    from safetensors.torch import save_file
+
+    metadata = {"format": format, "version": VERSION, "document": json.dumps(document)}
+    with replace_file(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what [`write_artefact`] wrote: tensors on the CPU, and the document.
+
+    Raises:
+        HeaprError: if the file is missing, truncated, of another format or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    what = format.removeprefix("heapr_")
+    if not Path(path).is_file():
+        raise HeaprError(f"{what}={str(path)!r}: no such file; name a file that this package wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != format:
+                found = metadata.get("format", "unmarked")
+                raise HeaprError(f"{what}={str(path)!r}: holds {found!r} data, not {format!r}; name the right file")
+            if metadata.get("version") != VERSION:
+                raise HeaprError(
+                    f"{what}={str(path)!r}: has version {metadata.get('version')!r}, this package reads {VERSION!r}; "
+                    "make it again or update optimum-heapr"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["document"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise HeaprError(f"{what}={str(path)!r}: truncated or not a safetensors file ({error}); make it again") from error

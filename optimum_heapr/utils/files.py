@@ -1,0 +1,130 @@
+# Licensed under the Apache License, Version 2.0
+"""Writing files and folders so that a kill at any moment leaves the old one or the new one, never a torn one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import HeaprError
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what was written there takes the place of `path` when the block ends.
+
+    Raises:
+        HeaprError: if the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise HeaprError(f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own") from error
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.chmod(temporary, 0o666 & ~_current_umask())  # mkstemp makes files that only the owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `path`, which is renamed to `path` when the block ends without an error.
+
+    Raises:
+        HeaprError: if `path` exists and is not an empty folder and `overwrite` is off, or cannot be written.
+    """
+    path = Path(path)
+    check_output_folder(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise HeaprError(f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own") from error
+    try:
+        os.chmod(temporary, 0o777 & ~_current_umask())
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        if path.is_dir() and any(path.iterdir()):
+            # There is no portable atomic exchange of two folders: the old one steps aside and comes back on an error.
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, aside)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(aside, path)
+                raise
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Refuses an output that would be lost or mixed up, before any work is done for it.
+
+    Raises:
+        HeaprError: if `path` is a file, a non-empty folder without `overwrite`, or below a folder without write access.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise HeaprError(f"output={str(path)!r}: is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise HeaprError(f"output={str(path)!r}: folder is not empty; name another or pass --overwrite")
+    _check_writable(path)
+
+
+def check_output_file(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """As [`check_output_folder`], for one file.
+
+    Raises:
+        HeaprError: if `path` is a folder, exists without `overwrite`, or lies below a folder without write access.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise HeaprError(f"output={str(path)!r}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise HeaprError(f"output={str(path)!r}: file exists; name another or pass --overwrite")
+    _check_writable(path)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes `content` as indented JSON, whole or not at all."""
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_writable(path: Path) -> None:
+    existing = path if path.is_dir() else path.parent
+    while not existing.exists():
+        existing = existing.parent
+    # The rename of a folder happens in its parent.
+    for folder in {existing, path.parent if path.parent.exists() else existing}:
+        if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+            raise HeaprError(f"output={str(path)!r}: {str(folder)!r} is not writable; name a folder you own")
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
