@@ -1,0 +1,149 @@
+# Licensed under the Apache License, Version 2.0
+"""Runs the calibration text through a model, one forward and one activation-only backward a micro-batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..experts import find_expert_blocks
+from ..utils.errors import HeaprError
+from ..utils.logging import get_logger, progress
+from .loss import summed_token_loss
+from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
+from .tap import BlockAccumulator, calibration_tap
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+    from .data import CalibrationData
+
+
+logger = get_logger(__name__)
+
+
+def calibrate(model: torch.nn.Module, data: CalibrationData, batch_size: int = 1) -> AtomicStatistics:
+    """Measures the statistics of every atomic expert of `model` on `data`.
+
+    The model comes back as it was: weights, gradients flags, mode, experts implementation. Under `accelerate launch`
+    each process takes every N-th micro-batch and the sums are added over processes.
+
+    Args:
+        model (`PreTrainedModel`): any model whose experts are on the experts interface of transformers.
+        data (`CalibrationData`): tokenized samples.
+        batch_size (`int`): samples in a micro-batch.
+
+    Returns:
+        `AtomicStatistics`: on the CPU.
+
+    Raises:
+        HeaprError: if the model has no prunable experts, or a loss or gradient is not finite.
+    """
+    from accelerate import Accelerator
+
+    blocks = find_expert_blocks(model)
+    accelerator = Accelerator()
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(accelerator.device)
+    device = model.get_input_embeddings().weight.device
+    device = accelerator.device if device.type == "meta" else device
+    batches = list(data.micro_batches(batch_size))
+    own = range(accelerator.process_index, len(batches), accelerator.num_processes)
+
+    total_loss, total_targets = torch.zeros((), dtype=torch.float64), 0
+    with frozen_in_evaluation_mode(model), calibration_tap(model, blocks) as accumulators:
+        for index in progress(own, desc="Calibrating", unit="batch"):
+            batch = batches[index]
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            for block in blocks:
+                block_mask = None if batch["attention_mask"].all() else mask.reshape(-1).bool()
+                accumulators[block.path].token_mask = (
+                    block_mask if block_mask is None else block_mask.to(block.module.down_proj.device)
+                )
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            loss, targets = summed_token_loss(logits, ids, mask)
+            del logits
+            if not math.isfinite(loss.item()):
+                raise HeaprError(
+                    f"loss={loss.item()}: not finite in micro-batch {index} (samples {batch['sample_index'].tolist()}); "
+                    "look at these samples, or load the model in bfloat16 or float32"
+                )
+            loss.backward()
+            total_loss += loss.item()
+            total_targets += targets
+
+    statistics = {block.path: _collect(block, accumulators[block.path]) for block in blocks}
+    if accelerator.num_processes > 1:
+        statistics = {path: _add_over_processes(accelerator, block) for path, block in statistics.items()}
+        summed = accelerator.reduce(torch.stack([total_loss, torch.tensor(float(total_targets))]), "sum")
+        total_loss, total_targets = summed[0], int(summed[1])
+    for path, block in statistics.items():
+        if not torch.isfinite(block.gradient_sq_sum).all():
+            raise HeaprError(f"gradients of {path}: not finite; load the model in bfloat16 or float32")
+    result = AtomicStatistics(
+        statistics,
+        {
+            "model": model_fingerprint(model, blocks),
+            "data": data.fingerprint,
+            "seed": data.seed,
+            "seq_length": data.seq_length,
+            "loss": float(total_loss) / max(total_targets, 1),
+        },
+    )
+    _warn_about_unreached(result)
+    return result
+
+
+@contextmanager
+def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No weight gradients, no dropout; both as before when the block ends."""
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+
+def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
+    return BlockStatistics(
+        activation_sq_sum=sums.activation_sq_sum.cpu(),
+        gradient_sq_sum=sums.gradient_sq_sum.cpu(),
+        fisher_sum=sums.fisher_sum.cpu(),
+        weight_norm=block.atomic_norms(),
+        token_count=sums.token_count.cpu(),
+    )
+
+
+def _add_over_processes(accelerator, block: BlockStatistics) -> BlockStatistics:
+    def added(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+    return BlockStatistics(
+        added(block.activation_sq_sum),
+        added(block.gradient_sq_sum),
+        added(block.fisher_sum),
+        block.weight_norm,
+        added(block.token_count),
+    )
+
+
+def _warn_about_unreached(statistics: AtomicStatistics) -> None:
+    unreached = statistics.unreached
+    if unreached:
+        where = "; ".join(f"{path}: {experts}" for path, experts in unreached.items())
+        logger.warning(
+            "%d experts were reached by no calibration token, so their statistics are unknown and they are pruned first "
+            "(%s). Raise num_samples, add data of another kind, or set protect_unreached=True or min_width.",
+            sum(map(len, unreached.values())),
+            where,
+        )

@@ -1,0 +1,171 @@
+# Licensed under the Apache License, Version 2.0
+"""`AtomicStatistics`: what calibration measured, per atomic expert, and what it was measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.errors import HeaprError
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+
+
+FORMAT = "heapr_statistics"
+STATISTICS_NAME = "statistics.safetensors"
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over the calibration tokens for one expert block of E experts with I atomic experts each.
+
+    Attributes:
+        activation_sq_sum (`torch.Tensor`): sum of h^2 over the tokens routed to the expert, [E, I].
+        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I]; L is the summed token loss in nats.
+        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
+        weight_norm (`torch.Tensor`): Euclidean norm of the atomic expert's weights, [E, I].
+        token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
+    """
+
+    activation_sq_sum: torch.Tensor
+    gradient_sq_sum: torch.Tensor
+    fisher_sum: torch.Tensor
+    weight_norm: torch.Tensor
+    token_count: torch.Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.activation_sq_sum.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.activation_sq_sum.shape[1]
+
+    @property
+    def reached(self) -> torch.Tensor:
+        """Which experts any calibration token was routed to, [E] bool."""
+        return self.token_count > 0
+
+    def mean(self, name: str) -> torch.Tensor:
+        """One of the sums divided by the expert's token count, [E, I]; zero for experts that no token reached."""
+        return getattr(self, name) / self.token_count.clamp(min=1).unsqueeze(1)
+
+
+@dataclass
+class AtomicStatistics:
+    """The result of a calibration; it does not depend on how much will be pruned.
+
+    Attributes:
+        blocks (`dict[str, BlockStatistics]`): by module path of the expert block, in the model's order.
+        fingerprint (`dict`): what was measured: `model` (type, weights hash), `data` (hash of the token ids, number of
+            samples and tokens, where they came from), `seed`, `seq_length`, and the `loss` per token in nats.
+    """
+
+    blocks: dict[str, BlockStatistics]
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens."""
+        return int(self.fingerprint["data"]["num_tokens"])
+
+    @property
+    def unreached(self) -> dict[str, list[int]]:
+        """Experts that no calibration token was routed to, by block; blocks without any are left out."""
+        found = {path: torch.nonzero(~block.reached).flatten().tolist() for path, block in self.blocks.items()}
+        return {path: experts for path, experts in found.items() if experts}
+
+    def importance(self, criterion: str = "heapr", seed: int = 0) -> dict[str, torch.Tensor]:
+        """Importance of each atomic expert, [E, I] a block; higher is kept.
+
+        Experts that no token reached have unknown statistics: they rank below every reached atomic expert, among
+        themselves by weight norm.
+
+        Raises:
+            HeaprError: if there is no such criterion.
+        """
+        from ..criteria import importance
+
+        return importance(self, criterion, seed)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        tensors = {
+            f"{block_path}.{part.name}": getattr(block, part.name)
+            for block_path, block in self.blocks.items()
+            for part in fields(BlockStatistics)
+        }
+        write_artefact(path, FORMAT, tensors, {"fingerprint": self.fingerprint, "blocks": list(self.blocks)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> AtomicStatistics:
+        """Reads what [`save`] wrote.
+
+        Raises:
+            HeaprError: if the file is missing, truncated, or something else.
+        """
+        tensors, metadata = read_artefact(path, FORMAT)
+        parts = [part.name for part in fields(BlockStatistics)]
+        try:
+            blocks = {
+                block: BlockStatistics(**{part: tensors[f"{block}.{part}"] for part in parts})
+                for block in metadata["blocks"]
+            }
+            return cls(blocks, metadata["fingerprint"])
+        except KeyError as error:
+            raise HeaprError(f"statistics={str(path)!r}: lacks {error}; calibrate again") from error
+
+    def check_model(self, model: torch.nn.Module, blocks: Iterable[ExpertBlock]) -> None:
+        """Refuses statistics of another model.
+
+        Raises:
+            HeaprError: if the fingerprints differ; the message names both values.
+        """
+        check_same_model(self.fingerprint["model"], model_fingerprint(model, list(blocks)), "statistics")
+
+
+def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, Any]:
+    """What identifies a model: its type, and a hash over names, shapes and a few values of the weights.
+
+    The values are the first row of each block's first down projection, rounded to bfloat16, so that the precision a
+    checkpoint was loaded in does not matter but a fine-tuned sibling of the same shape does.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for block in blocks:
+        values = block.down_rows(0)[:, 0].detach()
+        if values.device.type != "meta":
+            digest.update(values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
+    first = blocks[0]
+    biases = 2 if first.module.has_bias else 0
+    return {
+        "model_type": model.config.model_type,
+        "experts_per_token": getattr(model.config.get_text_config(), "num_experts_per_tok", None),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters_per_atomic_expert": 3 * first.hidden_size + biases,
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def check_same_model(expected: dict[str, Any], actual: dict[str, Any], artefact: str) -> None:
+    """Compares two model fingerprints.
+
+    Raises:
+        HeaprError: naming the first part that differs, both values, and the next step.
+    """
+    for key in expected:
+        if expected[key] != actual.get(key):
+            raise HeaprError(
+                f"{artefact}: made for a model with {key} {json.dumps(expected[key])}, this model has "
+                f"{json.dumps(actual.get(key))}; calibrate this model"
+            )

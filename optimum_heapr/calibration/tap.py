@@ -1,0 +1,147 @@
+# Licensed under the Apache License, Version 2.0
+"""The calibration forward of an expert block, and the tap that turns its backward into statistics.
+
+HEAPr scores atomic expert k of an expert by `1/2 mean(e_k^T G e_k)` with `e_k = h_k w_k` its output, `w_k` its column of
+the down projection, and `G = mean(g g^T)` the covariance of the gradient `g = dL/dE` at the expert's output
+(arXiv 2509.22299). Since `h_k` is a scalar and `g . w_k = dL/dh_k`,
+
+    e_k^T G e_k = h_k^2 mean((g . w_k)^2)      and      score_k = 1/2 mean(h_k^2) mean((dL/dh_k)^2),
+
+so two vectors a block, collected where `h` is formed, replace the d x d matrices. The router weight is part of
+`dL/dh_k` here: it scales the gradient that reaches the expert's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+
+
+CALIBRATION_IMPLEMENTATION = "heapr_calibration"
+
+
+class BlockAccumulator:
+    """Running sums of one expert block, on the device of its weights, in float32.
+
+    Attributes:
+        activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
+        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I].
+        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
+        token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
+        token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
+    """
+
+    def __init__(self, num_experts: int, width: int, device: torch.device):
+        sums = torch.zeros(3, num_experts, width, device=device)
+        self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = sums
+        self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.token_mask: torch.Tensor | None = None
+
+    def add(self, activation: torch.Tensor, gradient: torch.Tensor, counts: list[int], valid: torch.Tensor | None):
+        """Adds one micro-batch: rows sorted by expert, `counts[e]` of them for expert e; `valid` [rows] marks tokens."""
+        start = 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            rows = slice(start, start + count)
+            start += count
+            h, g = activation[rows].float(), gradient[rows].float()
+            if valid is not None:
+                h = h * valid[rows, None]
+                self.token_count[expert] += valid[rows].sum()
+            else:
+                self.token_count[expert] += count
+            self.activation_sq_sum[expert] += h.square().sum(0)
+            self.gradient_sq_sum[expert] += g.square().sum(0)
+            self.fisher_sum[expert] += (h * g).square_().sum(0)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on h [rows, I] whose backward adds to the accumulator.
+
+    All sums are made in the backward: with activation checkpointing the forward runs twice, the backward once.
+    """
+
+    @staticmethod
+    def forward(ctx, activation, accumulator, counts, valid):
+        ctx.save_for_backward(activation)
+        ctx.accumulator, ctx.counts, ctx.valid = accumulator, counts, valid
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (activation,) = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.accumulator.add(activation, gradient, ctx.counts, ctx.valid)
+        return gradient, None, None, None
+
+
+def calibration_experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts' forward of transformers' `grouped_mm` with the tap between activation and down projection.
+
+    Args:
+        hidden_states (`torch.Tensor`): [tokens, d].
+        top_k_index (`torch.Tensor`): experts of each token, [tokens, K].
+        top_k_weights (`torch.Tensor`): their router weights, [tokens, K].
+
+    Returns:
+        `torch.Tensor`: [tokens, d].
+    """
+    accumulator: BlockAccumulator = self._heapr_accumulator
+    top_k = top_k_index.shape[-1]
+    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(expert_of_row, minlength=self.num_experts)
+    offsets = counts.cumsum(0).to(torch.int32)
+    bias_of = (lambda bias: bias[expert_of_row]) if self.has_bias else (lambda bias: None)
+
+    rows = hidden_states[order // top_k]
+    gate_up = _grouped_linear(
+        rows, self.gate_up_proj, offsets, bias_of(getattr(self, "gate_up_proj_bias", None)), self.is_transposed
+    )
+    activation = self._apply_gate(gate_up)
+    if torch.is_grad_enabled():
+        if not activation.requires_grad:
+            # The first block of the model: nothing below it is needed, so the graph starts here.
+            activation = activation.detach().requires_grad_(True)
+        valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
+        activation = _Tap.apply(activation, accumulator, counts.tolist(), valid)
+    output = _grouped_linear(
+        activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed
+    )
+    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    return output[inverse].view(-1, top_k, output.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+@contextmanager
+def calibration_tap(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterator[dict[str, BlockAccumulator]]:
+    """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
+
+    What was there before comes back when the block ends, also after an error.
+    """
+    accumulators = {
+        block.path: BlockAccumulator(block.num_experts, block.width, block.module.down_proj.device) for block in blocks
+    }
+    previous = model.get_experts_implementation()
+    ALL_EXPERTS_FUNCTIONS.register(CALIBRATION_IMPLEMENTATION, calibration_experts_forward)
+    try:
+        for block in blocks:
+            block.module._heapr_accumulator = accumulators[block.path]
+        model.set_experts_implementation(CALIBRATION_IMPLEMENTATION)
+        yield accumulators
+    finally:
+        model.set_experts_implementation(previous)
+        for block in blocks:
+            if hasattr(block.module, "_heapr_accumulator"):
+                del block.module._heapr_accumulator
