@@ -1,0 +1,42 @@
+# Licensed under the Apache License, Version 2.0
+"""Criteria: what makes an atomic expert important. One file each, one interface (`base.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..utils.errors import HeaprError, did_you_mean
+from .activation import Activation
+from .base import Criterion, ranked_below_reached
+from .fisher import Fisher
+from .heapr import Heapr
+from .magnitude import Magnitude
+from .random import Random
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibration.statistics import AtomicStatistics
+
+
+CRITERIA: dict[str, type[Criterion]] = {
+    criterion.name: criterion for criterion in (Heapr, Fisher, Magnitude, Activation, Random)
+}
+
+
+def importance(statistics: AtomicStatistics, criterion: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Importance of each atomic expert by block, [E, I]; higher is kept.
+
+    Raises:
+        HeaprError: if there is no such criterion.
+    """
+    if criterion not in CRITERIA:
+        hint = did_you_mean(criterion, CRITERIA)
+        raise HeaprError(f"criterion={criterion!r}: must be one of {', '.join(CRITERIA)}{hint}")
+    chosen = CRITERIA[criterion](seed)
+    scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
+    return ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
+
+
+__all__ = ["CRITERIA", "Criterion", "importance"]

@@ -1,0 +1,26 @@
+# Licensed under the Apache License, Version 2.0
+"""HEAPr: the paper's second-order importance in the expert's output space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import Criterion
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibration.statistics import BlockStatistics
+
+
+class Heapr(Criterion):
+    """`1/2 mean(e_k^T G e_k)` of arXiv 2509.22299, computed as `1/2 mean(h_k^2) mean((dL/dh_k)^2)`.
+
+    Means are over the tokens routed to the expert, as in the paper. `docs/source/concepts/one_pass.md` has the proof.
+    """
+
+    name = "heapr"
+
+    def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        return 0.5 * block.mean("activation_sq_sum") * block.mean("gradient_sq_sum")

@@ -1,0 +1,183 @@
+# Licensed under the Apache License, Version 2.0
+"""`PruningPlan`: which atomic experts of which expert stay, as data that can be looked at before anything is cut."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..configuration import HeaprConfig
+from ..criteria import importance
+from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.errors import HeaprError
+from .allocation import allocate
+
+
+if TYPE_CHECKING:
+    from ..calibration.statistics import AtomicStatistics, BlockStatistics
+
+
+FORMAT = "heapr_plan"
+PLAN_NAME = "plan.safetensors"
+
+
+@dataclass
+class PruningPlan:
+    """
+    Attributes:
+        kept (`dict[str, list[torch.Tensor]]`): by block path, for each expert the kept indices, ascending, int64.
+        original_width (`dict[str, int]`): atomic experts of one expert before, by block path.
+        config (`HeaprConfig`): what was asked for.
+        model (`dict`): fingerprint of the model that the statistics were measured on.
+        loss_increase (`dict[str, float]`): estimated increase of the loss by block path, nats a token.
+        unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block path.
+    """
+
+    kept: dict[str, list[torch.Tensor]]
+    original_width: dict[str, int]
+    config: HeaprConfig
+    model: dict[str, Any]
+    loss_increase: dict[str, float]
+    unreached: dict[str, list[int]]
+
+    @classmethod
+    def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:
+        """Ranks, allocates and estimates. Deterministic: equal inputs give equal plans.
+
+        Raises:
+            HeaprError: if the statistics are not finite or the ratio cannot be reached; see
+                [`~optimum_heapr.planning.allocation.allocate`].
+        """
+        kept = allocate(importance(statistics, config.criterion, config.seed), config, statistics.unreached)
+        return cls(
+            kept=kept,
+            original_width={path: block.width for path, block in statistics.blocks.items()},
+            config=config,
+            model=statistics.fingerprint["model"],
+            loss_increase={
+                path: _estimated_loss_increase(block, kept[path], statistics.num_tokens)
+                for path, block in statistics.blocks.items()
+            },
+            unreached=statistics.unreached,
+        )
+
+    @property
+    def widths(self) -> dict[str, list[int]]:
+        """Kept atomic experts of each expert, by block path."""
+        return {path: [len(indices) for indices in experts] for path, experts in self.kept.items()}
+
+    @property
+    def total(self) -> int:
+        """Routed atomic experts of the unpruned model."""
+        return sum(len(experts) * self.original_width[path] for path, experts in self.kept.items())
+
+    @property
+    def removed(self) -> int:
+        """Routed atomic experts that go."""
+        return self.total - sum(map(sum, self.widths.values()))
+
+    @property
+    def ratio(self) -> float:
+        """Share of the routed atomic experts that goes: what was reached of `config.ratio`."""
+        return self.removed / self.total
+
+    @property
+    def parameter_ratio(self) -> float:
+        """Share of all parameters of the model that goes."""
+        return self.removed * self.model["parameters_per_atomic_expert"] / self.model["num_parameters"]
+
+    @property
+    def estimated_loss_increase(self) -> float:
+        """Sum over blocks of the second-order estimate, nats a token; what HEAPr's formula predicts for this choice.
+
+        It adds up atomic experts as if each were removed alone, and knows nothing of experts that no token reached.
+        """
+        return sum(self.loss_increase.values())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        tensors = {}
+        for block, experts in self.kept.items():
+            tensors[f"{block}.widths"] = torch.tensor([len(indices) for indices in experts], dtype=torch.int32)
+            tensors[f"{block}.kept_indices"] = torch.cat(experts).to(torch.int32)
+        document = {
+            "blocks": list(self.kept),
+            "original_width": self.original_width,
+            "config": self.config.to_dict(),
+            "model": self.model,
+            "loss_increase": self.loss_increase,
+            "unreached": self.unreached,
+        }
+        write_artefact(path, FORMAT, tensors, document)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PruningPlan:
+        """Reads what [`save`] wrote and checks that it fits together.
+
+        Raises:
+            HeaprError: if the file is missing, truncated, something else, or its indices do not fit its widths.
+        """
+        tensors, document = read_artefact(path, FORMAT)
+        try:
+            kept = {
+                block: list(
+                    tensors[f"{block}.kept_indices"].long().split(tensors[f"{block}.widths"].tolist())
+                )
+                for block in document["blocks"]
+            }
+            plan = cls(
+                kept=kept,
+                original_width=document["original_width"],
+                config=HeaprConfig.from_dict(document["config"]),
+                model=document["model"],
+                loss_increase=document["loss_increase"],
+                unreached=document["unreached"],
+            )
+        except (KeyError, RuntimeError) as error:
+            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({error}); plan again") from error
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Refuses indices outside the width, out of order or twice.
+
+        Raises:
+            HeaprError: naming block, expert and the allowed range.
+        """
+        for path, experts in self.kept.items():
+            width = self.original_width[path]
+            for expert, indices in enumerate(experts):
+                rising = bool((indices[1:] > indices[:-1]).all())
+                if len(indices) and not (rising and 0 <= int(indices[0]) and int(indices[-1]) < width):
+                    raise HeaprError(
+                        f"plan: indices of expert {expert} of {path} must rise within [0, {width}); plan again"
+                    )
+
+    def check_shapes(self, shapes: dict[str, tuple[int, int]]) -> None:
+        """Refuses a model whose expert blocks are not those of the plan.
+
+        Args:
+            shapes (`dict[str, tuple[int, int]]`): experts and width of each block of the model, by path.
+
+        Raises:
+            HeaprError: naming the block and both shapes.
+        """
+        for path in [*shapes, *self.kept]:
+            planned = (len(self.kept[path]), self.original_width[path]) if path in self.kept else None
+            if planned != shapes.get(path):
+                raise HeaprError(
+                    f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
+                    "plan from statistics of this model"
+                )
+
+
+def _estimated_loss_increase(block: BlockStatistics, kept: list[torch.Tensor], num_tokens: int) -> float:
+    """`1/2 sum over removed k of (n_e / N) mean(h_k^2) mean((dL/dh_k)^2)`, nats a token."""
+    cost = 0.5 * block.activation_sq_sum.double() * block.mean("gradient_sq_sum") / num_tokens
+    removed = torch.ones_like(cost, dtype=torch.bool)
+    for expert, indices in enumerate(kept):
+        removed[expert, indices] = False
+    return float(cost[removed].sum())
