@@ -1,0 +1,152 @@
+# Licensed under the Apache License, Version 2.0
+"""Between the tensors of a checkpoint, one an expert and projection, and the packed ones of `AtomicExperts`.
+
+Checkpoints of pruned models keep the names of the unpruned family's where those are one tensor an expert; families that
+store all experts in one tensor get `experts.{i}.gate_proj.weight` and so on. This file travels with pruned checkpoints.
+"""
+
+import re
+
+import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+
+# What the checkpoint calls the parts of an expert, unless the family has names of its own.
+DEFAULT_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class PackGateUp(ConversionOps):
+    """Gate and up rows (or biases) of each expert -> one tensor of all experts."""
+
+    def __init__(self, interleaved: bool = False):
+        self.interleaved = interleaved
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        gates, ups = (input_dict[pattern] for pattern in source_patterns)
+        total = sum(gate.shape[0] for gate in gates)
+        packed = torch.empty(2 * total, *gates[0].shape[1:], dtype=gates[0].dtype, device=gates[0].device)
+        start = 0
+        for expert, (gate, up) in enumerate(zip(gates, ups)):
+            block = packed[start : start + 2 * gate.shape[0]]
+            start += 2 * gate.shape[0]
+            gate_rows, up_rows = (block[::2], block[1::2]) if self.interleaved else block.chunk(2)
+            if gate.shape[0]:
+                gate_rows.copy_(gate)
+                up_rows.copy_(up)
+            gates[expert] = ups[expert] = None  # the sources are freed as they are copied
+        return {target_patterns[0]: packed}
+
+    @property
+    def reverse_op(self):
+        return UnpackGateUp(self.interleaved)
+
+
+class UnpackGateUp(ConversionOps):
+    """The inverse of `PackGateUp`."""
+
+    def __init__(self, interleaved: bool = False):
+        self.interleaved = interleaved
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, model=None, full_layer_name=None, **kwargs):
+        widths = _widths(model, full_layer_name)
+        unpacked = {}
+        for expert, block in enumerate(_only(input_dict).split([2 * width for width in widths])):
+            half = block.shape[0] // 2
+            gate, up = (block[::2], block[1::2]) if self.interleaved else (block[:half], block[half:])
+            unpacked[target_patterns[0].replace("*", str(expert))] = gate.contiguous()
+            unpacked[target_patterns[1].replace("*", str(expert))] = up.contiguous()
+        return unpacked
+
+    @property
+    def reverse_op(self):
+        return PackGateUp(self.interleaved)
+
+
+class PackDown(ConversionOps):
+    """Down projections [d, width] of each expert -> [sum of widths, d]."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        downs = input_dict[source_patterns[0]]
+        return {target_patterns[0]: torch.cat([down.T for down in downs])}
+
+    @property
+    def reverse_op(self):
+        return UnpackDown()
+
+
+class UnpackDown(ConversionOps):
+    """The inverse of `PackDown`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, model=None, full_layer_name=None, **kwargs):
+        rows = _only(input_dict).split(_widths(model, full_layer_name))
+        return {target_patterns[0].replace("*", str(i)): block.T.contiguous() for i, block in enumerate(rows)}
+
+    @property
+    def reverse_op(self):
+        return PackDown()
+
+
+def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> None:
+    """Registers how checkpoints of a pruned family are read and written. Calling it again changes nothing.
+
+    Args:
+        model_type (`str`): `heapr_` + the model type of the unpruned family, whose renamings are kept.
+        interleaved (`bool`): whether the family stores gate and up rows in turn.
+        has_bias (`bool`): whether its experts have biases.
+    """
+    kept, names = [], DEFAULT_NAMES
+    for transform in get_checkpoint_conversion_mapping(model_type.removeprefix("heapr_")) or []:
+        if isinstance(transform, WeightConverter) and _is_of_experts(transform):
+            stored = [match for source in transform.source_patterns if (match := _per_expert_name(source))]
+            if len(stored) == 2:
+                names = (*stored, names[2])
+            elif len(stored) == 1:
+                names = (*names[:2], stored[0])
+        else:
+            kept.append(transform)
+    gate, up, down = names
+    sources = [f".experts.*.{gate}.weight", f".experts.*.{up}.weight"]
+    own = [
+        WeightConverter(sources, ".experts.gate_up_proj", [PackGateUp(interleaved)]),
+        WeightConverter(f".experts.*.{down}.weight", ".experts.down_proj", [PackDown()]),
+    ]
+    if has_bias:
+        biases = [f".experts.*.{gate}.bias", f".experts.*.{up}.bias"]
+        own.append(WeightConverter(biases, ".experts.gate_up_proj_bias", [PackGateUp(interleaved)]))
+    register_checkpoint_conversion_mapping(model_type, [*kept, *own], overwrite=True)
+
+
+def _is_of_experts(converter: WeightConverter) -> bool:
+    return any(re.search(r"experts\.(gate_up_proj|down_proj)", target) for target in converter.target_patterns)
+
+
+def _per_expert_name(pattern: str) -> str | None:
+    """`w1` for `.experts.*.w1.weight`; `None` for a tensor of all experts."""
+    match = re.search(r"experts\.\*\.(\w+)\.weight", pattern)
+    return match[1] if match else None
+
+
+def _only(tensors: dict) -> torch.Tensor:
+    (tensor,) = tensors.values()
+    return tensor[0] if isinstance(tensor, list) else tensor
+
+
+def _widths(model: torch.nn.Module, name: str) -> list[int]:
+    """Widths of the expert block that a tensor belongs to, found by the layer numbers in its name.
+
+    The names of modules and of checkpoints may differ, the numbers of layers do not.
+    """
+    numbers = _layer_numbers(name)
+    for path, widths in model.config.expert_widths.items():
+        if _layer_numbers(path + ".") == numbers:
+            return widths
+    raise KeyError(f"{name}: the configuration has no widths for this layer")
+
+
+def _layer_numbers(name: str) -> list[str]:
+    return re.findall(r"\.(\d+)\.", name.rpartition("experts.")[0])

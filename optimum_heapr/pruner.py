@@ -1,0 +1,212 @@
+# Licensed under the Apache License, Version 2.0
+"""`HeaprPruner`: the whole pipeline behind one object. The file to read first.
+
+    model -> calibrate -> AtomicStatistics -> plan -> PruningPlan -> apply -> pruned model -> save
+
+Each step takes the artefact of the one before and can be run on its own, today or in another process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration.data import load_calibration_data
+from .calibration.runner import calibrate
+from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from .configuration import HeaprConfig
+from .demo import DEMO_MODEL, demo_model_path
+from .experts import find_expert_blocks
+from .planning.plan import PLAN_NAME, PruningPlan
+from .surgery.apply import apply_plan
+from .utils.errors import HeaprError
+from .utils.files import replace_folder
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HeaprPruner:
+    """
+    Prunes a Mixture-of-Experts model at the granularity of atomic experts.
+
+    Args:
+        model (`PreTrainedModel`): the model to prune; it is changed in place by [`~HeaprPruner.prune`].
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed to calibrate on text, and saved beside the model.
+        config (`HeaprConfig`, *optional*): how to prune; defaults to `HeaprConfig()`.
+
+    Raises:
+        HeaprError: if the model has no routed experts that can be pruned exactly, or was pruned already.
+
+    Example:
+
+    ```python
+    from optimum_heapr import HeaprConfig, HeaprPruner
+
+    config = HeaprConfig(ratio=0.25, dataset="demo", num_samples=16, seq_length=256)
+    pruner = HeaprPruner.from_pretrained("demo", config=config)
+    model = pruner.prune()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: HeaprConfig | None = None,
+    ):
+        find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config or HeaprConfig()
+        self.statistics: AtomicStatistics | None = None
+        self.applied_plan: PruningPlan | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike, config: HeaprConfig | None = None, **model_options: Any
+    ) -> HeaprPruner:
+        """Loads a model and its tokenizer.
+
+        Args:
+            model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
+            config (`HeaprConfig`, *optional*): how to prune.
+            model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `revision`, `token`,
+                `trust_remote_code`, …
+
+        Raises:
+            HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned.
+        """
+        loaded, tokenizer = load_model(model, **model_options)
+        return cls(loaded, tokenizer, config)
+
+    def calibrate(self, dataset: HeaprConfig | Dataset | str | None = None) -> AtomicStatistics:
+        """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
+
+        Args:
+            dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used in place of
+                `self.config`, or data in place of `config.dataset`: a local path, a name on the Hub, or a
+                `datasets.Dataset` with a column `text`, `messages` or `input_ids`.
+
+        Returns:
+            `AtomicStatistics`: also kept as `self.statistics`.
+
+        Raises:
+            HeaprError: if the data is missing or empty or too short, or a loss is not finite.
+        """
+        config = dataset if isinstance(dataset, HeaprConfig) else self.config
+        data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
+        self.statistics = calibrate(self.model, data, config.batch_size)
+        return self.statistics
+
+    def plan(
+        self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any
+    ) -> PruningPlan:
+        """Decides what stays, without touching the model.
+
+        Args:
+            statistics (`AtomicStatistics` or `str`, *optional*): defaults to those of the last [`~HeaprPruner.calibrate`].
+            changes: options of `HeaprConfig` that differ from `self.config`, e.g. `ratio=0.4`.
+
+        Raises:
+            HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
+        """
+        statistics = self.statistics if statistics is None else statistics
+        if statistics is None:
+            raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
+        if not isinstance(statistics, AtomicStatistics):
+            statistics = AtomicStatistics.load(statistics)
+        statistics.check_model(self.model, find_expert_blocks(self.model))
+        return PruningPlan.build(statistics, self.config.replace(**changes))
+
+    def apply(self, plan: PruningPlan | str | os.PathLike) -> PreTrainedModel:
+        """Cuts the model in place and returns it.
+
+        Raises:
+            HeaprError: if the plan was made for another model.
+        """
+        plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+        apply_plan(self.model, plan)
+        self.applied_plan = plan
+        return self.model
+
+    def prune(self, **changes: Any) -> PreTrainedModel:
+        """Calibrates (unless that was done), plans and applies: the whole job.
+
+        Args:
+            changes: options of `HeaprConfig` that differ from `self.config`.
+
+        Returns:
+            `PreTrainedModel`: the pruned model, the same object as `self.model`.
+        """
+        config = self.config.replace(**changes)
+        if self.statistics is None:
+            self.calibrate(config)
+        return self.apply(self.plan(**changes))
+
+    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False, **save_options: Any) -> Path:
+        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json` and the plan.
+
+        Args:
+            folder (`str`): appears whole or not at all.
+            overwrite (`bool`): replace a folder that is not empty.
+            save_options: passed to the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False`
+                stores the packed tensors, which load faster.
+
+        Raises:
+            HeaprError: if nothing was pruned yet, or the folder cannot be written or is not empty.
+        """
+        if self.applied_plan is None:
+            raise HeaprError("model: was not pruned yet; call prune() or apply() first")
+        folder = Path(folder)
+        with replace_folder(folder, overwrite) as temporary:
+            self.model.save_pretrained(temporary, **save_options)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(temporary)
+            self.applied_plan.config.save_pretrained(temporary)
+            self.applied_plan.save(temporary / PLAN_NAME)
+            if self.statistics is not None:
+                self.statistics.save(temporary / STATISTICS_NAME)
+        return folder
+
+
+def load_model(
+    name: str | os.PathLike, **model_options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads a model with a head, and its tokenizer if it has one.
+
+    Args:
+        name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
+        model_options: passed to `from_pretrained`.
+
+    Raises:
+        HeaprError: if there is no such model, its type is unknown, or it has no head.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from .modeling.modeling_heapr import auto_class_name
+
+    path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
+    hub_options = {
+        option: model_options[option] for option in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
+        if option in model_options
+    }
+    try:
+        config = AutoConfig.from_pretrained(path, **hub_options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HeaprError(f"model={str(name)!r}: cannot be loaded ({reason})") from error
+    import transformers
+
+    auto_class = getattr(transformers, auto_class_name(type(config)))
+    model = auto_class.from_pretrained(path, **{"dtype": "auto", **model_options})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
+    except (OSError, ValueError):
+        tokenizer = None  # a model alone can still be calibrated on input_ids
+    return model, tokenizer
+
+
