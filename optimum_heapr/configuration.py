@@ -77,7 +77,9 @@ class HeaprConfig:
     ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
     criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
     allocation: str = _option(
-        "global", "rank over the whole model, remove the same share of each layer, or one width everywhere", ALLOCATIONS
+        "global",
+        "rank over the whole model, remove the same share of each layer, or one width everywhere",
+        ALLOCATIONS,
     )
     width_multiple: int = _option(1, "widths are multiples of this, chosen by importance")
     min_width: int = _option(0, "atomic experts that every expert keeps at least")
@@ -159,7 +161,9 @@ class HeaprConfig:
 
         saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
         if saved.get("heapr_config") is None:
-            raise HeaprError(f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned")
+            raise HeaprError(
+                f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned"
+            )
         return cls.from_dict(saved["heapr_config"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -102,9 +102,7 @@ class HeaprPruner:
         self.statistics = calibrate(self.model, data, config.batch_size)
         return self.statistics
 
-    def plan(
-        self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any
-    ) -> PruningPlan:
+    def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:
         """Decides what stays, without touching the model.
 
         Args:
@@ -191,7 +189,8 @@ def load_model(
 
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
     hub_options = {
-        option: model_options[option] for option in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
+        option: model_options[option]
+        for option in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
         if option in model_options
     }
     try:
@@ -208,5 +207,3 @@ def load_model(
     except (OSError, ValueError):
         tokenizer = None  # a model alone can still be calibrated on input_ids
     return model, tokenizer
-
-

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # What `datasets` calls the builders of local files.
-_FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}
+_FILE_BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
 
 
 @dataclass
@@ -92,24 +100,39 @@ def load_calibration_data(
     if dataset is None:
         raise HeaprError("dataset=None: name calibration text, a local file or a dataset on the Hub; its kind matters")
     source = str(dataset) if isinstance(dataset, (str, os.PathLike)) else type(dataset).__name__
-    rows = open_dataset(dataset, config) if isinstance(dataset, (str, os.PathLike)) else dataset
+    rows = (
+        open_dataset(dataset, config.dataset_config, config.split)
+        if isinstance(dataset, (str, os.PathLike))
+        else dataset
+    )
     if len(rows) == 0:
         raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
     if "input_ids" in rows.column_names:
         samples = [torch.tensor(row, dtype=torch.int64) for row in rows[: config.num_samples]["input_ids"]]
     else:
-        samples = _packed(_tokenized_documents(rows, source, tokenizer, config), config)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        documents = tokenized_documents(rows, order, source, tokenizer, config.text_column)
+        samples = list(itertools.islice(packed(documents, config.seq_length), config.num_samples))
     short = [index for index, sample in enumerate(samples) if len(sample) < 2]
     if short or not samples:
         where = f"sample {short[0]} has {len(samples[short[0]])} tokens" if short else "holds less than two tokens"
-        raise HeaprError(f"dataset={source!r}: {where}; every sample needs at least two, one to predict from the other")
+        raise HeaprError(
+            f"dataset={source!r}: {where}; every sample needs at least two, one to predict from the other"
+        )
     if len(samples) < config.num_samples:
         logger.warning("%s gives only %d of the %d samples asked for", source, len(samples), config.num_samples)
     return CalibrationData(samples, source, config.seed, config.seq_length)
 
 
-def open_dataset(name: str | os.PathLike, config: HeaprConfig) -> Dataset:
+def open_dataset(
+    name: str | os.PathLike, dataset_config: str | None = None, split: str = "train", demo_split: str = "calibration"
+) -> Dataset:
     """Opens a local file or folder, the embedded demonstration text (`demo`), or a dataset on the Hub.
+
+    Args:
+        name (`str`): path or name.
+        dataset_config, split (`str`, *optional*): of a dataset on the Hub.
+        demo_split (`str`): which part of the demonstration text `demo` stands for.
 
     Raises:
         HeaprError: if a local path does not exist or cannot be parsed, or the Hub has no such dataset.
@@ -118,7 +141,7 @@ def open_dataset(name: str | os.PathLike, config: HeaprConfig) -> Dataset:
 
     path = Path(name)
     if str(name) == DEMO_MODEL:
-        return datasets.Dataset.from_dict({"text": demo_texts("calibration")})
+        return datasets.Dataset.from_dict({"text": demo_texts(demo_split)})
     builder = _FILE_BUILDERS.get(path.suffix)
     try:
         if path.is_dir() and (path / "dataset_info.json").is_file():
@@ -131,7 +154,7 @@ def open_dataset(name: str | os.PathLike, config: HeaprConfig) -> Dataset:
             raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(_FILE_BUILDERS)}")
         if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
             raise HeaprError(f"dataset={str(name)!r}: no such file or folder")
-        return datasets.load_dataset(str(name), config.dataset_config, split=config.split)
+        return datasets.load_dataset(str(name), dataset_config, split=split)
     except HeaprError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -139,42 +162,40 @@ def open_dataset(name: str | os.PathLike, config: HeaprConfig) -> Dataset:
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
-def _tokenized_documents(
-    rows: Dataset, source: str, tokenizer: PreTrainedTokenizerBase | None, config: HeaprConfig
+def tokenized_documents(
+    rows: Dataset, order: Iterable[int], source: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str
 ) -> Iterator[list[int]]:
-    """Token ids of one document after another, in an order that depends on the seed alone."""
+    """Token ids of one document after another, each closed by the end-of-text token if the tokenizer has one.
+
+    Raises:
+        HeaprError: if there is no tokenizer, no such column, or no chat template for messages.
+    """
     if tokenizer is None:
         raise HeaprError(f"dataset={source!r}: holds text but the model has no tokenizer; pass one, or input_ids")
     if "messages" in rows.column_names:
         if tokenizer.chat_template is None:
             raise HeaprError(f"dataset={source!r}: holds messages but the tokenizer has no chat template; use text")
         column, encode = "messages", lambda row: tokenizer.apply_chat_template(row, return_dict=False)
-    elif config.text_column in rows.column_names:
-        column, encode = config.text_column, lambda row: tokenizer(row)["input_ids"]
+    elif text_column in rows.column_names:
+        # The length warning of the tokenizer is about feeding a document whole; documents are cut later.
+        column, encode = text_column, lambda row: tokenizer(row, verbose=False)["input_ids"]
     else:
         raise HeaprError(
-            f"text_column={config.text_column!r}: {source!r} has columns {', '.join(rows.column_names)}; name one of them"
+            f"text_column={text_column!r}: {source!r} has columns {', '.join(rows.column_names)}; name one of them"
         )
-    # The length warning of the tokenizer is about feeding a document whole; documents are cut below.
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    for index in order.tolist():
+    for index in order:
         document = rows[index][column]
         if document:
             yield encode(document) + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
 
 
-def _packed(documents: Iterable[list[int]], config: HeaprConfig) -> list[torch.Tensor]:
-    """Joins documents and cuts them into rows; reads no more documents than it needs."""
-    samples: list[torch.Tensor] = []
+def packed(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Tensor]:
+    """Joins documents and cuts them into rows of `seq_length`; the last may be shorter. Reads no further than asked."""
     stream: list[int] = []
     for ids in documents:
         stream += ids
-        while len(stream) >= config.seq_length:
-            samples.append(torch.tensor(stream[: config.seq_length], dtype=torch.int64))
-            stream = stream[config.seq_length :]
-            if len(samples) == config.num_samples:
-                return samples
-    if len(stream) >= 2 and not samples:
-        samples.append(torch.tensor(stream, dtype=torch.int64))  # less text than one sample: better than none
-    return samples
+        while len(stream) >= seq_length:
+            yield torch.tensor(stream[:seq_length], dtype=torch.int64)
+            stream = stream[seq_length:]
+    if len(stream) >= 2:
+        yield torch.tensor(stream, dtype=torch.int64)

@@ -32,9 +32,7 @@ class Criterion(ABC):
         """Importance of each atomic expert of the block at module path `path`, [E, I]; higher is kept."""
 
 
-def ranked_below_reached(
-    scores: dict[str, torch.Tensor], statistics: AtomicStatistics
-) -> dict[str, torch.Tensor]:
+def ranked_below_reached(scores: dict[str, torch.Tensor], statistics: AtomicStatistics) -> dict[str, torch.Tensor]:
     """Gives atomic experts of unreached experts scores below every reached one, ordered by weight norm.
 
     Their sums are zero because nothing was measured, not because they do nothing; a negative score says "unknown" and

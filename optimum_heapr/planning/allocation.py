@@ -117,9 +117,13 @@ def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> torch.Tensor:
         hint = f"the smallest possible ratio is {1 - below / width:.4f}" if below else "lower width_multiple"
         raise HeaprError(f"ratio={config.ratio}: no multiple of {multiple} below the width {width} fits; {hint}")
     if keep == 0:
-        raise HeaprError(f"ratio={config.ratio}: leaves no atomic expert of {width}; the largest is {1 - 1 / width:.4f}")
+        raise HeaprError(
+            f"ratio={config.ratio}: leaves no atomic expert of {width}; the largest is {1 - 1 / width:.4f}"
+        )
     if keep * multiple < config.min_width:
-        raise HeaprError(f"min_width={config.min_width}: ratio={config.ratio} leaves width {keep * multiple}; lower one")
+        raise HeaprError(
+            f"min_width={config.min_width}: ratio={config.ratio} leaves width {keep * multiple}; lower one"
+        )
     return torch.full((experts,), keep)
 
 

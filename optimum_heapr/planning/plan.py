@@ -123,9 +123,7 @@ class PruningPlan:
         tensors, document = read_artefact(path, FORMAT)
         try:
             kept = {
-                block: list(
-                    tensors[f"{block}.kept_indices"].long().split(tensors[f"{block}.widths"].tolist())
-                )
+                block: list(tensors[f"{block}.kept_indices"].long().split(tensors[f"{block}.widths"].tolist()))
                 for block in document["blocks"]
             }
             plan = cls(

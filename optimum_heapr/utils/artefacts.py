@@ -58,4 +58,23 @@ def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["document"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise HeaprError(f"{what}={str(path)!r}: truncated or not a safetensors file ({error}); make it again") from error
+        raise HeaprError(
+            f"{what}={str(path)!r}: truncated or not a safetensors file ({error}); make it again"
+        ) from error
+
+
+def artefact_format(path: str | os.PathLike) -> str | None:
+    """What kind of artefact a file says it is; `None` if it does not say.
+
+    Raises:
+        HeaprError: if the file is missing, truncated or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise HeaprError(f"path={str(path)!r}: no such file; name a statistics file, a plan or a pruned model")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError) as error:
+        raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({error})") from error

@@ -27,7 +27,9 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise HeaprError(f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own") from error
+        raise HeaprError(
+            f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own"
+        ) from error
     os.close(handle)
     temporary = Path(temporary)
     try:
@@ -52,7 +54,9 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise HeaprError(f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own") from error
+        raise HeaprError(
+            f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own"
+        ) from error
     try:
         os.chmod(temporary, 0o777 & ~_current_umask())
         yield temporary

@@ -1,0 +1,28 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr`: one file a command. Only argument parsing is imported before a command runs."""
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .apply import ApplyCommand
+from .calibrate import CalibrateCommand
+from .demo import DemoCommand
+from .evaluate import EvaluateCommand
+from .inspect import InspectCommand
+from .plan import PlanCommand
+from .prune import PruneCommand
+
+
+class HeaprCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="heapr", help="Prune Mixture-of-Experts models at the granularity of atomic experts.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.NAME, help=command.HELP, subcommand_class=command)
+        for command in (
+            CalibrateCommand,
+            PlanCommand,
+            ApplyCommand,
+            PruneCommand,
+            EvaluateCommand,
+            InspectCommand,
+            DemoCommand,
+        )
+    )

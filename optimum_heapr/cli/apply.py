@@ -1,0 +1,47 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr apply`: model and plan in, pruned model out. Needs neither text nor an accelerator."""
+
+from __future__ import annotations
+
+from .base import HeaprSubcommand, add_model_options, check_output_is_not_input, model_options_from
+
+
+class ApplyCommand(HeaprSubcommand):
+    NAME = "apply"
+    HELP = "Cut a model as a plan says."
+
+    @staticmethod
+    def parse_args(parser):
+        add_model_options(parser)
+        parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
+        add_output_options(parser)
+
+    def execute(self) -> None:
+        from ..utils.files import check_output_folder
+
+        check_output_is_not_input(self.args.output, self.args.model)
+        check_output_folder(self.args.output, self.args.overwrite)
+        from ..planning.plan import PruningPlan
+        from ..pruner import HeaprPruner
+        from .tables import plan_table
+
+        plan = PruningPlan.load(self.args.plan)
+        pruner = HeaprPruner.from_pretrained(self.args.model, plan.config, **model_options_from(self.args))
+        pruner.apply(plan)
+        pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+        print(plan_table(plan))
+        print(f"Pruned model written to {self.args.output}")
+
+
+def add_output_options(parser) -> None:
+    """Flags of commands that write a model."""
+    parser.add_argument("-o", "--output", required=True, help="folder for the pruned model")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB")
+    parser.add_argument(
+        "--packed", action="store_true", help="store packed tensors, which load faster, not one an expert"
+    )
+
+
+def save_options_from(args) -> dict:
+    return {"max_shard_size": args.max_shard_size, "save_original_format": not args.packed}

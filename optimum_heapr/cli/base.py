@@ -1,0 +1,133 @@
+# Licensed under the Apache License, Version 2.0
+"""What all commands share: flags made from `HeaprConfig`, model flags, and errors as one line with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+from ..configuration import HeaprConfig, _field_types, option_type, read_mapping
+from ..utils.errors import HeaprError
+
+
+CALIBRATION_OPTIONS = (
+    "dataset",
+    "dataset_config",
+    "split",
+    "text_column",
+    "num_samples",
+    "seq_length",
+    "batch_size",
+    "seed",
+)
+PLANNING_OPTIONS = tuple(
+    option.name for option in dataclasses.fields(HeaprConfig) if option.name not in CALIBRATION_OPTIONS
+)
+
+
+class HeaprSubcommand(BaseOptimumCLICommand):
+    """A command of `optimum-cli heapr`: subclasses set `NAME` and `HELP`, add their flags and implement `execute`."""
+
+    NAME: ClassVar[str]
+    HELP: ClassVar[str]
+
+    def run(self) -> None:
+        try:
+            self.execute()
+        except HeaprError as error:
+            print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"optimum-cli heapr {self.NAME}: interrupted; nothing half-written was left behind", file=sys.stderr)
+            sys.exit(130)
+
+    def execute(self) -> None:
+        raise NotImplementedError
+
+
+def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds one flag for each named option of `HeaprConfig`, and `-c/--config` for a recipe file that they override."""
+    group = parser.add_argument_group("Pruning options")
+    group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
+    kinds = _field_types()
+    options = {option.name: option for option in dataclasses.fields(HeaprConfig)}
+    for name in names:
+        option, kind = options[name], option_type(kinds[name])
+        flag = "--" + name.replace("_", "-")
+        help = f"{option.metadata['help']} (default: {option.default})"
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            choices = option.metadata["choices"]
+            group.add_argument(
+                flag,
+                # Values are checked by HeaprConfig, whose messages say more than argparse's; so only numbers are parsed.
+                type={int: _number, float: _number}.get(kind, str),
+                metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
+                default=argparse.SUPPRESS,
+                help=help,
+            )
+
+
+def config_from(args: argparse.Namespace) -> HeaprConfig:
+    """The recipe file, if any, with the flags that were given on top.
+
+    Raises:
+        HeaprError: if the file cannot be read or an option is wrong.
+    """
+    values: dict[str, Any] = read_mapping(args.config) if args.config else {}
+    names = [option.name for option in dataclasses.fields(HeaprConfig)]
+    return HeaprConfig.from_dict({**values, **{name: getattr(args, name) for name in names if hasattr(args, name)}})
+
+
+def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Adds `-m/--model` and what `from_pretrained` needs."""
+    required = parser.add_argument_group("Required arguments")
+    required.add_argument(
+        "-m",
+        "--model",
+        required=True,
+        nargs="+" if several else None,
+        help="folder, name on the Hub, or 'demo' for the embedded model"
+        + ("; several are compared" if several else ""),
+    )
+    loading = parser.add_argument_group("Loading options")
+    loading.add_argument("--dtype", default="auto", help="weights' dtype: auto, float32, bfloat16, float16")
+    loading.add_argument("--device-map", default=None, help="where the weights go, e.g. auto")
+    loading.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
+    loading.add_argument(
+        "--trust-remote-code", action="store_true", help="run modeling code that comes with the model"
+    )
+
+
+def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The loading flags that were given, as keyword arguments of `from_pretrained`."""
+    given = {name: getattr(args, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
+    return {name: value for name, value in given.items() if value}
+
+
+def check_output_is_not_input(output: str, model: str) -> None:
+    """Refuses to write where the model is read from.
+
+    Raises:
+        HeaprError: if both are the same place.
+    """
+    from pathlib import Path
+
+    if Path(output).resolve() == Path(model).resolve():
+        raise HeaprError(f"output={output!r}: is the model itself; name another folder")
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

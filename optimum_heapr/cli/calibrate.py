@@ -1,0 +1,41 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr calibrate`: model and text in, statistics file out."""
+
+from __future__ import annotations
+
+from .base import (
+    CALIBRATION_OPTIONS,
+    HeaprSubcommand,
+    add_config_options,
+    add_model_options,
+    config_from,
+    model_options_from,
+)
+
+
+class CalibrateCommand(HeaprSubcommand):
+    NAME = "calibrate"
+    HELP = "Measure the statistics of every atomic expert; they serve for any ratio."
+
+    @staticmethod
+    def parse_args(parser):
+        add_model_options(parser)
+        parser.add_argument("-o", "--output", default="statistics.safetensors", help="statistics file to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        add_config_options(parser, CALIBRATION_OPTIONS)
+
+    def execute(self) -> None:
+        from ..utils.files import check_output_file
+
+        config = config_from(self.args)
+        check_output_file(self.args.output, self.args.overwrite)
+        from ..pruner import HeaprPruner
+        from ..utils.logging import is_main_process
+        from .tables import statistics_table
+
+        pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
+        statistics = pruner.calibrate()
+        if is_main_process():
+            statistics.save(self.args.output)
+            print(statistics_table(statistics))
+            print(f"Statistics written to {self.args.output}")

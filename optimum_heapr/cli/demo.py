@@ -1,0 +1,69 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr demo`: the whole job on the embedded model, against two baselines. Needs no network."""
+
+from __future__ import annotations
+
+from .base import HeaprSubcommand
+
+
+class DemoCommand(HeaprSubcommand):
+    NAME = "demo"
+    HELP = "Run the whole job on a small embedded model: no download, under two minutes."
+
+    @staticmethod
+    def parse_args(parser):
+        parser.add_argument(
+            "-o", "--output", default=None, help="folder for the pruned model (default: a temporary one)"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
+        parser.add_argument("--ratio", type=float, default=0.25, help="share of the atomic experts to remove (0.25)")
+
+    def execute(self) -> None:
+        import tempfile
+
+        from ..configuration import HeaprConfig
+        from ..demo import DEMO_MODEL
+        from ..utils.files import check_output_folder
+
+        config = HeaprConfig(ratio=self.args.ratio, dataset=DEMO_MODEL, num_samples=128, seq_length=256, batch_size=8)
+        if self.args.output:
+            check_output_folder(self.args.output, self.args.overwrite)
+            self._run(config, self.args.output)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self._run(config, f"{folder}/pruned")
+
+    def _run(self, config, output: str) -> None:
+        from pathlib import Path
+
+        from transformers import AutoModelForCausalLM
+
+        from ..demo import DEMO_MODEL, demo_model_path
+        from ..evaluation.perplexity import evaluate_perplexity
+        from ..pruner import HeaprPruner
+        from .tables import plan_table, table
+
+        def measured(name: str, model, folder: Path | None) -> list[str]:
+            result = evaluate_perplexity(model, pruner.tokenizer, DEMO_MODEL, config.seq_length, num_samples=96)
+            size = f"{sum(file.stat().st_size for file in folder.glob('model*.safetensors')):,}" if folder else ""
+            return [name, f"{model.num_parameters():,}", size, f"{result['perplexity']:.3f}", f"{result['loss']:.4f}"]
+
+        pruner = HeaprPruner.from_pretrained(DEMO_MODEL, config)
+        print(f"Calibrating the embedded model on {config.num_samples} x {config.seq_length} tokens ...")
+        statistics = pruner.calibrate()
+        rows = [measured("unpruned", pruner.model, demo_model_path())]
+
+        for criterion in ("random", "magnitude", "heapr"):
+            pruner = HeaprPruner.from_pretrained(DEMO_MODEL, config.replace(criterion=criterion))
+            pruner.statistics = statistics
+            pruner.prune()
+            rows.append(measured(criterion, pruner.model, None))
+        plan = pruner.applied_plan
+        pruner.save_pretrained(output, self.args.overwrite)
+        rows.append(measured("heapr, saved and reloaded", AutoModelForCausalLM.from_pretrained(output), Path(output)))
+
+        print(plan_table(plan))
+        print()
+        print(table(["model", "parameters", "bytes", "perplexity", "loss"], rows))
+        if self.args.output:
+            print(f"\nPruned model written to {output}")

@@ -1,0 +1,36 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr plan`: statistics in, plan out. Needs neither the model nor the text."""
+
+from __future__ import annotations
+
+from .base import PLANNING_OPTIONS, HeaprSubcommand, add_config_options, config_from
+
+
+class PlanCommand(HeaprSubcommand):
+    NAME = "plan"
+    HELP = "Decide what to keep, from statistics alone."
+
+    @staticmethod
+    def parse_args(parser):
+        required = parser.add_argument_group("Required arguments")
+        required.add_argument("-s", "--statistics", required=True, help="statistics file of 'calibrate'")
+        parser.add_argument("-o", "--output", default="plan.safetensors", help="plan file to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
+        add_config_options(parser, (*PLANNING_OPTIONS, "seed"))
+
+    def execute(self) -> None:
+        from ..utils.files import check_output_file
+
+        config = config_from(self.args)
+        if not self.args.dry_run:
+            check_output_file(self.args.output, self.args.overwrite)
+        from ..calibration.statistics import AtomicStatistics
+        from ..planning.plan import PruningPlan
+        from .tables import plan_table
+
+        plan = PruningPlan.build(AtomicStatistics.load(self.args.statistics), config)
+        print(plan_table(plan))
+        if not self.args.dry_run:
+            plan.save(self.args.output)
+            print(f"Plan written to {self.args.output}")

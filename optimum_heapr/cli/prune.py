@@ -1,0 +1,50 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr prune`: calibrate, plan and apply in one go."""
+
+from __future__ import annotations
+
+from .apply import add_output_options, save_options_from
+from .base import (
+    CALIBRATION_OPTIONS,
+    PLANNING_OPTIONS,
+    HeaprSubcommand,
+    add_config_options,
+    add_model_options,
+    check_output_is_not_input,
+    config_from,
+    model_options_from,
+)
+
+
+class PruneCommand(HeaprSubcommand):
+    NAME = "prune"
+    HELP = "Calibrate, plan and cut a model in one go."
+
+    @staticmethod
+    def parse_args(parser):
+        add_model_options(parser)
+        add_output_options(parser)
+        parser.add_argument("-s", "--statistics", help="statistics file to use in place of calibrating")
+        parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
+        add_config_options(parser, (*PLANNING_OPTIONS, *CALIBRATION_OPTIONS))
+
+    def execute(self) -> None:
+        from ..utils.files import check_output_folder
+
+        config = config_from(self.args)
+        check_output_is_not_input(self.args.output, self.args.model)
+        if not self.args.dry_run:
+            check_output_folder(self.args.output, self.args.overwrite)
+        from ..calibration.statistics import AtomicStatistics
+        from ..pruner import HeaprPruner
+        from .tables import plan_table
+
+        statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
+        pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
+        pruner.statistics = statistics or pruner.calibrate()
+        plan = pruner.plan()
+        print(plan_table(plan))
+        if not self.args.dry_run:
+            pruner.apply(plan)
+            pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+            print(f"Pruned model written to {self.args.output}")

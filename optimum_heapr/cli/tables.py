@@ -1,0 +1,93 @@
+# Licensed under the Apache License, Version 2.0
+"""Artefacts as plain-text tables."""
+
+from __future__ import annotations
+
+import statistics as stats
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..calibration.statistics import AtomicStatistics
+    from ..planning.plan import PruningPlan
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Columns padded to their widest cell; the first to the left, numbers to the right."""
+    cells = [header, *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(row))
+        for row in ([list(zip(line, widths)) for line in cells])
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plan_table(plan: PruningPlan) -> str:
+    """Kept widths of each layer, then the totals."""
+    rows = []
+    for path, widths in plan.widths.items():
+        total = len(widths) * plan.original_width[path]
+        rows.append(
+            [
+                path,
+                len(widths),
+                plan.original_width[path],
+                f"{sum(widths) / total:.1%}",
+                min(widths),
+                f"{stats.median(widths):g}",
+                max(widths),
+                widths.count(0),
+                len(plan.unreached.get(path, [])),
+                f"{plan.loss_increase[path]:.5f}",
+            ]
+        )
+    header = ["block", "experts", "width", "kept", "min", "median", "max", "empty", "unreached", "est. loss +"]
+    config = plan.config
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            f"criterion {config.criterion}, allocation {config.allocation}, width multiple {config.width_multiple}",
+            f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
+            f"{config.ratio:.2%}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
+            f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
+            *unreached_lines(plan.unreached),
+        ]
+    )
+
+
+def statistics_table(statistics: AtomicStatistics) -> str:
+    """Coverage of each layer, then what was measured."""
+    rows = []
+    for path, block in statistics.blocks.items():
+        counts = block.token_count.tolist()
+        rows.append(
+            [
+                path,
+                block.num_experts,
+                block.width,
+                min(counts),
+                f"{stats.median(counts):g}",
+                max(counts),
+                sum(count < block.width for count in counts),
+                counts.count(0),
+            ]
+        )
+    header = ["block", "experts", "width", "min tokens", "median", "max", "tokens < width", "unreached"]
+    data = statistics.fingerprint["data"]
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            f"{data['num_tokens']:,} tokens in {data['num_samples']} samples of {data['source']}, seed "
+            f"{statistics.fingerprint['seed']}; loss {statistics.fingerprint['loss']:.4f} nats a token",
+            f"model type {statistics.fingerprint['model']['model_type']}",
+            *unreached_lines(statistics.unreached),
+        ]
+    )
+
+
+def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:
+    """One line a block that has experts no calibration token reached."""
+    return [f"no calibration token reached {path} experts {experts}" for path, experts in unreached.items()]
