@@ -1,0 +1,149 @@
+# Licensed under the Apache License, Version 2.0
+"""The embedded demo model and its texts: everything needed to try the package without any download.
+
+The model is a small Qwen3-MoE, trained from scratch by `recipes/demo/train.py` on the sources and the help texts of
+the Python standard library. The texts themselves are not shipped: they are read from the running Python.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+__all__ = ["DEMO_MODEL", "DEMO_SPLITS", "demo_model_path", "demo_texts"]
+
+DEMO_MODEL = "demo"
+"""The name that stands for the embedded model wherever a model name or path is expected."""
+
+DEMO_SPLITS = ("calibration", "evaluation", "train")
+"""The disjoint splits of `demo_texts`."""
+
+_SKIPPED_FOLDERS = frozenset(
+    ("__pycache__", "dist-packages", "encodings", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo")
+)
+_BUCKETS = 20
+_EVALUATION_BUCKETS = range(0, 1)
+_CALIBRATION_BUCKETS = range(1, 4)
+# The two small splits stop at this many characters, and take no more than the beginning of a long document, so that no
+# single module dominates them.
+_SMALL_SPLIT_CHARS = 400_000
+_SMALL_SPLIT_DOCUMENT_CHARS = 10_000
+_MIN_DOCUMENT_CHARS = 200
+# A complete standard library has several hundred modules: far fewer mean that the sources were stripped.
+_MIN_MODULES = 100
+
+
+def demo_model_path() -> Path:
+    """Return the folder with the files of the embedded demo model.
+
+    Returns:
+        `Path`: a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` can load.
+    """
+    return Path(__file__).resolve().parent / "model"
+
+
+def demo_texts(split: str) -> list[str]:
+    """Return documents from the standard library of the running Python: help texts (prose) and module sources.
+
+    A document belongs to exactly one split, chosen by a checksum of its name (a module's path inside the standard
+    library, or a help topic's name), so that the splits have no module in common, also between Python versions. The
+    result is the same for every call under the same Python; another Python version has other sources.
+
+    Args:
+        split (`str`): `"calibration"` or `"evaluation"` (at most 400,000 characters each), or `"train"` (several
+            million characters).
+
+    Returns:
+        `list[str]`: the documents, prose and code mixed.
+
+    Raises:
+        ValueError: if `split` is unknown.
+        FileNotFoundError: if the sources of the standard library are not installed.
+    """
+    if split not in DEMO_SPLITS:
+        raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(map(repr, DEMO_SPLITS))}.")
+    documents = [(name, text) for name, text in _documents() if _split_of(name) == split]
+    # Checksum order mixes prose and code, and makes the first characters of a split a fair sample of it.
+    documents.sort(key=lambda document: (_checksum("order:" + document[0]), document[0]))
+    texts = [text for _, text in documents]
+    return texts if split == "train" else _capped(texts)
+
+
+def _documents() -> Iterator[tuple[str, str]]:
+    """Yield `(name, text)` of every document of all splits, in a fixed order."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    modules = (
+        [path for path in stdlib.rglob("*.py") if _is_wanted(path.relative_to(stdlib))] if stdlib.is_dir() else []
+    )
+    if len(modules) < _MIN_MODULES:
+        raise FileNotFoundError(
+            f"The demo texts are the sources of the Python standard library, but {stdlib} holds {len(modules)} modules "
+            f"in source form (at least {_MIN_MODULES} expected). Use a Python installation with its sources, or pass "
+            "your own texts."
+        )
+    for path in sorted(modules):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) >= _MIN_DOCUMENT_CHARS:
+            yield path.relative_to(stdlib).as_posix(), text
+    yield from _help_topics()
+
+
+def _help_topics() -> Iterator[tuple[str, str]]:
+    """Yield the topics of `help()`, chapters of the language reference."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it separately; the module sources are enough
+        return
+    # Topics quote one another's sections at length. Each paragraph is kept in one topic only, or the splits would share
+    # text.
+    seen: set[str] = set()
+    for name, text in sorted(topics.items()):
+        paragraphs = []
+        for paragraph in text.strip().split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph)
+        document = "\n\n".join(paragraphs) + "\n"
+        if len(document) >= _MIN_DOCUMENT_CHARS:
+            yield f"pydoc_data/topics/{name}", document
+
+
+def _is_wanted(relative: Path) -> bool:
+    """Whether the file is a module of the standard library proper, and not data written as Python source."""
+    if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
+        return False
+    # The help topics are read as texts; the build configuration holds the paths of the machine that built Python.
+    return relative.as_posix() != "pydoc_data/topics.py" and not relative.name.startswith("_sysconfigdata")
+
+
+def _checksum(name: str) -> int:
+    # Not `hash`, which differs between processes.
+    return zlib.crc32(name.encode("utf-8"))
+
+
+def _split_of(name: str) -> str:
+    bucket = _checksum(name) % _BUCKETS
+    if bucket in _EVALUATION_BUCKETS:
+        return "evaluation"
+    return "calibration" if bucket in _CALIBRATION_BUCKETS else "train"
+
+
+def _capped(texts: list[str]) -> list[str]:
+    """Cut long documents to their beginning, and the list to the total size of a small split."""
+    capped, room = [], _SMALL_SPLIT_CHARS
+    for text in texts:
+        text = text[: min(_SMALL_SPLIT_DOCUMENT_CHARS, room)]
+        if len(text) < _MIN_DOCUMENT_CHARS:
+            if room < _MIN_DOCUMENT_CHARS:
+                break
+            continue
+        capped.append(text)
+        room -= len(text)
+    return capped
