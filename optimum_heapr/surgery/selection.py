@@ -63,7 +63,7 @@ def padded_expert(block: ExpertBlock, parameter: str, expert: int, indices: torc
 
 def _kept_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.Tensor) -> torch.Tensor:
     """`down_proj` as [w, d], the others as [2, w, …], gate first."""
-    indices = indices.to(block.module.down_proj.device)
+    indices = indices.to(getattr(block.module, parameter).device)
     if parameter == "down_proj":
         return block.down_rows(expert)[indices]
     if parameter == "gate_up_proj":
