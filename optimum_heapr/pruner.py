@@ -22,6 +22,7 @@ from .planning.plan import PLAN_NAME, PruningPlan
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
+from .utils.quantized import unquantized_loading
 
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class HeaprPruner:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
             config (`HeaprConfig`, *optional*): how to prune.
             model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `revision`, `token`,
-                `trust_remote_code`, …
+                `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
         Raises:
             HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned.
@@ -218,16 +219,18 @@ def _hub_options(model_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(
-    name: str | os.PathLike, **model_options: Any
+    name: str | os.PathLike, allow_quantized: bool = False, **model_options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Loads a model with a head, and its tokenizer if it has one.
 
     Args:
         name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
-        model_options: passed to `from_pretrained`.
+        allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
+        model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
+            turned into floating-point numbers.
 
     Raises:
-        HeaprError: if there is no such model, its type is unknown, or it has no head.
+        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights are quantized.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -245,7 +248,9 @@ def load_model(
     import transformers
 
     auto_class = getattr(transformers, auto_class_name(type(config)))
-    model = auto_class.from_pretrained(path, **{"dtype": "auto", **model_options})
+    dequantize = model_options.pop("dequantize", False)
+    quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
+    model = auto_class.from_pretrained(path, **{"dtype": "auto", **quantization, **model_options})
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):

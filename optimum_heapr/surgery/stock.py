@@ -79,6 +79,8 @@ def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertB
     config = _experts_config(model, blocks)
     for name, value in layout.fields.items():
         setattr(config, name, value)
+    if not type(model).__module__.startswith("transformers."):
+        _take_code_along(model)
 
 
 def stock_width(plan: PruningPlan) -> int:
@@ -253,6 +255,14 @@ def _copy_sizes(source: nn.Module, target: nn.Module) -> None:
     for name, value in vars(source).items():
         if type(value) is int and type(vars(target).get(name)) is int:
             setattr(target, name, value)
+
+
+def _take_code_along(model: PreTrainedModel) -> None:
+    """Lets the checkpoint carry the code of an architecture that transformers does not have."""
+    from ..modeling.modeling_heapr import auto_class_name
+
+    type(model.config).register_for_auto_class("AutoConfig")
+    type(model).register_for_auto_class(auto_class_name(type(model.config)))
 
 
 def _replace(module: nn.Module, name: str, tensor: torch.Tensor, old: nn.Parameter) -> None:
