@@ -181,8 +181,11 @@ def load_model(
         model_options: passed to `from_pretrained`.
 
     Raises:
-        HeaprError: if there is no such model, its type is unknown, or it has no head.
+        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
     from .modeling.modeling_heapr import auto_class_name
@@ -195,13 +198,14 @@ def load_model(
     }
     try:
         config = AutoConfig.from_pretrained(path, **hub_options)
-    except (OSError, ValueError, KeyError) as error:
+        auto_class = getattr(transformers, auto_class_name(type(config)))
+        model = auto_class.from_pretrained(path, **{"dtype": "auto", **model_options})
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise HeaprError(f"model={str(name)!r}: cannot be loaded ({reason})") from error
-    import transformers
-
-    auto_class = getattr(transformers, auto_class_name(type(config)))
-    model = auto_class.from_pretrained(path, **{"dtype": "auto", **model_options})
+        raise HeaprError(
+            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            "causal language model"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):

@@ -19,7 +19,7 @@ class ApplyCommand(HeaprSubcommand):
     def execute(self) -> None:
         from ..utils.files import check_output_folder
 
-        check_output_is_not_input(self.args.output, self.args.model)
+        check_output_is_not_input(self.args.output, self.args.model, self.args.plan)
         check_output_folder(self.args.output, self.args.overwrite)
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner

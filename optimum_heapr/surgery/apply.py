@@ -44,6 +44,7 @@ def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
+    config.__dict__.pop("model_type", None)  # a loaded config holds its own; the pruned class's must count
     config.expert_widths = plan.widths
     config.heapr_config = plan.config.to_dict()
     model.__class__ = register_model_class(type(config))
@@ -82,8 +83,8 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     stock = block.module
     experts = AtomicExperts(stock, [len(indices) for indices in kept])
     start = 0
-    for expert, indices in enumerate(kept):
-        indices, width = indices.to(stock.down_proj.device), len(indices)
+    for expert in experts.order:
+        indices, width = kept[expert].to(stock.down_proj.device), len(kept[expert])
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
         experts.down_proj[rows] = block.down_rows(expert)[indices]
@@ -93,6 +94,10 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     if stock.has_bias:
         experts.down_proj_bias.copy_(stock.down_proj_bias)
     experts.requires_grad_(stock.down_proj.requires_grad)
+    if hasattr(stock, "_hf_hook"):  # the model is spread over devices: inputs go on being brought to the weights
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(experts, stock._hf_hook)
     return experts
 
 
