@@ -109,11 +109,15 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     loading.add_argument(
         "--trust-remote-code", action="store_true", help="run modeling code that comes with the model"
     )
+    loading.add_argument(
+        "--dequantize", action="store_true", help="turn the weights of an FP8 or MXFP4 checkpoint into floating point"
+    )
 
 
 def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     """The loading flags that were given, as keyword arguments of `from_pretrained`."""
-    given = {name: getattr(args, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
+    names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
+    given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}
 
 

@@ -11,6 +11,7 @@ from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
+from .selection import packed_rows
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,23 @@ def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
     Raises:
         HeaprError: if the plan was made for another model or does not fit its expert blocks.
     """
-    blocks = check_plan(model, plan)
+    cut_model(model, plan, check_plan(model, plan))
+    return model
+
+
+def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
+    """What [`apply_plan`] does once the plan is known to fit; on a model without storage it changes shapes alone."""
+    if plan.config.layout == "variable":
+        _cut_to_variable(model, plan, blocks)
+    else:
+        from .stock import cut_to_stock
+
+        cut_to_stock(model, plan, blocks)
+    model.config.heapr_config = plan.config.to_dict()
+    _forget_origin(model)
+
+
+def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
     from ..modeling.auto import register_model_class
     from ..modeling.configuration_heapr import pruned_config_class
     from ..modeling.conversion import register_conversions
@@ -44,13 +61,10 @@ def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
-    config.__dict__.pop("model_type", None)  # a loaded config holds its own; the pruned class's must count
+    vars(config).pop("model_type", None)  # a loaded configuration has its own, which would hide that of the class
     config.expert_widths = plan.widths
-    config.heapr_config = plan.config.to_dict()
     model.__class__ = register_model_class(type(config))
-    register_conversions(config.model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
-    _forget_origin(model)
-    return model
+    register_conversions(type(config).model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
 
 
 def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
@@ -84,13 +98,13 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     experts = AtomicExperts(stock, [len(indices) for indices in kept])
     start = 0
     for expert in experts.order:
-        indices, width = kept[expert].to(stock.down_proj.device), len(kept[expert])
+        indices, width = kept[expert], len(kept[expert])
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
-        experts.down_proj[rows] = block.down_rows(expert)[indices]
-        experts.gate_up_proj[pairs] = _stored(block.gate_up_rows(expert)[:, indices], stock.is_concatenated)
+        experts.down_proj[rows] = packed_rows(block, "down_proj", expert, indices)
+        experts.gate_up_proj[pairs] = packed_rows(block, "gate_up_proj", expert, indices)
         if stock.has_bias:
-            experts.gate_up_proj_bias[pairs] = _stored(block.gate_up_bias(expert)[:, indices], stock.is_concatenated)
+            experts.gate_up_proj_bias[pairs] = packed_rows(block, "gate_up_proj_bias", expert, indices)
     if stock.has_bias:
         experts.down_proj_bias.copy_(stock.down_proj_bias)
     experts.requires_grad_(stock.down_proj.requires_grad)
@@ -99,11 +113,6 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
 
         add_hook_to_module(experts, stock._hf_hook)
     return experts
-
-
-def _stored(gate_and_up: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
-    """[2, w, …] -> [2 w, …]: all gate rows then all up rows, or in turn."""
-    return (gate_and_up if is_concatenated else gate_and_up.transpose(0, 1)).flatten(0, 1)
 
 
 def _forget_origin(model: torch.nn.Module) -> None:
