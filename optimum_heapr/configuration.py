@@ -120,6 +120,10 @@ class HeaprConfig:
             self._check_least(name, least)
         for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1)):
             self._check_least(name, least)
+        if self.seed >= 2**32:
+            raise HeaprError(
+                f"seed={self.seed}: must be below 2**32, what a random generator takes; name a smaller one"
+            )
         if self.layout == "uniform" and self.allocation == "global":
             # The stock architecture has one width; no other allocation can be stored that way.
             self.allocation = "uniform"

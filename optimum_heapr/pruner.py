@@ -230,8 +230,12 @@ def load_model(
             turned into floating-point numbers.
 
     Raises:
-        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights are quantized.
+        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
+            quantized.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
     from .modeling.modeling_heapr import auto_class_name
@@ -242,15 +246,18 @@ def load_model(
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         config = AutoConfig.from_pretrained(path, **hub_options)
-    except (OSError, ValueError, KeyError) as error:
+        auto_class = getattr(transformers, auto_class_name(type(config)))
+        dequantize = model_options.pop("dequantize", False)
+        quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
+        model = auto_class.from_pretrained(path, **{"dtype": "auto", **quantization, **model_options})
+    except HeaprError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise HeaprError(f"model={str(name)!r}: cannot be loaded ({reason})") from error
-    import transformers
-
-    auto_class = getattr(transformers, auto_class_name(type(config)))
-    dequantize = model_options.pop("dequantize", False)
-    quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
-    model = auto_class.from_pretrained(path, **{"dtype": "auto", **quantization, **model_options})
+        raise HeaprError(
+            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            "causal language model"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+from ..experts import model_name
+from ..utils.errors import HeaprError
+
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
@@ -29,7 +32,7 @@ CALIBRATION_IMPLEMENTATION = "heapr_calibration"
 
 
 class BlockAccumulator:
-    """Running sums of one expert block, on the device of its weights, in float32.
+    """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
 
     Attributes:
         activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
@@ -39,8 +42,8 @@ class BlockAccumulator:
         token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
     """
 
-    def __init__(self, num_experts: int, width: int, device: torch.device):
-        sums = torch.zeros(3, num_experts, width, device=device)
+    def __init__(self, num_experts: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        sums = torch.zeros(3, num_experts, width, device=device, dtype=torch.promote_types(dtype, torch.float32))
         self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = sums
         self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.token_mask: torch.Tensor | None = None
@@ -53,7 +56,7 @@ class BlockAccumulator:
                 continue
             rows = slice(start, start + count)
             start += count
-            h, g = activation[rows].float(), gradient[rows].float()
+            h, g = (part[rows].to(self.activation_sq_sum.dtype) for part in (activation, gradient))
             if valid is not None:
                 h = h * valid[rows, None]
                 self.token_count[expert] += valid[rows].sum()
@@ -84,6 +87,23 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def _looped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
+    """`_grouped_linear` for weights that the grouped kernel does not take: one expert after another."""
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    matrices = weight if is_transposed else weight.transpose(-2, -1)
+    parts = rows.to(weight.dtype).split(counts)
+    output = torch.cat([part @ matrix for part, matrix in zip(parts, matrices)])
+    return output if bias is None else output + bias
+
+
+def _suits_grouped_kernel(weight: torch.Tensor) -> bool:
+    """The grouped kernel of torch knows no float64, and wants rows of whole 16 bytes."""
+    rows_fit = all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    return rows_fit and weight.dtype != torch.float64
+
+
 def calibration_experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -105,7 +125,8 @@ def calibration_experts_forward(
     bias_of = (lambda bias: bias[expert_of_row]) if self.has_bias else (lambda bias: None)
 
     rows = hidden_states[order // top_k]
-    gate_up = _grouped_linear(
+    linear = _grouped_linear if _suits_grouped_kernel(self.down_proj) else _looped_linear
+    gate_up = linear(
         rows, self.gate_up_proj, offsets, bias_of(getattr(self, "gate_up_proj_bias", None)), self.is_transposed
     )
     activation = self._apply_gate(gate_up)
@@ -115,7 +136,7 @@ def calibration_experts_forward(
             activation = activation.detach().requires_grad_(True)
         valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
         activation = _Tap.apply(activation, accumulator, counts.tolist(), valid)
-    output = _grouped_linear(
+    output = linear(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed
     )
     output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -129,9 +150,15 @@ def calibration_tap(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterat
     """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
 
     What was there before comes back when the block ends, also after an error.
+
+    Raises:
+        HeaprError: if the class of the model does not let its experts be switched.
     """
     accumulators = {
-        block.path: BlockAccumulator(block.num_experts, block.width, block.module.down_proj.device) for block in blocks
+        block.path: BlockAccumulator(
+            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype
+        )
+        for block in blocks
     }
     previous = model.get_experts_implementation()
     ALL_EXPERTS_FUNCTIONS.register(CALIBRATION_IMPLEMENTATION, calibration_experts_forward)
@@ -139,6 +166,13 @@ def calibration_tap(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterat
         for block in blocks:
             block.module._heapr_accumulator = accumulators[block.path]
         model.set_experts_implementation(CALIBRATION_IMPLEMENTATION)
+        for block in blocks:
+            # transformers leaves classes that it does not recognise as they are, without a word.
+            if block.module.config._experts_implementation != CALIBRATION_IMPLEMENTATION:
+                raise HeaprError(
+                    f"model={model_name(model)!r}: {block.path} does not follow set_experts_implementation, so nothing "
+                    "would be measured; use a model class whose module is decorated with @use_experts_implementation"
+                )
         yield accumulators
     finally:
         model.set_experts_implementation(previous)

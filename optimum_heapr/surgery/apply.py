@@ -97,8 +97,8 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     stock = block.module
     experts = AtomicExperts(stock, [len(indices) for indices in kept])
     start = 0
-    for expert, indices in enumerate(kept):
-        width = len(indices)
+    for expert in experts.order:
+        indices, width = kept[expert], len(kept[expert])
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
         experts.down_proj[rows] = packed_rows(block, "down_proj", expert, indices)
@@ -108,6 +108,10 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     if stock.has_bias:
         experts.down_proj_bias.copy_(stock.down_proj_bias)
     experts.requires_grad_(stock.down_proj.requires_grad)
+    if hasattr(stock, "_hf_hook"):  # the model is spread over devices: inputs go on being brought to the weights
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(experts, stock._hf_hook)
     return experts
 
 
