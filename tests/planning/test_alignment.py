@@ -52,7 +52,11 @@ def test_ratio_that_breaks_the_rule_names_the_nearest():
 @pytest.mark.parametrize(
     "width, options, hint",
     [
-        (1408, {"align_for": "gguf", "ratio": 0.25}, r"width 1056, .* 256; nearest: 1024 \(0\.273\) or 1280 \(0\.091\)$"),
+        (
+            1408,
+            {"align_for": "gguf", "ratio": 0.25},
+            r"width 1056, .* 256; nearest: 1024 \(0\.273\) or 1280 \(0\.091\)$",
+        ),
         (768, {"align_for": "vllm", "ratio": 0.1}, r"width 691, .* 128; nearest: 640 \(0\.167\)$"),
         (768, {"align_for": "vllm", "ratio": 0.95}, r"width 38, .* 128; nearest: 128 \(0\.833\)$"),
         (768, {"align_for": "vllm", "tensor_parallel": 6, "ratio": 0.5}, r"none below the width 768; lower tensor_"),

@@ -39,9 +39,7 @@ def random_plan(model: torch.nn.Module, seed: int = 0, widest: int | None = None
     config, blocks = HeaprConfig(**options), find_expert_blocks(model)
     generator = torch.Generator().manual_seed(seed)
     scores = {block.path: torch.rand(block.num_experts, block.width, generator=generator) for block in blocks}
-    kept = {
-        path: [indices[:widest] for indices in experts] for path, experts in allocate(scores, config, {}).items()
-    }
+    kept = {path: [indices[:widest] for indices in experts] for path, experts in allocate(scores, config, {}).items()}
     return PruningPlan(
         kept=kept,
         original_width={block.path: block.width for block in blocks},
