@@ -23,7 +23,9 @@ from .utils.files import write_json
 
 CONFIG_NAME = "heapr_config.json"
 
-CRITERIA = ("heapr", "fisher", "magnitude", "activation", "random")
+CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
+REDUCTIONS = ("mean", "total")
+STATISTICS = ("auto", "vector", "gram")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 
@@ -41,7 +43,16 @@ class HeaprConfig:
         ratio (`float`, *optional*, defaults to 0.25):
             Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
         criterion (`str`, *optional*, defaults to `"heapr"`):
-            What atomic experts are ranked by, one of `heapr`, `fisher`, `magnitude`, `activation`, `random`.
+            What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
+            `reap` and `frequency`, which rank whole experts. See `docs/source/concepts/criteria.md`.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            How `heapr` and `fisher` weigh experts: `mean` over the tokens routed to the expert, as published, or
+            `total` over all tokens, so that experts count by how often they are used.
+        compensate (`bool`, *optional*, defaults to `False`):
+            Fold what the removed atomic experts did into the down projection of those that stay, in closed form.
+        ridge (`float`, *optional*, defaults to 0.01):
+            Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few
+            tokens reached get more.
         allocation (`str`, *optional*, defaults to `"global"`):
             Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
             of each layer, `uniform` leaves every expert of the model the same width.
@@ -53,6 +64,9 @@ class HeaprConfig:
             Keep the experts that no calibration token reached as they are.
         layout (`str`, *optional*, defaults to `"variable"`):
             How the pruned experts are stored.
+        statistics (`str`, *optional*, defaults to `"auto"`):
+            What calibration measures: `vector`, three numbers an atomic expert, or `gram`, also two matrices an expert,
+            which `obs` and `compensate` need; `auto` is what `criterion` and `compensate` need.
         dataset (`str`, *optional*):
             Calibration text: a local file or folder, or the name of a dataset on the Hub.
         dataset_config (`str`, *optional*):
@@ -76,6 +90,15 @@ class HeaprConfig:
 
     ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
     criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
+    reduction: str = _option(
+        "mean",
+        "heapr and fisher: mean over the tokens of an expert, as published, or total over all tokens",
+        REDUCTIONS,
+    )
+    compensate: bool = _option(False, "fold what is removed into the down projection of what stays")
+    ridge: float = _option(
+        0.01, "least regularization of obs and of compensation, relative to the mean squared activation"
+    )
     allocation: str = _option(
         "global",
         "rank over the whole model, remove the same share of each layer, or one width everywhere",
@@ -85,6 +108,9 @@ class HeaprConfig:
     min_width: int = _option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = _option(False, "keep the experts that no calibration token reached as they are")
     layout: str = _option("variable", "how the pruned experts are stored", LAYOUTS)
+    statistics: str = _option(
+        "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
+    )
     dataset: str | None = _option(None, "calibration text: a local file or folder, or a dataset on the Hub")
     dataset_config: str | None = _option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
     split: str = _option("train", "split of the dataset")
@@ -106,6 +132,12 @@ class HeaprConfig:
             raise HeaprError(
                 f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
             )
+        if self.statistics == "vector" and (self.criterion == "obs" or self.compensate):
+            raise HeaprError(
+                f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
+                "leave statistics at 'auto'"
+            )
+        self._check_least("ridge", 0)
         for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
             self._check_least(name, least)
         for name, least in (("batch_size", 1), ("seed", 0)):
@@ -115,6 +147,13 @@ class HeaprConfig:
             self.allocation = "uniform"
         if self.layout == "uniform" and self.allocation != "uniform":
             raise HeaprError(f"allocation={self.allocation!r}: layout='uniform' needs allocation='uniform'")
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether calibration has to measure the second-order statistics."""
+        return self.statistics == "gram" or (
+            self.statistics == "auto" and (self.criterion == "obs" or self.compensate)
+        )
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -99,7 +99,7 @@ class HeaprPruner:
         """
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
-        self.statistics = calibrate(self.model, data, config.batch_size)
+        self.statistics = calibrate(self.model, data, config.batch_size, config.needs_grams)
         return self.statistics
 
     def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:
@@ -120,14 +120,24 @@ class HeaprPruner:
         statistics.check_model(self.model, find_expert_blocks(self.model))
         return PruningPlan.build(statistics, self.config.replace(**changes))
 
-    def apply(self, plan: PruningPlan | str | os.PathLike) -> PreTrainedModel:
+    def apply(
+        self, plan: PruningPlan | str | os.PathLike, statistics: AtomicStatistics | str | os.PathLike | None = None
+    ) -> PreTrainedModel:
         """Cuts the model in place and returns it.
 
+        Args:
+            plan (`PruningPlan` or `str`): what stays.
+            statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation; defaults to those
+                of the last [`~HeaprPruner.calibrate`].
+
         Raises:
-            HeaprError: if the plan was made for another model.
+            HeaprError: if the plan was made for another model, or asks for compensation without the statistics for it.
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-        apply_plan(self.model, plan)
+        statistics = self.statistics if statistics is None else statistics
+        if statistics is not None and not isinstance(statistics, AtomicStatistics):
+            statistics = AtomicStatistics.load(statistics)
+        apply_plan(self.model, plan, statistics)
         self.applied_plan = plan
         return self.model
 
@@ -167,7 +177,7 @@ class HeaprPruner:
             self.applied_plan.config.save_pretrained(temporary)
             self.applied_plan.save(temporary / PLAN_NAME)
             if self.statistics is not None:
-                self.statistics.save(temporary / STATISTICS_NAME)
+                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
         return folder
 
 

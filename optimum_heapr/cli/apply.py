@@ -14,6 +14,7 @@ class ApplyCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
+        parser.add_argument("-s", "--statistics", help="statistics file of 'calibrate'; needed to compensate")
         add_output_options(parser)
 
     def execute(self) -> None:
@@ -27,7 +28,7 @@ class ApplyCommand(HeaprSubcommand):
 
         plan = PruningPlan.load(self.args.plan)
         pruner = HeaprPruner.from_pretrained(self.args.model, plan.config, **model_options_from(self.args))
-        pruner.apply(plan)
+        pruner.apply(plan, self.args.statistics)
         pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
         print(plan_table(plan))
         print(f"Pruned model written to {self.args.output}")

@@ -11,22 +11,27 @@ from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
+from .compensation import compensate_experts
 
 
 if TYPE_CHECKING:
+    from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
     from ..modeling.atomic_experts import AtomicExperts
     from ..planning.plan import PruningPlan
 
 
-def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
+def apply_plan(
+    model: torch.nn.Module, plan: PruningPlan, statistics: AtomicStatistics | None = None
+) -> torch.nn.Module:
     """Turns `model` into a pruned model, in place: a block at a time, so that memory only falls.
 
     Needs no calibration data and no accelerator.
 
     Args:
         model (`PreTrainedModel`): the model that the plan was made for.
-        plan (`PruningPlan`): what stays.
+        plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed if `plan.config.compensate`.
 
     Returns:
         `PreTrainedModel`: the same object, now of the pruned class; it saves and loads like any other.
@@ -35,12 +40,18 @@ def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
         HeaprError: if the plan was made for another model or does not fit its expert blocks.
     """
     blocks = check_plan(model, plan)
+    check_compensation(plan, statistics)
     from ..modeling.auto import register_model_class
     from ..modeling.configuration_heapr import pruned_config_class
     from ..modeling.conversion import register_conversions
 
     for block in progress(blocks, desc="Pruning", unit="layer"):
-        model.set_submodule(block.path, cut_block(block, plan.kept[block.path]))
+        kept, down_rows = plan.kept[block.path], None
+        if plan.config.compensate:
+            down_rows, plan.compensation[block.path] = compensated_down_rows(
+                block, kept, statistics.blocks[block.path], plan.config.ridge
+            )
+        model.set_submodule(block.path, cut_block(block, kept, down_rows))
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
@@ -69,13 +80,59 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
     return blocks
 
 
+def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None) -> None:
+    """Refuses a plan that asks for compensation without the statistics for it.
+
+    Raises:
+        HeaprError: if there are none, they are of another model, or they are vectors.
+    """
+    if not plan.config.compensate:
+        return
+    if statistics is None:
+        raise HeaprError(
+            "plan: asks for compensate=True and statistics=None; pass the statistics that it was made from, or plan with "
+            "compensate=False"
+        )
+    check_same_model(plan.model, statistics.fingerprint["model"], "plan")
+    for path in plan.kept:
+        statistics.blocks[path].check_grams(path, "compensate=True")
+
+
 @torch.no_grad()
-def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
+def compensated_down_rows(
+    block: ExpertBlock, kept: list[torch.Tensor], statistics: BlockStatistics, ridge: float
+) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
+    """Rows of the down projection that make up for the removed ones; any layout can store them in place of its own.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept indices of each expert.
+        statistics (`BlockStatistics`): second-order statistics of the block.
+        ridge (`float`): least ridge, in units of the mean squared activation.
+
+    Returns:
+        `tuple`: for each expert its rows [w, d] in the order of `kept`, and the relative squared error of its output on
+        the calibration tokens without and with them.
+    """
+    down_projs = [block.down_rows(expert).T for expert in range(block.num_experts)]
+    grams = statistics.mean("activation_gram_sum").to(block.module.down_proj.device)
+    results = compensate_experts(down_projs, grams, kept, statistics.token_count.tolist(), ridge)
+    return [result.down_proj.T for result in results], [
+        (result.error_before, result.error_after) for result in results
+    ]
+
+
+@torch.no_grad()
+def cut_block(
+    block: ExpertBlock, kept: list[torch.Tensor], down_rows: list[torch.Tensor] | None = None
+) -> AtomicExperts:
     """A module with the kept atomic experts of one block, in the dtype and on the device of its weights.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert, ascending.
+        down_rows (`list[torch.Tensor]`, *optional*): what to store as the kept rows of the down projection of each expert,
+            [w, d]; by default those that are there.
     """
     from ..modeling.atomic_experts import AtomicExperts
 
@@ -86,7 +143,7 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
         indices, width = indices.to(stock.down_proj.device), len(indices)
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
-        experts.down_proj[rows] = block.down_rows(expert)[indices]
+        experts.down_proj[rows] = block.down_rows(expert)[indices] if down_rows is None else down_rows[expert]
         experts.gate_up_proj[pairs] = _stored(block.gate_up_rows(expert)[:, indices], stock.is_concatenated)
         if stock.has_bias:
             experts.gate_up_proj_bias[pairs] = _stored(block.gate_up_bias(expert)[:, indices], stock.is_concatenated)
