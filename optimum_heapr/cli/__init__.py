@@ -7,6 +7,7 @@ from .apply import ApplyCommand
 from .calibrate import CalibrateCommand
 from .demo import DemoCommand
 from .evaluate import EvaluateCommand
+from .families import FamiliesCommand
 from .inspect import InspectCommand
 from .plan import PlanCommand
 from .prune import PruneCommand
@@ -23,6 +24,7 @@ class HeaprCommand(BaseOptimumCLICommand):
             PruneCommand,
             EvaluateCommand,
             InspectCommand,
+            FamiliesCommand,
             DemoCommand,
         )
     )

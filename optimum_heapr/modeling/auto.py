@@ -18,25 +18,79 @@ from importlib.machinery import ModuleSpec
 
 _AUTO_CONFIGURATION = "transformers.models.auto.configuration_auto"
 
-# Model types of transformers whose checkpoints can be pruned, `optimum-cli heapr families`. Only families listed here
-# can be loaded by name in a fresh process; a test holds the list against transformers' own modeling files.
+# Model types of transformers whose checkpoints can be pruned; `optimum-cli heapr families` shows where they come from,
+# and a test holds this list against transformers' own modeling files. Pruned checkpoints of a family that is not listed
+# still load with `trust_remote_code=True`.
 FAMILIES = (
+    "afmoe",
+    "aria",
+    "aria_text",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "deepseek_ocr2",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "diffusion_gemma",
     "dots1",
+    "dots3_note",
+    "dots3_note_text",
     "ernie4_5_moe",
+    "ernie4_5_vl_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "gemma4",
+    "gemma4_text",
     "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe",
+    "glm5_next",
+    "glm_moe_dsa",
     "gpt_oss",
     "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
     "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling2",
+    "inkling2_text",
+    "inkling_mm_model",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
     "minimax_m2",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "mistral4",
+    "mistral_large4",
     "mixtral",
     "olmoe",
     "phimoe",
     "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_omni_moe_thinker",
     "qwen3_vl_moe",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "solar_open",
+    "unlimited_ocr",
+    "zaya",
 )
 
 
@@ -69,13 +123,23 @@ class _AfterAutoConfiguration(importlib.abc.MetaPathFinder):
 def _register_configurations() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+    from .configuration_deepseek import DeepseekConfig
     from .configuration_heapr import pruned_config_class
+    from .configuration_heapr_deepseek import HeaprDeepseekConfig
 
-    for model_type in FAMILIES:
-        if model_type in CONFIG_MAPPING:  # an older transformers may lack some
-            pruned = pruned_config_class(CONFIG_MAPPING[model_type])
-            pruned._on_use = register_model_class
-            AutoConfig.register(pruned.model_type, pruned, exist_ok=True)
+    pruned = [
+        pruned_config_class(CONFIG_MAPPING[model_type])
+        for model_type in FAMILIES
+        if model_type in CONFIG_MAPPING  # an older transformers may lack some
+    ]
+    # DeepSeekMoE: this package's own port, until transformers has one.
+    if DeepseekConfig.model_type not in CONFIG_MAPPING:
+        DeepseekConfig._on_use = _register_deepseek
+        AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig)
+        pruned.append(HeaprDeepseekConfig)
+    for config_class in pruned:
+        config_class._on_use = register_model_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def register_model_class(config_class: type) -> type:
@@ -85,7 +149,23 @@ def register_model_class(config_class: type) -> type:
     from .modeling_heapr import AUTO_CLASSES, auto_class_name, pruned_model_class
 
     base_config = next(base for base in config_class.__mro__[1:] if hasattr(base, "model_type"))
-    name = auto_class_name(base_config)
-    model_class = pruned_model_class(AUTO_CLASSES[name][base_config], config_class)
+    if base_config.model_type == "deepseek":
+        from .modeling_heapr_deepseek import HeaprDeepseekForCausalLM as model_class
+
+        name = "AutoModelForCausalLM"
+        _register_deepseek(base_config)
+    else:
+        name = auto_class_name(base_config)
+        model_class = pruned_model_class(AUTO_CLASSES[name][base_config], config_class)
     getattr(transformers, name).register(config_class, model_class, exist_ok=True)
     return model_class
+
+
+def _register_deepseek(config_class: type) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from .configuration_deepseek import DeepseekConfig
+    from .modeling_deepseek import DeepseekForCausalLM, DeepseekModel
+
+    AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
+    AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)

@@ -52,6 +52,9 @@ class DeepseekConfig(LlamaConfig):
 
     supported_scoring_funcs = ("softmax",)
 
+    # Called once an instance exists; the package sets it to register the model classes no earlier than that.
+    _on_use = None
+
     vocab_size: int = 102400
     hidden_size: int = 2048
     intermediate_size: int = 10944
@@ -79,6 +82,8 @@ class DeepseekConfig(LlamaConfig):
         # every error in a type that is no `ValueError`, so they are called here instead.
         self.validate_architecture()
         self.validate_rope()
+        if self._on_use is not None:
+            type(self)._on_use(type(self))
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has an MoE block; a dense one otherwise."""

@@ -110,14 +110,18 @@ def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> 
         else:
             kept.append(transform)
     gate, up, down = names
-    sources = [f".experts.*.{gate}.weight", f".experts.*.{up}.weight"]
+    # These are regular expressions in both directions: `\.` keeps `shared_experts` apart, the look-ahead the biases.
     own = [
-        WeightConverter(sources, ".experts.gate_up_proj", [PackGateUp(interleaved)]),
-        WeightConverter(f".experts.*.{down}.weight", ".experts.down_proj", [PackDown()]),
+        WeightConverter(
+            [rf"\.experts.*.{gate}.weight", rf"\.experts.*.{up}.weight"],
+            r"\.experts.gate_up_proj(?!_bias)",
+            [PackGateUp(interleaved)],
+        ),
+        WeightConverter(rf"\.experts.*.{down}.weight", r"\.experts.down_proj(?!_bias)", [PackDown()]),
     ]
     if has_bias:
-        biases = [f".experts.*.{gate}.bias", f".experts.*.{up}.bias"]
-        own.append(WeightConverter(biases, ".experts.gate_up_proj_bias", [PackGateUp(interleaved)]))
+        biases = [rf"\.experts.*.{gate}.bias", rf"\.experts.*.{up}.bias"]
+        own.append(WeightConverter(biases, r"\.experts.gate_up_proj_bias", [PackGateUp(interleaved)]))
     register_checkpoint_conversion_mapping(model_type, [*kept, *own], overwrite=True)
 
 
@@ -137,16 +141,17 @@ def _only(tensors: dict) -> torch.Tensor:
 
 
 def _widths(model: torch.nn.Module, name: str) -> list[int]:
-    """Widths of the expert block that a tensor belongs to, found by the layer numbers in its name.
+    """Widths of the expert block that a tensor belongs to.
 
-    The names of modules and of checkpoints may differ, the numbers of layers do not.
+    Checkpoints may call a block otherwise than the model does, but the numbers of layers are the same.
     """
-    numbers = _layer_numbers(name)
-    for path, widths in model.config.expert_widths.items():
-        if _layer_numbers(path + ".") == numbers:
-            return widths
-    raise KeyError(f"{name}: the configuration has no widths for this layer")
+    widths = model.config.expert_widths
+    path = name.rpartition("experts.")[0] + "experts"
+    same_layer = [block for block in widths if _layer_numbers(block) == _layer_numbers(path)]
+    if path not in widths and len(same_layer) != 1:
+        raise KeyError(f"{name}: the configuration has widths for {len(same_layer)} blocks of this layer, not one")
+    return widths[path if path in widths else same_layer[0]]
 
 
-def _layer_numbers(name: str) -> list[str]:
-    return re.findall(r"\.(\d+)\.", name.rpartition("experts.")[0])
+def _layer_numbers(path: str) -> list[str]:
+    return re.findall(r"\.(\d+)\.", path)

@@ -53,13 +53,16 @@ class PrunedModelMixin:
 
 
 @cache
-def pruned_model_class(base: type, config_class: type | None = None, module: str = __name__) -> type:
+def pruned_model_class(
+    base: type, config_class: type | None = None, module: str = __name__, auto_class: str | None = None
+) -> type:
     """The class of pruned models of a family.
 
     Args:
         base (`type`): model class of the unpruned model, with a head.
         config_class (`type`, *optional*): pruned configuration class; made from the base's by default.
         module (`str`): module that the class can be imported from, by the name `Heapr` + name of the base.
+        auto_class (`str`, *optional*): what its checkpoints are loaded with; found from the base by default.
     """
     pruned_config = config_class or pruned_config_class(base.config_class)
 
@@ -68,7 +71,7 @@ def pruned_model_class(base: type, config_class: type | None = None, module: str
 
     PrunedModel.__name__ = PrunedModel.__qualname__ = PREFIX + base.__name__
     PrunedModel.__module__ = module
-    PrunedModel.register_for_auto_class(auto_class_name(base.config_class))
+    PrunedModel.register_for_auto_class(auto_class or auto_class_name(base.config_class))
     return PrunedModel
 
 
