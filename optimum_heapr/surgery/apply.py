@@ -46,12 +46,12 @@ def apply_plan(
     from ..modeling.conversion import register_conversions
 
     for block in progress(blocks, desc="Pruning", unit="layer"):
-        kept, down_rows = plan.kept[block.path], None
+        kept = plan.kept[block.path]
         if plan.config.compensate:
-            down_rows, plan.compensation[block.path] = compensated_down_rows(
+            plan.compensation[block.path] = compensate_block(
                 block, kept, statistics.blocks[block.path], plan.config.ridge
             )
-        model.set_submodule(block.path, cut_block(block, kept, down_rows))
+        model.set_submodule(block.path, cut_block(block, kept))
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
@@ -99,10 +99,12 @@ def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None) -
 
 
 @torch.no_grad()
-def compensated_down_rows(
+def compensate_block(
     block: ExpertBlock, kept: list[torch.Tensor], statistics: BlockStatistics, ridge: float
-) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
-    """Rows of the down projection that make up for the removed ones; any layout can store them in place of its own.
+) -> list[tuple[float, float]]:
+    """Changes the kept rows of the down projection, in place, so that they make up for those that are about to go.
+
+    What is cut afterwards, and how it is stored, is not its business: it serves every layout.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
@@ -111,28 +113,24 @@ def compensated_down_rows(
         ridge (`float`): least ridge, in units of the mean squared activation.
 
     Returns:
-        `tuple`: for each expert its rows [w, d] in the order of `kept`, and the relative squared error of its output on
-        the calibration tokens without and with them.
+        `list[tuple[float, float]]`: for each expert the relative squared error of its output on the calibration tokens,
+        without and with compensation.
     """
-    down_projs = [block.down_rows(expert).T for expert in range(block.num_experts)]
+    rows = [block.down_rows(expert) for expert in range(block.num_experts)]
     grams = statistics.mean("activation_gram_sum").to(block.module.down_proj.device)
-    results = compensate_experts(down_projs, grams, kept, statistics.token_count.tolist(), ridge)
-    return [result.down_proj.T for result in results], [
-        (result.error_before, result.error_after) for result in results
-    ]
+    results = compensate_experts([part.T for part in rows], grams, kept, statistics.token_count.tolist(), ridge)
+    for part, indices, result in zip(rows, kept, results):
+        part[indices.to(part.device)] = result.down_proj.T  # a view of the parameter
+    return [(result.error_before, result.error_after) for result in results]
 
 
 @torch.no_grad()
-def cut_block(
-    block: ExpertBlock, kept: list[torch.Tensor], down_rows: list[torch.Tensor] | None = None
-) -> AtomicExperts:
+def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     """A module with the kept atomic experts of one block, in the dtype and on the device of its weights.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert, ascending.
-        down_rows (`list[torch.Tensor]`, *optional*): what to store as the kept rows of the down projection of each expert,
-            [w, d]; by default those that are there.
     """
     from ..modeling.atomic_experts import AtomicExperts
 
@@ -143,7 +141,7 @@ def cut_block(
         indices, width = indices.to(stock.down_proj.device), len(indices)
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
-        experts.down_proj[rows] = block.down_rows(expert)[indices] if down_rows is None else down_rows[expert]
+        experts.down_proj[rows] = block.down_rows(expert)[indices]
         experts.gate_up_proj[pairs] = _stored(block.gate_up_rows(expert)[:, indices], stock.is_concatenated)
         if stock.has_bias:
             experts.gate_up_proj_bias[pairs] = _stored(block.gate_up_bias(expert)[:, indices], stock.is_concatenated)
