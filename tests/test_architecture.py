@@ -63,9 +63,7 @@ class _Imports(ast.NodeVisitor):
         self.found += [(".".join(self.scope), alias.name, [], 0) for alias in node.names]
 
     def visit_ImportFrom(self, node):
-        self.found.append(
-            (".".join(self.scope), node.module or "", [alias.name for alias in node.names], node.level)
-        )
+        self.found.append((".".join(self.scope), node.module or "", [alias.name for alias in node.names], node.level))
 
 
 def _imports(path: Path) -> list[tuple[str, str, list[str], int]]:

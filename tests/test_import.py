@@ -46,7 +46,9 @@ def test_import_is_light():
 
 def test_import_is_fast():
     # Taken in turn, so that a busy moment of the machine hits both; the best of a few is what the code costs.
-    transformers, heapr = zip(*[(seconds_to_import("transformers"), seconds_to_import("optimum_heapr")) for _ in "123"])
+    transformers, heapr = zip(
+        *[(seconds_to_import("transformers"), seconds_to_import("optimum_heapr")) for _ in "123"]
+    )
     assert min(heapr) < min(transformers) + 1.0
 
 

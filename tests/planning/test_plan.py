@@ -188,7 +188,7 @@ def test_indices_out_of_range_or_order_are_refused(saved, indices):
         tensors[f"{SECOND}.kept_indices"] = torch.tensor([*range(8), *indices], dtype=torch.int32)
 
     rewrite(saved, change)
-    expected = rf"indices of expert 1 of model\.layers\.1\.mlp\.experts must rise within \[0, 8\); plan again"
+    expected = r"indices of expert 1 of model\.layers\.1\.mlp\.experts must rise within \[0, 8\); plan again"
     with pytest.raises(HeaprError, match=expected):
         PruningPlan.load(saved)
 
