@@ -23,7 +23,9 @@ from .utils.files import write_json
 
 CONFIG_NAME = "heapr_config.json"
 
-CRITERIA = ("heapr", "fisher", "magnitude", "activation", "random")
+CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
+REDUCTIONS = ("mean", "total")
+STATISTICS = ("auto", "vector", "gram")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
@@ -42,7 +44,16 @@ class HeaprConfig:
         ratio (`float`, *optional*, defaults to 0.25):
             Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
         criterion (`str`, *optional*, defaults to `"heapr"`):
-            What atomic experts are ranked by, one of `heapr`, `fisher`, `magnitude`, `activation`, `random`.
+            What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
+            `reap` and `frequency`, which rank whole experts. See `docs/source/concepts/criteria.md`.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            How `heapr` and `fisher` weigh experts: `mean` over the tokens routed to the expert, as published, or
+            `total` over all tokens, so that experts count by how often they are used.
+        compensate (`bool`, *optional*, defaults to `False`):
+            Fold what the removed atomic experts did into the down projection of those that stay, in closed form.
+        ridge (`float`, *optional*, defaults to 0.01):
+            Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few
+            tokens reached get more.
         allocation (`str`, *optional*, defaults to `"global"`):
             Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
             of each layer, `uniform` leaves every expert of the model the same width.
@@ -59,6 +70,9 @@ class HeaprConfig:
             Runtime whose rule the widths keep: multiples of 128 for `vllm` and `fp8`, of 256 for `gguf`.
         tensor_parallel (`int`, *optional*, defaults to 1):
             Ranks that experts will be split over; widths are multiples of the rule times this.
+        statistics (`str`, *optional*, defaults to `"auto"`):
+            What calibration measures: `vector`, three numbers an atomic expert, or `gram`, also two matrices an expert,
+            which `obs` and `compensate` need; `auto` is what `criterion` and `compensate` need.
         dataset (`str`, *optional*):
             Calibration text: a local file or folder, or the name of a dataset on the Hub.
         dataset_config (`str`, *optional*):
@@ -82,6 +96,15 @@ class HeaprConfig:
 
     ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
     criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
+    reduction: str = _option(
+        "mean",
+        "heapr and fisher: mean over the tokens of an expert, as published, or total over all tokens",
+        REDUCTIONS,
+    )
+    compensate: bool = _option(False, "fold what is removed into the down projection of what stays")
+    ridge: float = _option(
+        0.01, "least regularization of obs and of compensation, relative to the mean squared activation"
+    )
     allocation: str = _option(
         "global",
         "rank over the whole model, remove the same share of each layer, or one width everywhere",
@@ -95,6 +118,9 @@ class HeaprConfig:
     )
     align_for: str = _option("none", "runtime whose rule the widths keep", ALIGNMENTS)
     tensor_parallel: int = _option(1, "ranks that experts will be split over; widths are multiples for each")
+    statistics: str = _option(
+        "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
+    )
     dataset: str | None = _option(None, "calibration text: a local file or folder, or a dataset on the Hub")
     dataset_config: str | None = _option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
     split: str = _option("train", "split of the dataset")
@@ -116,6 +142,12 @@ class HeaprConfig:
             raise HeaprError(
                 f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
             )
+        if self.statistics == "vector" and (self.criterion == "obs" or self.compensate):
+            raise HeaprError(
+                f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
+                "leave statistics at 'auto'"
+            )
+        self._check_least("ridge", 0)
         for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
             self._check_least(name, least)
         for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1)):
@@ -129,6 +161,13 @@ class HeaprConfig:
             self.allocation = "uniform"
         if self.layout == "uniform" and self.allocation != "uniform":
             raise HeaprError(f"allocation={self.allocation!r}: layout='uniform' needs allocation='uniform'")
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether calibration has to measure the second-order statistics."""
+        return self.statistics == "gram" or (
+            self.statistics == "auto" and (self.criterion == "obs" or self.compensate)
+        )
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

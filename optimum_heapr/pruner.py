@@ -100,7 +100,7 @@ class HeaprPruner:
         """
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
-        self.statistics = calibrate(self.model, data, config.batch_size)
+        self.statistics = calibrate(self.model, data, config.batch_size, config.needs_grams)
         return self.statistics
 
     def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:
@@ -121,14 +121,24 @@ class HeaprPruner:
         statistics.check_model(self.model, find_expert_blocks(self.model))
         return PruningPlan.build(statistics, self.config.replace(**changes))
 
-    def apply(self, plan: PruningPlan | str | os.PathLike) -> PreTrainedModel:
+    def apply(
+        self, plan: PruningPlan | str | os.PathLike, statistics: AtomicStatistics | str | os.PathLike | None = None
+    ) -> PreTrainedModel:
         """Cuts the model in place and returns it.
 
+        Args:
+            plan (`PruningPlan` or `str`): what stays.
+            statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation; defaults to those
+                of the last [`~HeaprPruner.calibrate`].
+
         Raises:
-            HeaprError: if the plan was made for another model.
+            HeaprError: if the plan was made for another model, or asks for compensation without the statistics for it.
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-        apply_plan(self.model, plan)
+        statistics = self.statistics if statistics is None else statistics
+        if statistics is not None and not isinstance(statistics, AtomicStatistics):
+            statistics = AtomicStatistics.load(statistics)
+        apply_plan(self.model, plan, statistics)
         self.applied_plan = plan
         return self.model
 
@@ -165,7 +175,7 @@ class HeaprPruner:
             self.model.save_pretrained(temporary, **save_options)
             _save_companions(temporary, self.tokenizer, self.applied_plan)
             if self.statistics is not None:
-                self.statistics.save(temporary / STATISTICS_NAME)
+                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
         return folder
 
 
@@ -193,6 +203,8 @@ def apply_streaming(
         HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    if plan.config.compensate:
+        raise HeaprError("plan: asks for compensate=True, which needs the model in memory; use apply() or --in-memory")
     from .surgery.streaming import stream_plan
     from .utils.tensor_files import checkpoint_files
 

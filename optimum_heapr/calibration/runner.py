@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def calibrate(model: torch.nn.Module, data: CalibrationData, batch_size: int = 1) -> AtomicStatistics:
+def calibrate(
+    model: torch.nn.Module, data: CalibrationData, batch_size: int = 1, gram: bool = False
+) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of `model` on `data`.
 
     The model comes back as it was: weights, gradients flags, mode, experts implementation. Under `accelerate launch`
@@ -36,12 +39,14 @@ def calibrate(model: torch.nn.Module, data: CalibrationData, batch_size: int = 1
         model (`PreTrainedModel`): any model whose experts are on the experts interface of transformers.
         data (`CalibrationData`): tokenized samples.
         batch_size (`int`): samples in a micro-batch.
+        gram (`bool`): also measure the second-order statistics, two I x I matrices for each expert, in the same pass.
 
     Returns:
         `AtomicStatistics`: on the CPU.
 
     Raises:
-        HeaprError: if the model has no prunable experts, or a loss or gradient is not finite.
+        HeaprError: if the model has no prunable experts, the second-order statistics do not fit into memory, or a loss
+            or gradient is not finite.
     """
     from accelerate import Accelerator
 
@@ -51,11 +56,13 @@ def calibrate(model: torch.nn.Module, data: CalibrationData, batch_size: int = 1
         model.to(accelerator.device)
     device = model.get_input_embeddings().weight.device
     device = accelerator.device if device.type == "meta" else device
+    if gram:
+        check_gram_memory(blocks)
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
 
     total_loss, total_targets = torch.zeros((), dtype=torch.float64), 0
-    with frozen_in_evaluation_mode(model), calibration_tap(model, blocks) as accumulators:
+    with frozen_in_evaluation_mode(model), calibration_tap(model, blocks, gram) as accumulators:
         for index in progress(own, desc="Calibrating", unit="batch"):
             batch = batches[index]
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -114,13 +121,42 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def check_gram_memory(blocks: list[ExpertBlock]) -> None:
+    """States what the second-order statistics take, and refuses what does not fit next to the model.
+
+    Raises:
+        HeaprError: naming the bytes needed and available, and on which device.
+    """
+    needed: dict[torch.device, int] = {}
+    for block in blocks:
+        device = block.module.down_proj.device
+        needed[device] = needed.get(device, 0) + 2 * 4 * block.num_experts * block.width**2
+    for device, size in needed.items():
+        available = _available_bytes(device)
+        logger.info(
+            "Second-order statistics take %s bytes on %s, of %s available", f"{size:,}", device, f"{available:,}"
+        )
+        if size > available:
+            raise HeaprError(
+                f"statistics='gram': needs {size:,} bytes on {device} for two float32 matrices an expert, and {available:,} "
+                "are available; spread the model over more memory, or use a criterion and compensate=False that "
+                "statistics='vector' serves"
+            )
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
+    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if part.name != "weight_norm"}
     return BlockStatistics(
-        activation_sq_sum=sums.activation_sq_sum.cpu(),
-        gradient_sq_sum=sums.gradient_sq_sum.cpu(),
-        fisher_sum=sums.fisher_sum.cpu(),
         weight_norm=block.atomic_norms(),
-        token_count=sums.token_count.cpu(),
+        **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},
     )
 
 
@@ -128,13 +164,8 @@ def _add_over_processes(accelerator, block: BlockStatistics) -> BlockStatistics:
     def added(tensor: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
-    return BlockStatistics(
-        added(block.activation_sq_sum),
-        added(block.gradient_sq_sum),
-        added(block.fisher_sum),
-        block.weight_norm,
-        added(block.token_count),
-    )
+    measured = {part.name: getattr(block, part.name) for part in fields(BlockStatistics) if part.name != "weight_norm"}
+    return replace(block, **{name: added(tensor) for name, tensor in measured.items() if tensor is not None})
 
 
 def _warn_about_unreached(statistics: AtomicStatistics) -> None:

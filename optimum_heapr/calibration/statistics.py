@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,9 @@ class BlockStatistics:
         fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
         weight_norm (`torch.Tensor`): Euclidean norm of the atomic expert's weights, [E, I].
         token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
+        output_norm_sum (`torch.Tensor`, *optional*): sum of router weight times norm of the expert's output, [E].
+        activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
+        gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
     """
 
     activation_sq_sum: torch.Tensor
@@ -43,6 +46,9 @@ class BlockStatistics:
     fisher_sum: torch.Tensor
     weight_norm: torch.Tensor
     token_count: torch.Tensor
+    output_norm_sum: torch.Tensor | None = None
+    activation_gram_sum: torch.Tensor | None = None
+    gradient_gram_sum: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -59,7 +65,28 @@ class BlockStatistics:
 
     def mean(self, name: str) -> torch.Tensor:
         """One of the sums divided by the expert's token count, [E, I]; zero for experts that no token reached."""
-        return getattr(self, name) / self.token_count.clamp(min=1).unsqueeze(1)
+        return self.per_token(getattr(self, name))
+
+    def per_token(self, total: torch.Tensor) -> torch.Tensor:
+        """A sum over the tokens of each expert, [E, ...], divided by how many these are."""
+        return total / self.token_count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
+
+    @property
+    def has_grams(self) -> bool:
+        """Whether the second-order statistics, I x I for each expert, were measured."""
+        return self.activation_gram_sum is not None and self.gradient_gram_sum is not None
+
+    def check_grams(self, path: str, reason: str) -> None:
+        """Refuses vector statistics where matrices are needed.
+
+        Raises:
+            HeaprError: naming what needs them.
+        """
+        if not self.has_grams:
+            raise HeaprError(
+                f"{reason}: needs second-order statistics, and those of {path} are vectors; "
+                "calibrate again with statistics='gram'"
+            )
 
 
 @dataclass
@@ -86,25 +113,33 @@ class AtomicStatistics:
         found = {path: torch.nonzero(~block.reached).flatten().tolist() for path, block in self.blocks.items()}
         return {path: experts for path, experts in found.items() if experts}
 
-    def importance(self, criterion: str = "heapr", seed: int = 0) -> dict[str, torch.Tensor]:
+    def importance(
+        self, criterion: str = "heapr", seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+    ) -> dict[str, torch.Tensor]:
         """Importance of each atomic expert, [E, I] a block; higher is kept.
 
         Experts that no token reached have unknown statistics: they rank below every reached atomic expert, among
         themselves by weight norm.
 
         Raises:
-            HeaprError: if there is no such criterion.
+            HeaprError: if there is no such criterion, or it needs statistics that were not measured.
         """
         from ..criteria import importance
 
-        return importance(self, criterion, seed)
+        return importance(self, criterion, seed, reduction, ridge)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file, whole or not at all."""
+    def save(self, path: str | os.PathLike, grams: bool = True) -> None:
+        """Writes one safetensors file, whole or not at all.
+
+        Args:
+            path (`str`): the file.
+            grams (`bool`): with the second-order statistics, if they were measured; they are most of the file.
+        """
         tensors = {
             f"{block_path}.{part.name}": getattr(block, part.name)
             for block_path, block in self.blocks.items()
             for part in fields(BlockStatistics)
+            if getattr(block, part.name) is not None and (grams or "_gram_" not in part.name)
         }
         write_artefact(path, FORMAT, tensors, {"fingerprint": self.fingerprint, "blocks": list(self.blocks)})
 
@@ -116,10 +151,14 @@ class AtomicStatistics:
             HeaprError: if the file is missing, truncated, or something else.
         """
         tensors, metadata = read_artefact(path, FORMAT)
-        parts = [part.name for part in fields(BlockStatistics)]
+        required = [part.name for part in fields(BlockStatistics) if part.default is MISSING]
+        optional = [part.name for part in fields(BlockStatistics) if part.default is not MISSING]
         try:
             blocks = {
-                block: BlockStatistics(**{part: tensors[f"{block}.{part}"] for part in parts})
+                block: BlockStatistics(
+                    **{part: tensors[f"{block}.{part}"] for part in required},
+                    **{part: tensors.get(f"{block}.{part}") for part in optional},
+                )
                 for block in metadata["blocks"]
             }
             statistics = cls(blocks, metadata["fingerprint"])

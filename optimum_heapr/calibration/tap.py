@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,37 +35,81 @@ CALIBRATION_IMPLEMENTATION = "heapr_calibration"
 class BlockAccumulator:
     """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
 
+    Args:
+        gram (`bool`): also accumulate the two I x I matrices of each expert.
+
     Attributes:
         activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
         gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I].
         fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
         token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
+        output_norm_sum (`torch.Tensor`): sum of router weight times the norm of the expert's output, [E].
+        activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
+        gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
         token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
     """
 
-    def __init__(self, num_experts: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32):
-        sums = torch.zeros(3, num_experts, width, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        gram: bool = False,
+    ):
+        options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        sums = torch.zeros(3, num_experts, width, **options)
         self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = sums
         self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.output_norm_sum = torch.zeros(num_experts, **options)
+        self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
+        self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
         self.token_mask: torch.Tensor | None = None
 
-    def add(self, activation: torch.Tensor, gradient: torch.Tensor, counts: list[int], valid: torch.Tensor | None):
-        """Adds one micro-batch: rows sorted by expert, `counts[e]` of them for expert e; `valid` [rows] marks tokens."""
+    def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: _RoutedRows) -> None:
+        """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
         start = 0
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(routed.counts):
             if count == 0:
                 continue
             rows = slice(start, start + count)
             start += count
-            h, g = (part[rows].to(self.activation_sq_sum.dtype) for part in (activation, gradient))
-            if valid is not None:
-                h = h * valid[rows, None]
-                self.token_count[expert] += valid[rows].sum()
+            h, g, router_weight, output_norm = (
+                part[rows].to(self.activation_sq_sum.dtype)
+                for part in (activation, gradient, routed.router_weight, routed.output_norm)
+            )
+            if routed.valid is not None:
+                # Padding on the right has no gradient, so only h and the router weight need the mask.
+                valid = routed.valid[rows]
+                h, router_weight = h * valid[:, None], router_weight * valid
+                self.token_count[expert] += valid.sum()
             else:
                 self.token_count[expert] += count
             self.activation_sq_sum[expert] += h.square().sum(0)
             self.gradient_sq_sum[expert] += g.square().sum(0)
             self.fisher_sum[expert] += (h * g).square_().sum(0)
+            self.output_norm_sum[expert] += router_weight @ output_norm
+            if self.activation_gram_sum is not None:
+                weighted = h * router_weight[:, None]
+                self.activation_gram_sum[expert].addmm_(weighted.T, weighted)
+                self.gradient_gram_sum[expert].addmm_(g.T, g)
+
+
+@dataclass
+class _RoutedRows:
+    """What the sums need to know of the rows of one micro-batch, which are sorted by expert.
+
+    Attributes:
+        counts (`list[int]`): rows of each expert.
+        router_weight (`torch.Tensor`): [rows].
+        valid (`torch.Tensor`, *optional*): which rows belong to tokens that count, [rows]; `None` if all do.
+        output_norm (`torch.Tensor`, *optional*): norm of the expert's output, [rows]; known once the forward is through.
+    """
+
+    counts: list[int]
+    router_weight: torch.Tensor
+    valid: torch.Tensor | None
+    output_norm: torch.Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -74,17 +119,17 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, activation, accumulator, counts, valid):
+    def forward(ctx, activation, accumulator, routed):
         ctx.save_for_backward(activation)
-        ctx.accumulator, ctx.counts, ctx.valid = accumulator, counts, valid
+        ctx.accumulator, ctx.routed = accumulator, routed
         return activation.view_as(activation)
 
     @staticmethod
     def backward(ctx, gradient):
         (activation,) = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            ctx.accumulator.add(activation, gradient, ctx.counts, ctx.valid)
-        return gradient, None, None, None
+            ctx.accumulator.add(activation, gradient, ctx.routed)
+        return gradient, None, None
 
 
 def _looped_linear(
@@ -124,6 +169,9 @@ def calibration_experts_forward(
     offsets = counts.cumsum(0).to(torch.int32)
     bias_of = (lambda bias: bias[expert_of_row]) if self.has_bias else (lambda bias: None)
 
+    router_weights = top_k_weights.reshape(-1)[order]
+    routed = None
+
     rows = hidden_states[order // top_k]
     linear = _grouped_linear if _suits_grouped_kernel(self.down_proj) else _looped_linear
     gate_up = linear(
@@ -135,18 +183,25 @@ def calibration_experts_forward(
             # The first block of the model: nothing below it is needed, so the graph starts here.
             activation = activation.detach().requires_grad_(True)
         valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
-        activation = _Tap.apply(activation, accumulator, counts.tolist(), valid)
+        routed = _RoutedRows(counts.tolist(), router_weights.detach(), valid)
+        activation = _Tap.apply(activation, accumulator, routed)
     output = linear(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed
     )
-    output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    if routed is not None:
+        routed.output_norm = torch.linalg.vector_norm(
+            output.detach(), dim=-1, dtype=torch.promote_types(output.dtype, torch.float32)
+        )
+    output = output * router_weights.unsqueeze(-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     return output[inverse].view(-1, top_k, output.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 @contextmanager
-def calibration_tap(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterator[dict[str, BlockAccumulator]]:
+def calibration_tap(
+    model: torch.nn.Module, blocks: list[ExpertBlock], gram: bool = False
+) -> Iterator[dict[str, BlockAccumulator]]:
     """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
 
     What was there before comes back when the block ends, also after an error.
@@ -156,7 +211,7 @@ def calibration_tap(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterat
     """
     accumulators = {
         block.path: BlockAccumulator(
-            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype
+            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype, gram
         )
         for block in blocks
     }

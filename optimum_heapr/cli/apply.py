@@ -14,12 +14,13 @@ class ApplyCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
+        parser.add_argument("-s", "--statistics", help="statistics file of 'calibrate'; needed to compensate")
         add_output_options(parser)
         parser.add_argument(
             "--in-memory",
             action="store_true",
-            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map and "
-            "--dequantize imply it; the result is the same",
+            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map, "
+            "--dequantize and a plan with compensation imply it; the result is the same",
         )
 
     def execute(self) -> None:
@@ -34,9 +35,9 @@ class ApplyCommand(HeaprSubcommand):
 
         plan = PruningPlan.load(args.plan)
         options = model_options_from(args)
-        if args.in_memory or args.packed or args.device_map or args.dequantize:
+        if args.in_memory or args.packed or args.device_map or args.dequantize or plan.config.compensate:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
-            pruner.apply(plan)
+            pruner.apply(plan, args.statistics)
             pruner.save_pretrained(args.output, args.overwrite, **save_options_from(args))
         else:
             apply_streaming(args.model, plan, args.output, args.overwrite, args.max_shard_size, **options)

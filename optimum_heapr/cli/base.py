@@ -18,6 +18,7 @@ from ..utils.errors import HeaprError
 
 
 CALIBRATION_OPTIONS = (
+    "statistics",
     "dataset",
     "dataset_config",
     "split",
@@ -60,6 +61,8 @@ def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) ->
     """Adds one flag for each named option of `HeaprConfig`, and `-c/--config` for a recipe file that they override."""
     group = parser.add_argument_group("Pruning options")
     group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
+    # A command may have a flag of its own that is named like an option.
+    parser.set_defaults(config_options=tuple(names))
     kinds = _field_types()
     options = {option.name: option for option in dataclasses.fields(HeaprConfig)}
     for name in names:
@@ -87,8 +90,8 @@ def config_from(args: argparse.Namespace) -> HeaprConfig:
         HeaprError: if the file cannot be read or an option is wrong.
     """
     values: dict[str, Any] = read_mapping(args.config) if args.config else {}
-    names = [option.name for option in dataclasses.fields(HeaprConfig)]
-    return HeaprConfig.from_dict({**values, **{name: getattr(args, name) for name in names if hasattr(args, name)}})
+    given = {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
+    return HeaprConfig.from_dict({**values, **given})
 
 
 def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:

@@ -26,7 +26,9 @@ class PruneCommand(HeaprSubcommand):
         add_output_options(parser)
         parser.add_argument("-s", "--statistics", help="statistics file to use in place of calibrating")
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
-        add_config_options(parser, (*PLANNING_OPTIONS, *CALIBRATION_OPTIONS))
+        # What to measure follows from the rest; --statistics names a file here.
+        measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
+        add_config_options(parser, (*PLANNING_OPTIONS, *measuring))
 
     def execute(self) -> None:
         from ..utils.files import check_output_folder

@@ -9,9 +9,12 @@ from ..utils.errors import HeaprError, did_you_mean
 from .activation import Activation
 from .base import Criterion, ranked_below_reached
 from .fisher import Fisher
+from .frequency import Frequency
 from .heapr import Heapr
 from .magnitude import Magnitude
+from .obs import Obs
 from .random import Random
+from .reap import Reap
 
 
 if TYPE_CHECKING:
@@ -21,20 +24,22 @@ if TYPE_CHECKING:
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    criterion.name: criterion for criterion in (Heapr, Fisher, Magnitude, Activation, Random)
+    criterion.name: criterion for criterion in (Heapr, Fisher, Obs, Magnitude, Activation, Reap, Frequency, Random)
 }
 
 
-def importance(statistics: AtomicStatistics, criterion: str, seed: int = 0) -> dict[str, torch.Tensor]:
+def importance(
+    statistics: AtomicStatistics, criterion: str, seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+) -> dict[str, torch.Tensor]:
     """Importance of each atomic expert by block, [E, I]; higher is kept.
 
     Raises:
-        HeaprError: if there is no such criterion.
+        HeaprError: if there is no such criterion, or it needs statistics that were not measured.
     """
     if criterion not in CRITERIA:
         hint = did_you_mean(criterion, CRITERIA)
         raise HeaprError(f"criterion={criterion!r}: must be one of {', '.join(CRITERIA)}{hint}")
-    chosen = CRITERIA[criterion](seed)
+    chosen = CRITERIA[criterion](seed, reduction, ridge)
     scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
     return ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
 

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 class Criterion(ABC):
     """Scores atomic experts from their statistics.
 
+    Args:
+        seed (`int`): of what is random.
+        reduction (`str`): `mean` over the tokens routed to the expert, or `total` over all tokens; not every criterion
+            makes the difference.
+        ridge (`float`): least regularization of what inverts a matrix.
+
     Attributes:
         name (`str`): how users call it.
         needs_tokens (`bool`): whether the score of an expert that no token reached is unknown.
@@ -24,12 +30,33 @@ class Criterion(ABC):
     name: ClassVar[str]
     needs_tokens: ClassVar[bool] = True
 
-    def __init__(self, seed: int = 0):
-        self.seed = seed
+    def __init__(self, seed: int = 0, reduction: str = "mean", ridge: float = 0.01):
+        self.seed, self.reduction, self.ridge = seed, reduction, ridge
 
     @abstractmethod
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
         """Importance of each atomic expert of the block at module path `path`, [E, I]; higher is kept."""
+
+    def reduced(self, mean: torch.Tensor, block: BlockStatistics) -> torch.Tensor:
+        """A cost for each routed token, [E, I], as it is or, for `reduction="total"`, times the expert's tokens."""
+        return mean * block.token_count.unsqueeze(1) if self.reduction == "total" else mean
+
+
+class ExpertCriterion(Criterion):
+    """Scores whole experts: the atomic experts of one share its score.
+
+    Ties are broken by index and removal takes the higher one first, so experts go one after another and at most one of
+    them is cut in part. Experts that no token reached have the score 0, not an unknown one.
+    """
+
+    needs_tokens = False
+
+    @abstractmethod
+    def expert_score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        """Importance of each expert, [E]."""
+
+    def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        return self.expert_score(path, block).unsqueeze(1).expand(-1, block.width)
 
 
 def ranked_below_reached(scores: dict[str, torch.Tensor], statistics: AtomicStatistics) -> dict[str, torch.Tensor]:

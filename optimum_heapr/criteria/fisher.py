@@ -23,4 +23,4 @@ class Fisher(Criterion):
     name = "fisher"
 
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
-        return 0.5 * block.mean("fisher_sum")
+        return self.reduced(0.5 * block.mean("fisher_sum"), block)

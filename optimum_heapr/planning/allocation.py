@@ -111,7 +111,7 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> list[torch
 
 
 def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> torch.Tensor:
-    """The same number of groups for every expert, the fewest that remove no more than the ratio: [E]."""
+    """The same number of groups for every expert, the fewest that hold the width nearest to the ratio: [E]."""
     experts, groups = block.value.shape
     width, multiple = int(block.size.sum()), config.width_multiple
     check_uniform_width(config, width)

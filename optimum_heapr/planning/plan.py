@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,8 @@ class PruningPlan:
         model (`dict`): fingerprint of the model that the statistics were measured on.
         loss_increase (`dict[str, float]`): estimated increase of the loss by block path, nats a token.
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block path.
+        compensation (`dict[str, list[tuple[float, float]]]`): by block path, for each expert the relative squared error of
+            its output on the calibration tokens, without and with compensation; empty until it is applied with it.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -42,6 +44,7 @@ class PruningPlan:
     model: dict[str, Any]
     loss_increase: dict[str, float]
     unreached: dict[str, list[int]]
+    compensation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:
@@ -51,7 +54,11 @@ class PruningPlan:
             HeaprError: if the statistics are not finite or the ratio cannot be reached; see
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
-        kept = allocate(importance(statistics, config.criterion, config.seed), config, statistics.unreached)
+        kept = allocate(
+            importance(statistics, config.criterion, config.seed, config.reduction, config.ridge),
+            config,
+            statistics.unreached,
+        )
         return cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
@@ -110,6 +117,7 @@ class PruningPlan:
             "model": self.model,
             "loss_increase": self.loss_increase,
             "unreached": self.unreached,
+            "compensation": self.compensation,
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -133,10 +141,12 @@ class PruningPlan:
                 model=document["model"],
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
+                compensation=document.get("compensation", {}),
             )
-        except (KeyError, RuntimeError) as error:
-            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({error}); plan again") from error
-        plan.check()
+            plan.check()
+        except (KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({reason}); plan again") from error
         return plan
 
     def check(self) -> None:

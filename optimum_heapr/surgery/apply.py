@@ -11,23 +11,28 @@ from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
+from .compensation import compensate_experts
 from .selection import packed_rows
 
 
 if TYPE_CHECKING:
+    from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
     from ..modeling.atomic_experts import AtomicExperts
     from ..planning.plan import PruningPlan
 
 
-def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
+def apply_plan(
+    model: torch.nn.Module, plan: PruningPlan, statistics: AtomicStatistics | None = None
+) -> torch.nn.Module:
     """Turns `model` into a pruned model, in place: a block at a time, so that memory only falls.
 
     Needs no calibration data and no accelerator.
 
     Args:
         model (`PreTrainedModel`): the model that the plan was made for.
-        plan (`PruningPlan`): what stays.
+        plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed if `plan.config.compensate`.
 
     Returns:
         `PreTrainedModel`: the same object, now of the pruned class; it saves and loads like any other.
@@ -35,7 +40,14 @@ def apply_plan(model: torch.nn.Module, plan: PruningPlan) -> torch.nn.Module:
     Raises:
         HeaprError: if the plan was made for another model or does not fit its expert blocks.
     """
-    cut_model(model, plan, check_plan(model, plan))
+    blocks = check_plan(model, plan)
+    check_compensation(plan, statistics)
+    if plan.config.compensate:
+        for block in progress(blocks, desc="Compensating", unit="layer"):
+            plan.compensation[block.path] = compensate_block(
+                block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
+            )
+    cut_model(model, plan, blocks)
     return model
 
 
@@ -82,6 +94,50 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
             f"model={model_name(model)!r}: {offloaded[0]} is offloaded; load it without device_map to prune it in memory"
         )
     return blocks
+
+
+def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None) -> None:
+    """Refuses a plan that asks for compensation without the statistics for it.
+
+    Raises:
+        HeaprError: if there are none, they are of another model, or they are vectors.
+    """
+    if not plan.config.compensate:
+        return
+    if statistics is None:
+        raise HeaprError(
+            "plan: asks for compensate=True and statistics=None; pass the statistics that it was made from, or plan with "
+            "compensate=False"
+        )
+    check_same_model(plan.model, statistics.fingerprint["model"], "plan")
+    for path in plan.kept:
+        statistics.blocks[path].check_grams(path, "compensate=True")
+
+
+@torch.no_grad()
+def compensate_block(
+    block: ExpertBlock, kept: list[torch.Tensor], statistics: BlockStatistics, ridge: float
+) -> list[tuple[float, float]]:
+    """Changes the kept rows of the down projection, in place, so that they make up for those that are about to go.
+
+    What is cut afterwards, and how it is stored, is not its business: it serves every layout.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept indices of each expert.
+        statistics (`BlockStatistics`): second-order statistics of the block.
+        ridge (`float`): least ridge, in units of the mean squared activation.
+
+    Returns:
+        `list[tuple[float, float]]`: for each expert the relative squared error of its output on the calibration tokens,
+        without and with compensation.
+    """
+    rows = [block.down_rows(expert) for expert in range(block.num_experts)]
+    grams = statistics.mean("activation_gram_sum").to(block.module.down_proj.device)
+    results = compensate_experts([part.T for part in rows], grams, kept, statistics.token_count.tolist(), ridge)
+    for part, indices, result in zip(rows, kept, results):
+        part[indices.to(part.device)] = result.down_proj.T  # a view of the parameter
+    return [(result.error_before, result.error_after) for result in results]
 
 
 @torch.no_grad()

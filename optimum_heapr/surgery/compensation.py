@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..criteria.elimination import ridge_for_tokens
+
 
 __all__ = ["CompensationResult", "compensate", "compensate_experts", "compensation_weights", "ridge_for_tokens"]
 
@@ -47,16 +49,6 @@ class CompensationResult:
     error_before: float
     error_after: float
     ridge: float | None
-
-
-def ridge_for_tokens(ridge: float, atoms: int, token_count: int) -> float:
-    """The ridge for an expert of `atoms` atoms that `token_count` tokens reached: `max(ridge, atoms / token_count)`.
-
-    Unit: mean(diag A). With 20 tokens per atom it is at least 0.05; with fewer tokens than atoms it is above 1, and
-    compensation fades towards plain removal. No token at all counts as one: the value stays finite, and `compensate`
-    does not use it.
-    """
-    return max(ridge, atoms / max(token_count, 1))
 
 
 def compensation_weights(

@@ -77,7 +77,7 @@ def test_global_removes_what_is_worth_least_in_the_whole_model(ratio, multiple, 
     assert kept == reference_least(scores, ratio, multiple)
     removed, asked = 120 - count(kept), round(ratio * 120)
     assert asked - multiple < removed <= asked
-    if ratio == 0.25:
+    if ratio == 0.25 and multiple < 3:
         assert len({width for experts in widths(kept).values() for width in experts}) > 2
 
 
@@ -226,9 +226,10 @@ def test_protected_experts_stay_as_they_are(allocation):
     protected = {(path, expert) for path, experts in unreached.items() for expert in experts}
     if allocation == "global":
         assert kept == reference_least(scores, 0.4, protected=protected)
-    # Without protection they are the first to go.
+    # Without protection they are the first to go: 30 atomic experts, 20 of them in layer 0, where 16 go.
     kept = plan(scores, unreached, ratio=0.4, allocation=allocation)
-    assert all(kept[path][expert] == [] for path, expert in protected)
+    left = sum(len(kept[path][expert]) for path, expert in protected)
+    assert left == (0 if allocation == "global" else 4)
 
 
 # What cannot be

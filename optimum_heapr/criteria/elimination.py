@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 
-__all__ = ["Elimination", "greedy_elimination"]
+__all__ = ["Elimination", "greedy_elimination", "ridge_for_tokens"]
 
 # Rank-one updates are collected and applied to the I x I matrices this many at a time, as one matrix product. Between
 # two products only what the next choice needs is kept up to date: both diagonals, and the row of the chosen atom.
@@ -117,6 +117,16 @@ def greedy_elimination(
             activation_gram[chunk].to(dtype), gradient_gram[chunk].to(dtype), ridges[chunk]
         )
     return Elimination(order=order, cost=cost)
+
+
+def ridge_for_tokens(ridge: float, atoms: int, token_count: int) -> float:
+    """The ridge for an expert of `atoms` atoms that `token_count` tokens reached: `max(ridge, atoms / token_count)`.
+
+    Unit: mean(diag A). With 20 tokens per atom it is at least 0.05; with fewer tokens than atoms it is above 1, and
+    compensation fades towards plain removal. No token at all counts as one: the value stays finite, and `compensate`
+    does not use it.
+    """
+    return max(ridge, atoms / max(token_count, 1))
 
 
 def _eliminate(

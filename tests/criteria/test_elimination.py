@@ -11,8 +11,8 @@ import itertools
 import pytest
 import torch
 
-from optimum_heapr.surgery import elimination
-from optimum_heapr.surgery.elimination import greedy_elimination
+from optimum_heapr.criteria import elimination
+from optimum_heapr.criteria.elimination import greedy_elimination
 
 
 torch.set_num_threads(1)

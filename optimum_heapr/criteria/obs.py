@@ -1,0 +1,69 @@
+# Licensed under the Apache License, Version 2.0
+"""Optimal brain surgeon: what removing an atomic expert costs once the others make up for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .base import Criterion
+from .elimination import Elimination, greedy_elimination, ridge_for_tokens
+
+
+if TYPE_CHECKING:
+    from ..calibration.statistics import BlockStatistics
+
+
+class Obs(Criterion):
+    """Position and cost in a greedy backward elimination of each expert; `elimination.py` has the formulas.
+
+    The cost is the increase of the loss summed over the calibration tokens, whatever the reduction: the steps of one
+    expert add up to its part of the increase of the loss of the whole corpus.
+    """
+
+    name = "obs"
+
+    def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        found = removal_curves(path, block, self.ridge)
+        return scores_of_order(found.order, found.cost)
+
+
+def removal_curves(path: str, block: BlockStatistics, ridge: float = 0.01) -> Elimination:
+    """In which order to remove the atomic experts of each expert, and the cost of each step, [E, I].
+
+    Args:
+        path (`str`): of the block, for messages.
+        block (`BlockStatistics`): with second-order statistics.
+        ridge (`float`): least ridge; experts with few tokens get more.
+
+    Returns:
+        `Elimination`: costs in nats, summed over the calibration tokens, if the rest is compensated.
+
+    Raises:
+        HeaprError: if the statistics are vectors.
+    """
+    block.check_grams(path, "criterion='obs'")
+    ridges = torch.tensor([ridge_for_tokens(ridge, block.width, count) for count in block.token_count.tolist()])
+    found = greedy_elimination(
+        block.mean("activation_gram_sum"), block.mean("gradient_gram_sum"), ridges, dtype=torch.float32
+    )
+    # The ridge acts as activation that is not there, and experts have different ones.
+    return Elimination(found.order, found.cost.double() * (block.token_count / (1 + ridges)).unsqueeze(1))
+
+
+def scores_of_order(order: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """Scores that sort into a removal order exactly, [E, I] in float64.
+
+    A step that costs less than one before it cannot be taken alone, so the score is the running maximum of the cost.
+    Equal ones are then told apart by the least that float64 can: seen as integers, neighbouring positive numbers differ
+    by one.
+
+    Args:
+        order (`torch.Tensor`): `order[e, s]` is the atomic expert that step s removes, [E, I].
+        cost (`torch.Tensor`): of each step, at least 0, [E, I].
+    """
+    steps = torch.arange(cost.shape[1], device=cost.device)
+    bits = cost.double().clamp(min=torch.finfo(torch.float64).tiny).view(torch.int64)
+    rising = ((bits - steps).cummax(dim=1).values + steps).view(torch.float64)
+    return torch.empty_like(rising).scatter_(1, order, rising)
