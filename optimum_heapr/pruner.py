@@ -263,6 +263,8 @@ def load_model(
         dequantize = model_options.pop("dequantize", False)
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
         options = {"dtype": "auto", **quantization, **model_options}
+        if skeleton and quantization:
+            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
         if skeleton:
             from .surgery.skeleton import load_skeleton
 
