@@ -85,6 +85,24 @@ def test_tensors_that_are_not_of_the_model_are_left_out(tmp_path):
     assert "model.mtp.weight" not in load_file(tmp_path / "stream" / "model.safetensors")
 
 
+def test_model_in_the_hub_cache(tmp_path):
+    """A snapshot in the cache, which is found without a network: files are links to blobs, named by a commit."""
+    commit = "0" * 40
+    repository = tmp_path / "cache" / "models--me--tiny"
+    model = wide_model("qwen3_moe")
+    model.save_pretrained(repository / "snapshots" / commit, max_shard_size="60KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    plan = layout_plan(model, "uniform")
+    options = {"cache_dir": str(tmp_path / "cache"), "revision": "main"}
+    apply_streaming("me/tiny", plan, tmp_path / "hub", max_shard_size="50KB", **options)
+    apply_streaming(repository / "snapshots" / commit, plan, tmp_path / "folder", max_shard_size="50KB")
+    for path in (tmp_path / "folder").iterdir():
+        if path.name == "tokenizer_config.json":
+            continue  # says whether it was read from a folder
+        assert (tmp_path / "hub" / path.name).read_bytes() == path.read_bytes()
+
+
 class TestRefusals:
     @pytest.fixture()
     def source(self, tmp_path):
@@ -96,7 +114,7 @@ class TestRefusals:
         with torch.no_grad():
             model.model.layers[1].mlp.experts.down_proj[0, :, 0] += 1.0
         plan = layout_plan(model, "uniform")
-        with pytest.raises(HeaprError, match="plan: made for a model with weights"):
+        with pytest.raises(HeaprError, match="plan: made for a model with experts"):
             apply_streaming(source, plan, tmp_path / "pruned")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
