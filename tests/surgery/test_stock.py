@@ -151,6 +151,18 @@ def test_padded_to_the_original_width_suits_any_family():
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_padded_beyond_the_original_width():
+    """Three ranks of multiples of 8 ask for 48 where the model has 40; shared experts of 80 become 96 wide."""
+    model = wide_model("deepseek_v2", 40)
+    plan = random_plan(model, layout="padded", ratio=0.2, tensor_parallel=3)
+    assert max(max(widths) for widths in plan.widths.values()) > 24
+    expected = logits_of(masked_model(model, plan))
+    apply_plan(model, plan)
+    assert (model.config.moe_intermediate_size, model.config.n_shared_experts) == (48, 2)
+    assert model.model.layers[1].mlp.shared_experts.down_proj.in_features == 96
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_uniform_needs_one_width():
     model = wide_model("qwen3_moe")
     plan = random_plan(model, ratio=0.3)
