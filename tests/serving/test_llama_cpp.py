@@ -64,7 +64,7 @@ def transformers_tokens(model: torch.nn.Module, prompts: list[list[int]]) -> lis
 
 
 def assert_same_tokens(model: torch.nn.Module, prompts: list[list[int]], folder: Path) -> list[list[int]]:
-    from .gguf_qwen3_moe import write_gguf
+    from .gguf_models import write_gguf
 
     write_gguf(model, folder / "model.gguf")
     tokens = transformers_tokens(model, prompts)
@@ -86,6 +86,17 @@ def test_random_model_generates_the_same_tokens(tmp_path):
     pruner.model.generation_config.eos_token_id = 0
     tokens = assert_same_tokens(pruner.model, random_prompts(96), tmp_path)
     assert len({token for continuation in tokens for token in continuation}) > 10  # not one token over and over
+
+
+@pytest.mark.slow
+def test_padded_shared_experts_generate_the_same_tokens(tmp_path):
+    """DeepSeekMoE: two shared experts of 32 are stored as three of 24 after pruning a quarter of the routed ones."""
+    pruner = HeaprPruner(wide_model("deepseek", eos_token_id=0))
+    pruner.apply(random_plan(pruner.model, layout="uniform", ratio=0.25))
+    config = pruner.model.config
+    assert (config.moe_intermediate_size, config.n_shared_experts) == (24, 3)
+    tokens = assert_same_tokens(pruner.model, random_prompts(96), tmp_path)
+    assert len({token for continuation in tokens for token in continuation}) > 10
 
 
 @pytest.mark.slow
