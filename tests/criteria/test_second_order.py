@@ -53,7 +53,7 @@ def test_reductions_differ_by_the_tokens_of_the_expert(statistics):
             assert (total[path][~reached] < 0).all()
     block = statistics.blocks["layers.0"]
     product = block.activation_sq_sum[1] * block.gradient_sq_sum[1] / 25**2 / 2
-    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product)
+    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product.double())
 
 
 def test_scores_of_order_sort_into_the_order_whatever_the_cost():
