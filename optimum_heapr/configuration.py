@@ -67,7 +67,8 @@ class HeaprConfig:
             How the pruned experts are stored: `variable` widths, which need this package or `trust_remote_code`, or the
             original architecture with experts of one width, `uniform`, or with experts zero-`padded` to the widest.
         align_for (`str`, *optional*, defaults to `"none"`):
-            Runtime whose rule the widths keep: multiples of 128 for `vllm` and `fp8`, of 256 for `gguf`.
+            Runtime whose rule the widths keep: multiples of 128 for `vllm` and `fp8`, of 256 for `gguf`. With `none` the
+            layouts `uniform` and `padded` use multiples of 8, which `grouped_mm` of transformers needs in bfloat16.
         tensor_parallel (`int`, *optional*, defaults to 1):
             Ranks that experts will be split over; widths are multiples of the rule times this.
         statistics (`str`, *optional*, defaults to `"auto"`):

@@ -210,7 +210,7 @@ def apply_streaming(
 
     folder = Path(folder)
     with replace_folder(folder, overwrite) as temporary:
-        skeleton, tokenizer = load_model(model, **{**model_options, "device_map": "meta"})
+        skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
         stream_plan(skeleton, files, plan, temporary, max_shard_size)
         _save_companions(temporary, tokenizer, plan)
@@ -231,13 +231,14 @@ def _hub_options(model_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(
-    name: str | os.PathLike, allow_quantized: bool = False, **model_options: Any
+    name: str | os.PathLike, allow_quantized: bool = False, skeleton: bool = False, **model_options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Loads a model with a head, and its tokenizer if it has one.
 
     Args:
         name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
         allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
+        skeleton (`bool`): leave the model without storage, on the meta device; only headers of weight files are read.
         model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
             turned into floating-point numbers.
 
@@ -261,7 +262,15 @@ def load_model(
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
-        model = auto_class.from_pretrained(path, **{"dtype": "auto", **quantization, **model_options})
+        options = {"dtype": "auto", **quantization, **model_options}
+        if skeleton and quantization:
+            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
+        if skeleton:
+            from .surgery.skeleton import load_skeleton
+
+            model = load_skeleton(auto_class, config, path, **options)
+        else:
+            model = auto_class.from_pretrained(path, **options)
     except HeaprError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Cuts a checkpoint file by file, without ever holding the model: one expert is in memory at a time.
 
-The model exists without storage only (`device_map="meta"`); it is cut like any other and says which tensors the result
+The model exists without storage only, on the meta device; it is cut like any other and says which tensors the result
 has, of which shape, in which file. transformers' own conversions between checkpoints and parameters are then run for
 one expert after another: read its tensors, convert, cut, convert back, write. The files are those that cutting in memory
 and `save_pretrained` give, byte for byte.
@@ -63,7 +63,7 @@ def stream_plan(
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
     Args:
-        skeleton (`PreTrainedModel`): the unpruned model, loaded with `device_map="meta"`; it is cut in place.
+        skeleton (`PreTrainedModel`): the unpruned model, from [`~optimum_heapr.surgery.skeleton.load_skeleton`]; it is cut in place.
         files (`Iterable[str]`): its safetensors files.
         plan (`PruningPlan`): what stays.
         folder (`Path`): an empty folder.

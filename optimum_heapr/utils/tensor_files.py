@@ -145,7 +145,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             )
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HeaprError(f"model={str(file)!r}: is not a safetensors file of known dtypes ({error})") from error
 
 
