@@ -55,10 +55,11 @@ def apply_plan(
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
+    vars(config).pop("model_type", None)  # a loaded configuration has its own, which would hide that of the class
     config.expert_widths = plan.widths
     config.heapr_config = plan.config.to_dict()
     model.__class__ = register_model_class(type(config))
-    register_conversions(config.model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
+    register_conversions(type(config).model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
     _forget_origin(model)
     return model
 
