@@ -174,7 +174,7 @@ def calibration_tap(
     What was there before comes back when the block ends, also after an error.
     """
     accumulators = {
-        block.path: BlockAccumulator(block.num_experts, block.width, block.module.down_proj.device, gram)
+        block.path: BlockAccumulator(block.num_experts, block.width, block.module.down_proj.device, gram=gram)
         for block in blocks
     }
     previous = model.get_experts_implementation()
