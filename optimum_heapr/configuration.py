@@ -28,6 +28,7 @@ REDUCTIONS = ("mean", "total")
 STATISTICS = ("auto", "vector", "gram")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
+ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -63,7 +64,12 @@ class HeaprConfig:
         protect_unreached (`bool`, *optional*, defaults to `False`):
             Keep the experts that no calibration token reached as they are.
         layout (`str`, *optional*, defaults to `"variable"`):
-            How the pruned experts are stored.
+            How the pruned experts are stored: `variable` widths, which need this package or `trust_remote_code`, or the
+            original architecture with experts of one width, `uniform`, or with experts zero-`padded` to the widest.
+        align_for (`str`, *optional*, defaults to `"none"`):
+            Runtime whose rule the widths keep: multiples of 128 for `vllm` and `fp8`, of 256 for `gguf`.
+        tensor_parallel (`int`, *optional*, defaults to 1):
+            Ranks that experts will be split over; widths are multiples of the rule times this.
         statistics (`str`, *optional*, defaults to `"auto"`):
             What calibration measures: `vector`, three numbers an atomic expert, or `gram`, also two matrices an expert,
             which `obs` and `compensate` need; `auto` is what `criterion` and `compensate` need.
@@ -107,7 +113,11 @@ class HeaprConfig:
     width_multiple: int = _option(1, "widths are multiples of this, chosen by importance")
     min_width: int = _option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = _option(False, "keep the experts that no calibration token reached as they are")
-    layout: str = _option("variable", "how the pruned experts are stored", LAYOUTS)
+    layout: str = _option(
+        "variable", "variable widths, or the original architecture: one uniform width, or zero-padded", LAYOUTS
+    )
+    align_for: str = _option("none", "runtime whose rule the widths keep", ALIGNMENTS)
+    tensor_parallel: int = _option(1, "ranks that experts will be split over; widths are multiples for each")
     statistics: str = _option(
         "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
     )
@@ -140,8 +150,12 @@ class HeaprConfig:
         self._check_least("ridge", 0)
         for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
             self._check_least(name, least)
-        for name, least in (("batch_size", 1), ("seed", 0)):
+        for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1)):
             self._check_least(name, least)
+        if self.seed >= 2**32:
+            raise HeaprError(
+                f"seed={self.seed}: must be below 2**32, what a random generator takes; name a smaller one"
+            )
         if self.layout == "uniform" and self.allocation == "global":
             # The stock architecture has one width; no other allocation can be stored that way.
             self.allocation = "uniform"

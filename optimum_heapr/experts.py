@@ -130,3 +130,8 @@ def _gate_and_up(stacked: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
     if is_concatenated:
         return stacked.unflatten(0, (2, -1))
     return stacked.unflatten(0, (-1, 2)).transpose(0, 1)
+
+
+def stack_gate_and_up(gate_and_up: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
+    """[2, I, …] -> [2I, …] as stored: all gate rows then all up rows, or interleaved one by one."""
+    return (gate_and_up if is_concatenated else gate_and_up.transpose(0, 1)).flatten(0, 1)

@@ -22,6 +22,7 @@ from .planning.plan import PLAN_NAME, PruningPlan
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
+from .utils.quantized import unquantized_loading
 
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class HeaprPruner:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
             config (`HeaprConfig`, *optional*): how to prune.
             model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `revision`, `token`,
-                `trust_remote_code`, …
+                `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
         Raises:
             HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned.
@@ -172,46 +173,103 @@ class HeaprPruner:
         folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
             self.model.save_pretrained(temporary, **save_options)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(temporary)
-            self.applied_plan.config.save_pretrained(temporary)
-            self.applied_plan.save(temporary / PLAN_NAME)
+            _save_companions(temporary, self.tokenizer, self.applied_plan)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
         return folder
 
 
+def apply_streaming(
+    model: str | os.PathLike,
+    plan: PruningPlan | str | os.PathLike,
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    **model_options: Any,
+) -> Path:
+    """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
+
+    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte.
+
+    Args:
+        model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
+        plan (`PruningPlan` or `str`): what stays.
+        folder (`str`): appears whole or not at all.
+        overwrite (`bool`): replace a folder that is not empty.
+        max_shard_size (`int` or `str`): largest weight file.
+        model_options: as for [`~HeaprPruner.from_pretrained`], without `device_map`.
+
+    Raises:
+        HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
+    """
+    plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    if plan.config.compensate:
+        raise HeaprError("plan: asks for compensate=True, which needs the model in memory; use apply() or --in-memory")
+    from .surgery.streaming import stream_plan
+    from .utils.tensor_files import checkpoint_files
+
+    folder = Path(folder)
+    with replace_folder(folder, overwrite) as temporary:
+        skeleton, tokenizer = load_model(model, **{**model_options, "device_map": "meta"})
+        files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
+        stream_plan(skeleton, files, plan, temporary, max_shard_size)
+        _save_companions(temporary, tokenizer, plan)
+    return folder
+
+
+def _save_companions(folder: Path, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan) -> None:
+    """Writes what stands beside the weights of a pruned model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan.config.save_pretrained(folder)
+    plan.save(folder / PLAN_NAME)
+
+
+def _hub_options(model_options: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "subfolder")
+    return {name: model_options[name] for name in names if name in model_options}
+
+
 def load_model(
-    name: str | os.PathLike, **model_options: Any
+    name: str | os.PathLike, allow_quantized: bool = False, **model_options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Loads a model with a head, and its tokenizer if it has one.
 
     Args:
         name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
-        model_options: passed to `from_pretrained`.
+        allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
+        model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
+            turned into floating-point numbers.
 
     Raises:
-        HeaprError: if there is no such model, its type is unknown, or it has no head.
+        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
+            quantized.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
     from .modeling.modeling_heapr import auto_class_name
 
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
-    hub_options = {
-        option: model_options[option]
-        for option in ("revision", "token", "cache_dir", "trust_remote_code", "subfolder")
-        if option in model_options
-    }
+    hub_options = _hub_options(model_options)
+    if "trust_remote_code" in model_options:
+        hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         config = AutoConfig.from_pretrained(path, **hub_options)
-    except (OSError, ValueError, KeyError) as error:
+        auto_class = getattr(transformers, auto_class_name(type(config)))
+        dequantize = model_options.pop("dequantize", False)
+        quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
+        model = auto_class.from_pretrained(path, **{"dtype": "auto", **quantization, **model_options})
+    except HeaprError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise HeaprError(f"model={str(name)!r}: cannot be loaded ({reason})") from error
-    import transformers
-
-    auto_class = getattr(transformers, auto_class_name(type(config)))
-    model = auto_class.from_pretrained(path, **{"dtype": "auto", **model_options})
+        raise HeaprError(
+            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            "causal language model"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):

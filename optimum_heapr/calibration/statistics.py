@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FORMAT = "heapr_statistics"
 STATISTICS_NAME = "statistics.safetensors"
+SAMPLED_VALUES = 64
+"""How many values of each weight identify a model."""
 
 
 @dataclass
@@ -159,9 +161,30 @@ class AtomicStatistics:
                 )
                 for block in metadata["blocks"]
             }
-            return cls(blocks, metadata["fingerprint"])
+            statistics = cls(blocks, metadata["fingerprint"])
+            _ = statistics.fingerprint["model"], statistics.num_tokens  # what every later stage reads
         except KeyError as error:
             raise HeaprError(f"statistics={str(path)!r}: lacks {error}; calibrate again") from error
+        except TypeError as error:
+            raise HeaprError(f"statistics={str(path)!r}: is damaged ({error}); calibrate again") from error
+        statistics.check(path)
+        return statistics
+
+    def check(self, path: str | os.PathLike) -> None:
+        """Refuses blocks whose parts have different shapes.
+
+        Raises:
+            HeaprError: naming the part and both shapes.
+        """
+        for block_path, block in self.blocks.items():
+            expected = tuple(block.activation_sq_sum.shape)
+            for part in fields(BlockStatistics):
+                shape = tuple(getattr(block, part.name).shape)
+                if len(expected) != 2 or shape != (expected[:1] if part.name == "token_count" else expected):
+                    raise HeaprError(
+                        f"statistics={str(path)!r}: {block_path}.{part.name} has shape {shape}, its activation_sq_sum "
+                        f"{expected}; calibrate again"
+                    )
 
     def check_model(self, model: torch.nn.Module, blocks: Iterable[ExpertBlock]) -> None:
         """Refuses statistics of another model.
@@ -173,18 +196,21 @@ class AtomicStatistics:
 
 
 def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, Any]:
-    """What identifies a model: its type, and a hash over names, shapes and a few values of the weights.
+    """What identifies a model: its type, a hash over names and shapes of its weights, and one over some of their values.
 
-    The values are the first row of each block's first down projection, rounded to bfloat16, so that the precision a
-    checkpoint was loaded in does not matter but a fine-tuned sibling of the same shape does.
+    The values are a few of every weight, spread evenly and rounded to bfloat16, so that the precision a checkpoint was
+    loaded in does not matter but a fine-tuned sibling of the same shape does. They are `None` where weights are
+    offloaded and cannot be read.
     """
-    digest = hashlib.sha256()
+    names, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-    for block in blocks:
-        values = block.down_rows(0)[:, 0].detach()
-        if values.device.type != "meta":
-            digest.update(values.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().tobytes())
+        names.update(f"{name}{tuple(parameter.shape)}".encode())
+        if values is None or parameter.device.type == "meta":
+            values = None
+            continue
+        step = max(1, parameter.numel() // SAMPLED_VALUES)
+        sample = parameter.detach().flatten()[::step].to(torch.bfloat16)
+        values.update(sample.contiguous().view(torch.int16).cpu().numpy().tobytes())
     first = blocks[0]
     biases = 2 if first.module.has_bias else 0
     return {
@@ -192,17 +218,20 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
         "experts_per_token": getattr(model.config.get_text_config(), "num_experts_per_tok", None),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_per_atomic_expert": 3 * first.hidden_size + biases,
-        "weights": digest.hexdigest()[:16],
+        "shapes": names.hexdigest()[:16],
+        "weights": values.hexdigest()[:16] if values is not None else None,
     }
 
 
 def check_same_model(expected: dict[str, Any], actual: dict[str, Any], artefact: str) -> None:
-    """Compares two model fingerprints.
+    """Compares two model fingerprints. Values of weights that one of them could not read are not compared.
 
     Raises:
         HeaprError: naming the first part that differs, both values, and the next step.
     """
     for key in expected:
+        if key == "weights" and None in (expected[key], actual.get(key)):
+            continue
         if expected[key] != actual.get(key):
             raise HeaprError(
                 f"{artefact}: made for a model with {key} {json.dumps(expected[key])}, this model has "

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+from ..experts import model_name
+from ..utils.errors import HeaprError
+
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
@@ -30,7 +33,7 @@ CALIBRATION_IMPLEMENTATION = "heapr_calibration"
 
 
 class BlockAccumulator:
-    """Running sums of one expert block, on the device of its weights, in float32.
+    """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
 
     Args:
         gram (`bool`): also accumulate the two I x I matrices of each expert.
@@ -46,13 +49,21 @@ class BlockAccumulator:
         token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
     """
 
-    def __init__(self, num_experts: int, width: int, device: torch.device, gram: bool = False):
-        sums = torch.zeros(3, num_experts, width, device=device)
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        gram: bool = False,
+    ):
+        options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        sums = torch.zeros(3, num_experts, width, **options)
         self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = sums
         self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.output_norm_sum = torch.zeros(num_experts, device=device)
-        self.activation_gram_sum = torch.zeros(num_experts, width, width, device=device) if gram else None
-        self.gradient_gram_sum = torch.zeros(num_experts, width, width, device=device) if gram else None
+        self.output_norm_sum = torch.zeros(num_experts, **options)
+        self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
+        self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
         self.token_mask: torch.Tensor | None = None
 
     def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: _RoutedRows) -> None:
@@ -63,8 +74,10 @@ class BlockAccumulator:
                 continue
             rows = slice(start, start + count)
             start += count
-            h, g = activation[rows].float(), gradient[rows].float()
-            router_weight, output_norm = routed.router_weight[rows].float(), routed.output_norm[rows]
+            h, g, router_weight, output_norm = (
+                part[rows].to(self.activation_sq_sum.dtype)
+                for part in (activation, gradient, routed.router_weight, routed.output_norm)
+            )
             if routed.valid is not None:
                 # Padding on the right has no gradient, so only h and the router weight need the mask.
                 valid = routed.valid[rows]
@@ -119,6 +132,23 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None
 
 
+def _looped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
+    """`_grouped_linear` for weights that the grouped kernel does not take: one expert after another."""
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    matrices = weight if is_transposed else weight.transpose(-2, -1)
+    parts = rows.to(weight.dtype).split(counts)
+    output = torch.cat([part @ matrix for part, matrix in zip(parts, matrices)])
+    return output if bias is None else output + bias
+
+
+def _suits_grouped_kernel(weight: torch.Tensor) -> bool:
+    """The grouped kernel of torch knows no float64, and wants rows of whole 16 bytes."""
+    rows_fit = all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    return rows_fit and weight.dtype != torch.float64
+
+
 def calibration_experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -143,7 +173,8 @@ def calibration_experts_forward(
     routed = None
 
     rows = hidden_states[order // top_k]
-    gate_up = _grouped_linear(
+    linear = _grouped_linear if _suits_grouped_kernel(self.down_proj) else _looped_linear
+    gate_up = linear(
         rows, self.gate_up_proj, offsets, bias_of(getattr(self, "gate_up_proj_bias", None)), self.is_transposed
     )
     activation = self._apply_gate(gate_up)
@@ -154,11 +185,13 @@ def calibration_experts_forward(
         valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
         routed = _RoutedRows(counts.tolist(), router_weights.detach(), valid)
         activation = _Tap.apply(activation, accumulator, routed)
-    output = _grouped_linear(
+    output = linear(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed
     )
     if routed is not None:
-        routed.output_norm = torch.linalg.vector_norm(output.detach(), dim=-1, dtype=torch.float32)
+        routed.output_norm = torch.linalg.vector_norm(
+            output.detach(), dim=-1, dtype=torch.promote_types(output.dtype, torch.float32)
+        )
     output = output * router_weights.unsqueeze(-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
@@ -172,9 +205,14 @@ def calibration_tap(
     """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
 
     What was there before comes back when the block ends, also after an error.
+
+    Raises:
+        HeaprError: if the class of the model does not let its experts be switched.
     """
     accumulators = {
-        block.path: BlockAccumulator(block.num_experts, block.width, block.module.down_proj.device, gram=gram)
+        block.path: BlockAccumulator(
+            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype, gram
+        )
         for block in blocks
     }
     previous = model.get_experts_implementation()
@@ -183,6 +221,13 @@ def calibration_tap(
         for block in blocks:
             block.module._heapr_accumulator = accumulators[block.path]
         model.set_experts_implementation(CALIBRATION_IMPLEMENTATION)
+        for block in blocks:
+            # transformers leaves classes that it does not recognise as they are, without a word.
+            if block.module.config._experts_implementation != CALIBRATION_IMPLEMENTATION:
+                raise HeaprError(
+                    f"model={model_name(model)!r}: {block.path} does not follow set_experts_implementation, so nothing "
+                    "would be measured; use a model class whose module is decorated with @use_experts_implementation"
+                )
         yield accumulators
     finally:
         model.set_experts_implementation(previous)

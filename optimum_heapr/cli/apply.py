@@ -16,22 +16,33 @@ class ApplyCommand(HeaprSubcommand):
         parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
         parser.add_argument("-s", "--statistics", help="statistics file of 'calibrate'; needed to compensate")
         add_output_options(parser)
+        parser.add_argument(
+            "--in-memory",
+            action="store_true",
+            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map, "
+            "--dequantize and a plan with compensation imply it; the result is the same",
+        )
 
     def execute(self) -> None:
         from ..utils.files import check_output_folder
 
-        check_output_is_not_input(self.args.output, self.args.model)
-        check_output_folder(self.args.output, self.args.overwrite)
+        args = self.args
+        check_output_is_not_input(args.output, args.model, args.plan)
+        check_output_folder(args.output, args.overwrite)
         from ..planning.plan import PruningPlan
-        from ..pruner import HeaprPruner
+        from ..pruner import HeaprPruner, apply_streaming
         from .tables import plan_table
 
-        plan = PruningPlan.load(self.args.plan)
-        pruner = HeaprPruner.from_pretrained(self.args.model, plan.config, **model_options_from(self.args))
-        pruner.apply(plan, self.args.statistics)
-        pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+        plan = PruningPlan.load(args.plan)
+        options = model_options_from(args)
+        if args.in_memory or args.packed or args.device_map or args.dequantize or plan.config.compensate:
+            pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
+            pruner.apply(plan, args.statistics)
+            pruner.save_pretrained(args.output, args.overwrite, **save_options_from(args))
+        else:
+            apply_streaming(args.model, plan, args.output, args.overwrite, args.max_shard_size, **options)
         print(plan_table(plan))
-        print(f"Pruned model written to {self.args.output}")
+        print(f"Pruned model written to {args.output}")
 
 
 def add_output_options(parser) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -38,6 +40,10 @@ class HeaprSubcommand(BaseOptimumCLICommand):
     HELP: ClassVar[str]
 
     def run(self) -> None:
+        if not sys.stderr.isatty():
+            # The libraries read these when they are imported, later: a log gets lines, an error is the only one.
+            for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+                os.environ.setdefault(variable, "1")
         try:
             self.execute()
         except HeaprError as error:
@@ -106,24 +112,34 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
     loading.add_argument(
         "--trust-remote-code", action="store_true", help="run modeling code that comes with the model"
     )
+    loading.add_argument(
+        "--dequantize", action="store_true", help="turn the weights of an FP8 or MXFP4 checkpoint into floating point"
+    )
 
 
 def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     """The loading flags that were given, as keyword arguments of `from_pretrained`."""
-    given = {name: getattr(args, name) for name in ("dtype", "device_map", "revision", "trust_remote_code")}
+    names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
+    given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}
 
 
-def check_output_is_not_input(output: str, model: str) -> None:
-    """Refuses to write where the model is read from.
+def check_output_is_not_input(output: str, *inputs: str | None) -> None:
+    """Refuses an output whose replacement would take an input away.
+
+    Args:
+        output (`str`): file or folder to be written.
+        inputs (`str`, *optional*): what the command reads: paths, or names on the Hub.
 
     Raises:
-        HeaprError: if both are the same place.
+        HeaprError: if an input is the output, or a file or folder inside it.
     """
-    from pathlib import Path
-
-    if Path(output).resolve() == Path(model).resolve():
-        raise HeaprError(f"output={output!r}: is the model itself; name another folder")
+    place = Path(output).resolve()
+    for name in filter(None, inputs):
+        source = Path(name).resolve()
+        if place == source or (source.exists() and place in source.parents):
+            what = "is" if place == source else "holds"
+            raise HeaprError(f"output={output!r}: {what} the input {name!r}; name another place")
 
 
 def _number(text: str) -> int | float:

@@ -8,6 +8,7 @@ from .base import (
     HeaprSubcommand,
     add_config_options,
     add_model_options,
+    check_output_is_not_input,
     config_from,
     model_options_from,
 )
@@ -28,6 +29,7 @@ class CalibrateCommand(HeaprSubcommand):
         from ..utils.files import check_output_file
 
         config = config_from(self.args)
+        check_output_is_not_input(self.args.output, self.args.model, self.args.config, config.dataset)
         check_output_file(self.args.output, self.args.overwrite)
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process

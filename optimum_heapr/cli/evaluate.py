@@ -35,7 +35,7 @@ class EvaluateCommand(HeaprSubcommand):
 
         results = []
         for name in self.args.model:
-            model, tokenizer = load_model(name, **model_options_from(self.args))
+            model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(self.args))
             for dataset in self.args.dataset:
                 result = evaluate_perplexity(
                     model,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .base import PLANNING_OPTIONS, HeaprSubcommand, add_config_options, config_from
+from .base import PLANNING_OPTIONS, HeaprSubcommand, add_config_options, check_output_is_not_input, config_from
 
 
 class PlanCommand(HeaprSubcommand):
@@ -23,6 +23,7 @@ class PlanCommand(HeaprSubcommand):
         from ..utils.files import check_output_file
 
         config = config_from(self.args)
+        check_output_is_not_input(self.args.output, self.args.statistics, self.args.config)
         if not self.args.dry_run:
             check_output_file(self.args.output, self.args.overwrite)
         from ..calibration.statistics import AtomicStatistics

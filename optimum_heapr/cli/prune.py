@@ -34,7 +34,9 @@ class PruneCommand(HeaprSubcommand):
         from ..utils.files import check_output_folder
 
         config = config_from(self.args)
-        check_output_is_not_input(self.args.output, self.args.model)
+        check_output_is_not_input(
+            self.args.output, self.args.model, self.args.statistics, self.args.config, config.dataset
+        )
         if not self.args.dry_run:
             check_output_folder(self.args.output, self.args.overwrite)
         from ..calibration.statistics import AtomicStatistics

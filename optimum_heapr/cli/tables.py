@@ -6,6 +6,8 @@ from __future__ import annotations
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
+from ..planning.alignment import effective_multiple
+
 
 if TYPE_CHECKING:
     from ..calibration.statistics import AtomicStatistics
@@ -44,11 +46,13 @@ def plan_table(plan: PruningPlan) -> str:
         )
     header = ["block", "experts", "width", "kept", "min", "median", "max", "empty", "unreached", "est. loss +"]
     config = plan.config
+    multiple = effective_multiple(config, list(plan.original_width.values()))
     return "\n".join(
         [
             table(header, rows),
             "",
-            f"criterion {config.criterion}, allocation {config.allocation}, width multiple {config.width_multiple}",
+            f"criterion {config.criterion}, allocation {config.allocation}, width multiple {multiple}, "
+            f"layout {config.layout}",
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
             f"{config.ratio:.2%}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",

@@ -65,7 +65,7 @@ def ranked_below_reached(scores: dict[str, torch.Tensor], statistics: AtomicStat
     Their sums are zero because nothing was measured, not because they do nothing; a negative score says "unknown" and
     still ranks them.
     """
-    largest = max(float(block.weight_norm.max()) for block in statistics.blocks.values())
+    largest = max(float(block.weight_norm.max()) for block in statistics.blocks.values()) or 1.0
     ranked = {}
     for path, score in scores.items():
         block = statistics.blocks[path]

@@ -24,4 +24,5 @@ class Heapr(Criterion):
     name = "heapr"
 
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
-        return self.reduced(0.5 * block.mean("activation_sq_sum") * block.mean("gradient_sq_sum"), block)
+        # In float64: the product of two small means would underflow in float32 and become a tie.
+        return self.reduced(0.5 * block.mean("activation_sq_sum").double() * block.mean("gradient_sq_sum"), block)

@@ -22,5 +22,6 @@ class Random(Criterion):
     needs_tokens = False
 
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(path.encode()))
+        # One number of 32 bits from both: torch's generator ignores all higher bits of its seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {path}".encode()))
         return torch.rand(block.num_experts, block.width, generator=generator)

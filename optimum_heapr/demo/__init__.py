@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..utils.errors import HeaprError, did_you_mean
+
 
 __all__ = ["DEMO_MODEL", "DEMO_SPLITS", "demo_model_path", "demo_texts"]
 
@@ -60,11 +62,10 @@ def demo_texts(split: str) -> list[str]:
         `list[str]`: the documents, prose and code mixed.
 
     Raises:
-        ValueError: if `split` is unknown.
-        FileNotFoundError: if the sources of the standard library are not installed.
+        HeaprError: if `split` is unknown, or if the sources of the standard library are not installed.
     """
     if split not in DEMO_SPLITS:
-        raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(map(repr, DEMO_SPLITS))}.")
+        raise HeaprError(f"split={split!r}: use one of {', '.join(DEMO_SPLITS)}{did_you_mean(split, DEMO_SPLITS)}")
     documents = [(name, text) for name, text in _documents() if _split_of(name) == split]
     # Checksum order mixes prose and code, and makes the first characters of a split a fair sample of it.
     documents.sort(key=lambda document: (_checksum("order:" + document[0]), document[0]))
@@ -79,10 +80,9 @@ def _documents() -> Iterator[tuple[str, str]]:
         [path for path in stdlib.rglob("*.py") if _is_wanted(path.relative_to(stdlib))] if stdlib.is_dir() else []
     )
     if len(modules) < _MIN_MODULES:
-        raise FileNotFoundError(
-            f"The demo texts are the sources of the Python standard library, but {stdlib} holds {len(modules)} modules "
-            f"in source form (at least {_MIN_MODULES} expected). Use a Python installation with its sources, or pass "
-            "your own texts."
+        raise HeaprError(
+            f"dataset='demo': its texts are the sources of the Python standard library, but {stdlib} holds only "
+            f"{len(modules)} of them; use a Python installed with its sources, or name another dataset"
         )
     for path in sorted(modules):
         try:
@@ -100,8 +100,8 @@ def _help_topics() -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it separately; the module sources are enough
         return
-    # Topics quote one another's sections at length. Each paragraph is kept in one topic only, or the splits would share
-    # text.
+    # Topics quote one another's sections at length. Each paragraph is kept in one topic only, or the splits would
+    # share text.
     seen: set[str] = set()
     for name, text in sorted(topics.items()):
         paragraphs = []

@@ -5,23 +5,34 @@ An atomic expert is three rows: its row of the gate projection, its row of the u
 projection, which is stored as a row. An expert is then a contiguous view, and pruning is a selection of rows.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface, _grouped_mm
+
+
+def storage_order(widths: list[int]) -> list[int]:
+    """Experts in the order in which `AtomicExperts` stores them: from wide to narrow, equal ones by number.
+
+    Experts of one width are then neighbours, and a view of them is a stack of equal matrices.
+    """
+    return sorted(range(len(widths)), key=lambda expert: -widths[expert])
 
 
 class AtomicExperts(nn.Module):
     """The experts of one layer, expert e with `widths[e]` atomic experts; a width of 0 is legal.
 
     It takes over the place, the attributes and the gate function of the stock module that it is made from. With W the
-    sum of the widths, d the hidden size and E the number of experts it holds
+    sum of the widths, d the hidden size, E the number of experts, and experts in `storage_order`, it holds
 
     - `gate_up_proj` [2 W, d]: for each expert its gate rows and then its up rows, or, where the stock module interleaves
       them, one gate and one up row for each atomic expert in turn;
     - `down_proj` [W, d]: row k is column k of the expert's down projection;
-    - `gate_up_proj_bias` [2 W] and `down_proj_bias` [E, d] where the family has biases. An expert of width 0 keeps the
-      latter: it does not depend on the atomic experts.
+    - `gate_up_proj_bias` [2 W] and `down_proj_bias` [E, d] (by expert number) where the family has biases. An expert of
+      width 0 keeps the latter: it does not depend on the atomic experts.
 
     Args:
         stock (`nn.Module`): experts module of the unpruned model; its weights are not read.
@@ -38,6 +49,10 @@ class AtomicExperts(nn.Module):
         self.stock_class = type(stock)
         self.num_experts = len(widths)
         self.widths = list(widths)
+        self.order = storage_order(widths)
+        self._slot_of_expert: torch.Tensor | None = (
+            None  # the inverse of `order`, made on the device of the first call
+        )
 
         total, hidden_size = sum(widths), stock.down_proj.shape[2 if stock.is_transposed else 1]
         options = {"device": stock.down_proj.device, "dtype": stock.down_proj.dtype}
@@ -53,6 +68,24 @@ class AtomicExperts(nn.Module):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.stock_class._apply_gate(self, gate_up)
 
+    def sorted_by_slot(
+        self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Tokens and router weights [tokens K] sorted by where their expert is stored, and how many each slot gets."""
+        if self._slot_of_expert is None or self._slot_of_expert.device != top_k_index.device:
+            self._slot_of_expert = torch.tensor(self.order, device=top_k_index.device).argsort()
+        slots, permutation = torch.sort(self._slot_of_expert[top_k_index].reshape(-1), stable=True)
+        counts = torch.bincount(slots, minlength=self.num_experts).tolist()
+        return permutation // top_k_index.shape[-1], top_k_weights.reshape(-1)[permutation], counts
+
+    def groups(self) -> Iterator[tuple[int, int, int]]:
+        """Runs of slots of equal width: (first slot, slots, width)."""
+        first = 0
+        for width, run in itertools.groupby(self.order, key=self.widths.__getitem__):
+            slots = len(list(run))
+            yield first, slots, width
+            first += slots
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -63,39 +96,86 @@ class AtomicExperts(nn.Module):
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 
 
+@torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer
 def eager_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """One expert after another, each on its own tokens."""
-    top_k = top_k_index.shape[-1]
-    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(expert_of_row, minlength=self.num_experts).tolist()
-    gate_up_weights = self.gate_up_proj.split([2 * width for width in self.widths])
-    down_weights = self.down_proj.split(self.widths)
-    gate_up_biases = self.gate_up_proj_bias.split([2 * width for width in self.widths]) if self.has_bias else None
+    """One expert after another, each on its own tokens. Only small tensors are made: rows of one expert at a time."""
+    tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
+    widths = [self.widths[expert] for expert in self.order]
+    gate_up_weights = self.gate_up_proj.split([2 * width for width in widths])
+    down_weights = self.down_proj.split(widths)
+    gate_up_biases = self.gate_up_proj_bias.split([2 * width for width in widths]) if self.has_bias else None
 
-    outputs = []
-    for expert, rows in enumerate(hidden_states[order // top_k].split(counts)):
-        if counts[expert] == 0:
+    output = torch.zeros_like(hidden_states)
+    for slot, (own, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
+        if counts[slot] == 0:
             continue
-        if self.widths[expert] == 0:
-            output = torch.zeros_like(rows)
-        else:
-            bias = gate_up_biases[expert] if self.has_bias else None
-            output = self._apply_gate(F.linear(rows, gate_up_weights[expert], bias)) @ down_weights[expert]
-        outputs.append(output + self.down_proj_bias[expert] if self.has_bias else output)
+        weight = weight.unsqueeze(-1)
+        if widths[slot]:
+            bias = gate_up_biases[slot] if self.has_bias else None
+            gate_up = F.linear(hidden_states[own], gate_up_weights[slot], bias)
+            # The router weight goes to the activation, which is narrower than the output it would scale as well.
+            output.index_add_(0, own, ((self._apply_gate(gate_up) * weight) @ down_weights[slot]).to(output.dtype))
+        if self.has_bias:
+            output.index_add_(0, own, (weight * self.down_proj_bias[self.order[slot]]).to(output.dtype))
+    return output
 
-    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return weighted[inverse].view(-1, top_k, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+
+@torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer
+def grouped_mm_atomic_experts_forward(
+    self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts of equal width together, in one grouped matrix product over views of the packed weights.
+
+    A good `width_multiple` leaves few distinct widths, so few products.
+    """
+    tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
+    output = torch.zeros_like(hidden_states)
+    row, start = 0, 0
+    for first, slots, width in self.groups():
+        group_counts = counts[first : first + slots]
+        rows, atoms = sum(group_counts), slots * width
+        own, weight = tokens[row : row + rows], weights[row : row + rows].unsqueeze(-1)
+        slice_of_atoms = slice(start, start + atoms)
+        slice_of_pairs = slice(2 * start, 2 * (start + atoms))
+        row, start = row + rows, start + atoms
+        if rows == 0:
+            continue
+        slot_of_row = _repeat(range(slots), group_counts, own.device) if self.has_bias else None
+        if width:
+            offsets = torch.tensor(group_counts, device=own.device).cumsum(0).to(torch.int32)
+            gate_up_weight = self.gate_up_proj[slice_of_pairs].view(slots, 2 * width, -1)
+            gate_up = _grouped(hidden_states[own], gate_up_weight.transpose(1, 2), offsets, group_counts)
+            if self.has_bias:
+                gate_up = gate_up + self.gate_up_proj_bias[slice_of_pairs].view(slots, 2 * width)[slot_of_row]
+            down_weight = self.down_proj[slice_of_atoms].view(slots, width, -1)
+            partial = _grouped(self._apply_gate(gate_up) * weight, down_weight, offsets, group_counts)
+            output.index_add_(0, own, partial.to(output.dtype))
+        if self.has_bias:
+            experts = torch.tensor(self.order[first : first + slots], device=own.device)[slot_of_row]
+            output.index_add_(0, own, (weight * self.down_proj_bias[experts]).to(output.dtype))
+    return output
+
+
+def _grouped(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """rows [n, a] sorted by group, weight [groups, a, b] -> [n, b]."""
+    # The kernel wants rows of whole 16 bytes: widths that are multiples of 8 in half precision, of 4 in float32.
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    if len(counts) > 1 and aligned:
+        return _grouped_mm(rows, weight, offs=offsets)
+    return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight)])
+
+
+def _repeat(values, counts: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(values), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
 
 class AtomicExpertsInterface(ExpertsInterface):
     """Implementations for `AtomicExperts`, under the names that users know from stock models."""
 
     _global_mapping = {
-        "grouped_mm": eager_atomic_experts_forward,
+        "grouped_mm": grouped_mm_atomic_experts_forward,
         "batched_mm": eager_atomic_experts_forward,
     }
 

@@ -2,10 +2,12 @@
 """Makes the auto classes of transformers know pruned models, without importing any of them.
 
 `import optimum_heapr` must stay light, and transformers' auto classes alone cost more than everything else here. So
-registration happens in two steps, each when it is first needed:
+registration happens in three steps, each when it is first needed:
 
-1. configurations, when `transformers.models.auto.configuration_auto` is imported, by whomever;
-2. the model class of a family, when a configuration of that family exists.
+1. the names of the model types, when `transformers.models.auto.configuration_auto` is imported, by whomever;
+2. the configuration class of a family, when it is looked up by its name: at the time of step 1 the configuration that
+   it is made from may be half imported itself, as in `from transformers import Qwen3MoeConfig`;
+3. the model class of a family, when a configuration of that family exists.
 """
 
 from __future__ import annotations
@@ -121,25 +123,48 @@ class _AfterAutoConfiguration(importlib.abc.MetaPathFinder):
 
 
 def _register_configurations() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from .configuration_deepseek import DeepseekConfig
-    from .configuration_heapr import pruned_config_class
-    from .configuration_heapr_deepseek import HeaprDeepseekConfig
+    if not isinstance(CONFIG_MAPPING._extra_content, _Configurations):
+        CONFIG_MAPPING._extra_content = _Configurations(CONFIG_MAPPING._extra_content, stock=CONFIG_MAPPING._mapping)
 
-    pruned = [
-        pruned_config_class(CONFIG_MAPPING[model_type])
-        for model_type in FAMILIES
-        if model_type in CONFIG_MAPPING  # an older transformers may lack some
-    ]
-    # DeepSeekMoE: this package's own port, until transformers has one.
-    if DeepseekConfig.model_type not in CONFIG_MAPPING:
-        DeepseekConfig._on_use = _register_deepseek
-        AutoConfig.register(DeepseekConfig.model_type, DeepseekConfig)
-        pruned.append(HeaprDeepseekConfig)
-    for config_class in pruned:
-        config_class._on_use = register_model_class
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+class _Configurations(dict):
+    """What `AutoConfig.register` writes to, with this package's model types: their classes are made when looked up."""
+
+    def __init__(self, registered: dict[str, type], stock: dict[str, str]):
+        super().__init__(registered)
+        # An older transformers may lack some families; one that has DeepSeekMoE itself gets no port of it.
+        self.ours = {f"heapr_{model_type}" for model_type in FAMILIES if model_type in stock}
+        if "deepseek" not in stock:
+            self.ours |= {"deepseek", "heapr_deepseek"}
+
+    def __contains__(self, model_type) -> bool:
+        return super().__contains__(model_type) or model_type in self.ours
+
+    def __missing__(self, model_type: str) -> type:
+        if model_type not in self.ours:
+            raise KeyError(model_type)
+        self[model_type] = config_class = _configuration_class(model_type)
+        return config_class
+
+
+def _configuration_class(model_type: str) -> type:
+    if model_type == "deepseek":
+        from .configuration_deepseek import DeepseekConfig as config_class
+
+        config_class._on_use = _register_deepseek
+        return config_class
+    if model_type == "heapr_deepseek":
+        from .configuration_heapr_deepseek import HeaprDeepseekConfig as config_class
+    else:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        from .configuration_heapr import pruned_config_class
+
+        config_class = pruned_config_class(CONFIG_MAPPING[model_type.removeprefix("heapr_")])
+    config_class._on_use = register_model_class
+    return config_class
 
 
 def register_model_class(config_class: type) -> type:

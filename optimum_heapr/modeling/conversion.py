@@ -11,6 +11,8 @@ import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from .atomic_experts import storage_order
+
 
 # What the checkpoint calls the parts of an expert, unless the family has names of its own.
 DEFAULT_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -25,10 +27,11 @@ class PackGateUp(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         gates, ups = (input_dict[pattern] for pattern in source_patterns)
-        total = sum(gate.shape[0] for gate in gates)
-        packed = torch.empty(2 * total, *gates[0].shape[1:], dtype=gates[0].dtype, device=gates[0].device)
+        widths = [gate.shape[0] for gate in gates]
+        packed = torch.empty(2 * sum(widths), *gates[0].shape[1:], dtype=gates[0].dtype, device=gates[0].device)
         start = 0
-        for expert, (gate, up) in enumerate(zip(gates, ups)):
+        for expert in storage_order(widths):
+            gate, up = gates[expert], ups[expert]
             block = packed[start : start + 2 * gate.shape[0]]
             start += 2 * gate.shape[0]
             gate_rows, up_rows = (block[::2], block[1::2]) if self.interleaved else block.chunk(2)
@@ -52,8 +55,8 @@ class UnpackGateUp(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, model=None, full_layer_name=None, **kwargs):
         widths = _widths(model, full_layer_name)
-        unpacked = {}
-        for expert, block in enumerate(_only(input_dict).split([2 * width for width in widths])):
+        order, unpacked = storage_order(widths), {}
+        for expert, block in zip(order, _only(input_dict).split([2 * widths[expert] for expert in order])):
             half = block.shape[0] // 2
             gate, up = (block[::2], block[1::2]) if self.interleaved else (block[:half], block[half:])
             unpacked[target_patterns[0].replace("*", str(expert))] = gate.contiguous()
@@ -71,7 +74,8 @@ class PackDown(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         downs = input_dict[source_patterns[0]]
-        return {target_patterns[0]: torch.cat([down.T for down in downs])}
+        order = storage_order([down.shape[1] for down in downs])
+        return {target_patterns[0]: torch.cat([downs[expert].T for expert in order])}
 
     @property
     def reverse_op(self):
@@ -83,8 +87,10 @@ class UnpackDown(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, model=None, full_layer_name=None, **kwargs):
-        rows = _only(input_dict).split(_widths(model, full_layer_name))
-        return {target_patterns[0].replace("*", str(i)): block.T.contiguous() for i, block in enumerate(rows)}
+        widths = _widths(model, full_layer_name)
+        order = storage_order(widths)
+        rows = _only(input_dict).split([widths[expert] for expert in order])
+        return {target_patterns[0].replace("*", str(e)): block.T.contiguous() for e, block in zip(order, rows)}
 
     @property
     def reverse_op(self):

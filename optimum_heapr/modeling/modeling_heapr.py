@@ -52,7 +52,6 @@ class PrunedModelMixin:
         return True
 
 
-@cache
 def pruned_model_class(
     base: type, config_class: type | None = None, module: str = __name__, auto_class: str | None = None
 ) -> type:
@@ -64,14 +63,22 @@ def pruned_model_class(
         module (`str`): module that the class can be imported from, by the name `Heapr` + name of the base.
         auto_class (`str`, *optional*): what its checkpoints are loaded with; found from the base by default.
     """
-    pruned_config = config_class or pruned_config_class(base.config_class)
+    return _pruned_model_class(
+        base,
+        config_class or pruned_config_class(base.config_class),
+        module,
+        auto_class or auto_class_name(base.config_class),
+    )
 
+
+@cache  # whoever asks gets the same class, or pickle would refuse its instances
+def _pruned_model_class(base: type, pruned_config: type, module: str, auto_class: str) -> type:
     class PrunedModel(PrunedModelMixin, base):
         config_class = pruned_config
 
     PrunedModel.__name__ = PrunedModel.__qualname__ = PREFIX + base.__name__
     PrunedModel.__module__ = module
-    PrunedModel.register_for_auto_class(auto_class or auto_class_name(base.config_class))
+    PrunedModel.register_for_auto_class(auto_class)
     return PrunedModel
 
 

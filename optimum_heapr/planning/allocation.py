@@ -8,12 +8,13 @@ nothing is rounded afterwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..utils.errors import HeaprError
+from .alignment import check_uniform_width, effective_multiple
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
 
     Args:
         scores (`dict[str, torch.Tensor]`): importance by block, [E, I]; higher is kept, ties by lowest index.
-        config (`HeaprConfig`): `ratio`, `allocation`, `width_multiple`, `min_width`, `protect_unreached` are used.
+        config (`HeaprConfig`): all but its calibration part is used.
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block.
 
     Returns:
@@ -39,6 +40,8 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
         HeaprError: if the ratio cannot be reached under `width_multiple`, `min_width` or protection; the message names
             what can.
     """
+    multiple = effective_multiple(config, [score.shape[1] for score in scores.values()])
+    config = replace(config, width_multiple=multiple)
     _check(scores, config)
     ranked = {
         path: _RankedBlock.rank(score, config, unreached.get(path, []) if config.protect_unreached else [])
@@ -108,9 +111,10 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> list[torch
 
 
 def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> torch.Tensor:
-    """The same number of groups for every expert, the fewest that remove no more than the ratio: [E]."""
+    """The same number of groups for every expert, the fewest that hold the width nearest to the ratio: [E]."""
     experts, groups = block.value.shape
     width, multiple = int(block.size.sum()), config.width_multiple
+    check_uniform_width(config, width)
     keep = -(-round((1 - config.ratio) * width) // multiple)
     if keep * multiple >= width:
         below = (groups - 1) * multiple

@@ -144,9 +144,10 @@ class PruningPlan:
                 unreached=document["unreached"],
                 compensation=document.get("compensation", {}),
             )
-        except (KeyError, RuntimeError) as error:
-            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({error}); plan again") from error
-        plan.check()
+            plan.check()
+        except (KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({reason}); plan again") from error
         return plan
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
 from .compensation import compensate_experts
+from .selection import packed_rows
 
 
 if TYPE_CHECKING:
@@ -41,27 +42,41 @@ def apply_plan(
     """
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics)
+    if plan.config.compensate:
+        for block in progress(blocks, desc="Compensating", unit="layer"):
+            plan.compensation[block.path] = compensate_block(
+                block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
+            )
+    cut_model(model, plan, blocks)
+    return model
+
+
+def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
+    """What [`apply_plan`] does once the plan is known to fit; on a model without storage it changes shapes alone."""
+    if plan.config.layout == "variable":
+        _cut_to_variable(model, plan, blocks)
+    else:
+        from .stock import cut_to_stock
+
+        cut_to_stock(model, plan, blocks)
+    model.config.heapr_config = plan.config.to_dict()
+    _forget_origin(model)
+
+
+def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
     from ..modeling.auto import register_model_class
     from ..modeling.configuration_heapr import pruned_config_class
     from ..modeling.conversion import register_conversions
 
     for block in progress(blocks, desc="Pruning", unit="layer"):
-        kept = plan.kept[block.path]
-        if plan.config.compensate:
-            plan.compensation[block.path] = compensate_block(
-                block, kept, statistics.blocks[block.path], plan.config.ridge
-            )
-        model.set_submodule(block.path, cut_block(block, kept))
+        model.set_submodule(block.path, cut_block(block, plan.kept[block.path]))
 
     config = model.config
     config.__class__ = pruned_config_class(type(config))
     vars(config).pop("model_type", None)  # a loaded configuration has its own, which would hide that of the class
     config.expert_widths = plan.widths
-    config.heapr_config = plan.config.to_dict()
     model.__class__ = register_model_class(type(config))
     register_conversions(type(config).model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
-    _forget_origin(model)
-    return model
 
 
 def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
@@ -138,23 +153,22 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
     stock = block.module
     experts = AtomicExperts(stock, [len(indices) for indices in kept])
     start = 0
-    for expert, indices in enumerate(kept):
-        indices, width = indices.to(stock.down_proj.device), len(indices)
+    for expert in experts.order:
+        indices, width = kept[expert], len(kept[expert])
         rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
         start += width
-        experts.down_proj[rows] = block.down_rows(expert)[indices]
-        experts.gate_up_proj[pairs] = _stored(block.gate_up_rows(expert)[:, indices], stock.is_concatenated)
+        experts.down_proj[rows] = packed_rows(block, "down_proj", expert, indices)
+        experts.gate_up_proj[pairs] = packed_rows(block, "gate_up_proj", expert, indices)
         if stock.has_bias:
-            experts.gate_up_proj_bias[pairs] = _stored(block.gate_up_bias(expert)[:, indices], stock.is_concatenated)
+            experts.gate_up_proj_bias[pairs] = packed_rows(block, "gate_up_proj_bias", expert, indices)
     if stock.has_bias:
         experts.down_proj_bias.copy_(stock.down_proj_bias)
     experts.requires_grad_(stock.down_proj.requires_grad)
+    if hasattr(stock, "_hf_hook"):  # the model is spread over devices: inputs go on being brought to the weights
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(experts, stock._hf_hook)
     return experts
-
-
-def _stored(gate_and_up: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
-    """[2, w, …] -> [2 w, …]: all gate rows then all up rows, or in turn."""
-    return (gate_and_up if is_concatenated else gate_and_up.transpose(0, 1)).flatten(0, 1)
 
 
 def _forget_origin(model: torch.nn.Module) -> None:

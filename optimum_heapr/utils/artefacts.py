@@ -27,11 +27,13 @@ def write_artefact(
     Raises:
         HeaprError: if the folder cannot be written to.
     """
-    from safetensors.torch import save_file
+    from .tensor_files import write_tensors
 
+    # Not the library's writer: it puts several entries of metadata in random order, and equal artefacts shall be equal.
     metadata = {"format": format, "version": VERSION, "document": json.dumps(document)}
     with replace_file(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(temporary, shapes, lambda name: iter([tensors[name].cpu()]), metadata)
 
 
 def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
     """
     path = Path(path)
     check_output_folder(path, overwrite)
+    path = path.resolve()  # a link to a folder, or `.`, cannot be renamed onto
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -63,20 +65,42 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)
+        check_output_folder(path, overwrite)  # it may have been filled in the meantime
         if path.is_dir() and any(path.iterdir()):
-            # There is no portable atomic exchange of two folders: the old one steps aside and comes back on an error.
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, aside)
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                os.replace(aside, path)
-                raise
-            shutil.rmtree(aside)
+            _replace_filled_folder(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_filled_folder(new: Path, path: Path) -> None:
+    """Puts `new` in the place of `path`; what was there is deleted."""
+    if _exchange(new, path):
+        return  # the caller deletes `new`, which is now the old folder
+    # No exchange in one step here: the old folder steps aside and comes back on an error.
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        os.replace(path, aside)
+        os.replace(new, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(aside, path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders in one step, so that a kill cannot fall in between; `False` where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    at_current_folder, rename_exchange = -100, 2
+    paths = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    return renameat2(at_current_folder, paths[0], at_current_folder, paths[1], rename_exchange) == 0
 
 
 def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> None:

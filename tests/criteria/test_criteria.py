@@ -1,128 +1,172 @@
 # Licensed under the Apache License, Version 2.0
-"""Scores against formulas written out, and the removal order of `obs` through allocation."""
+"""Every criterion against its formula, one number at a time, and the rank of experts that were never measured."""
+
+import math
 
 import pytest
 import torch
 
-from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, PruningPlan
-from optimum_heapr.calibration.statistics import BlockStatistics
-from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
-from optimum_heapr.criteria.obs import removal_curves, scores_of_order
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
+from optimum_heapr.configuration import CRITERIA as NAMES
+from optimum_heapr.configuration import HeaprConfig
+from optimum_heapr.criteria import CRITERIA, importance
+from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.utils.errors import HeaprError
+from tests.helpers import calibration_data, random_statistics, tiny_model
 
 
-torch.set_num_threads(1)
-EXPERTS, WIDTH = 4, 10
+MEASURED = ["heapr", "fisher", "activation"]
 
 
-def block_statistics(counts=(60, 25, 0, 7), seed=0) -> BlockStatistics:
-    """Statistics of explicit activations and gradients; the third expert was not reached."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for count in counts:
-        mixing = torch.randn(WIDTH, WIDTH, generator=generator)
-        h = torch.randn(count, WIDTH, generator=generator) @ mixing
-        g = torch.randn(count, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator)
-        parts.append((h.square().sum(0), g.square().sum(0), (h * g).square().sum(0), h.T @ h, g.T @ g))
-    h2, g2, fisher, activation_gram, gradient_gram = map(torch.stack, zip(*parts))
-    return BlockStatistics(
-        activation_sq_sum=h2,
-        gradient_sq_sum=g2,
-        fisher_sum=fisher,
-        weight_norm=torch.rand(EXPERTS, WIDTH, generator=generator) + 0.5,
-        token_count=torch.tensor(counts),
-        output_norm_sum=torch.rand(EXPERTS, generator=generator) * torch.tensor(counts),
-        activation_gram_sum=activation_gram,
-        gradient_gram_sum=gradient_gram,
+def test_the_registry_is_the_list_of_the_configuration():
+    assert tuple(CRITERIA) == NAMES
+    for name, criterion in CRITERIA.items():
+        assert criterion.name == name and criterion.__doc__
+    assert [name for name, criterion in CRITERIA.items() if criterion.needs_tokens] == MEASURED
+
+
+def by_hand(name, h2, g2, hg2, norm, n):
+    return {
+        "heapr": 0.5 * (h2 / n) * (g2 / n),
+        "fisher": 0.5 * hg2 / n,
+        "activation": h2 / n,
+        "magnitude": norm,
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["heapr", "fisher", "activation", "magnitude"])
+def test_scores_follow_the_formula(name):
+    statistics = random_statistics(blocks=3, experts=3, width=5, dtype=torch.float64)
+    scores = importance(statistics, name)
+    assert list(scores) == list(statistics.blocks)
+    assert torch.equal(statistics.importance(name)["model.layers.0.mlp.experts"], scores["model.layers.0.mlp.experts"])
+    for path, block in statistics.blocks.items():
+        assert scores[path].shape == (3, 5)
+        for expert in range(3):
+            for atom in range(5):
+                values = (
+                    part[expert, atom].item()
+                    for part in (block.activation_sq_sum, block.gradient_sq_sum, block.fisher_sum, block.weight_norm)
+                )
+                expected = by_hand(name, *values, block.token_count[expert].item())
+                assert math.isclose(scores[path][expert, atom].item(), expected, rel_tol=1e-12)
+
+
+def test_heapr_is_the_default():
+    statistics = random_statistics()
+    for path, scores in statistics.importance().items():
+        assert torch.equal(scores, statistics.importance("heapr")[path])
+
+
+def test_an_unknown_criterion_is_refused_with_the_nearest_name():
+    with pytest.raises(HeaprError) as error:
+        random_statistics().importance("magnitud")
+    assert str(error.value) == (
+        "criterion='magnitud': must be one of heapr, fisher, magnitude, activation, random; did you mean \"magnitude\"?"
     )
 
 
-@pytest.fixture
-def statistics() -> AtomicStatistics:
-    model = {"parameters_per_atomic_expert": 48, "num_parameters": 10_000}
-    blocks = {f"layers.{seed}": block_statistics(seed=seed) for seed in range(2)}
-    return AtomicStatistics(blocks, {"data": {"num_tokens": 46}, "model": model})
+def test_the_norm_is_that_of_the_three_rows_of_an_atomic_expert():
+    for model_type in ("qwen3_moe", "gpt_oss"):
+        model = tiny_model(model_type)
+        block = find_expert_blocks(model)[1]
+        scores = calibrate(model, calibration_data(4)).importance("magnitude")[block.path]
+        module = block.module
+        for expert, atom in ((0, 0), (3, 7), (5, 11)):
+            if model_type == "gpt_oss":
+                gate, up = module.gate_up_proj[expert][:, 2 * atom], module.gate_up_proj[expert][:, 2 * atom + 1]
+                down = module.down_proj[expert][atom]
+            else:
+                gate, up = module.gate_up_proj[expert][atom], module.gate_up_proj[expert][12 + atom]
+                down = module.down_proj[expert][:, atom]
+            torch.testing.assert_close(scores[expert, atom], torch.cat([gate, up, down]).norm(), rtol=1e-6, atol=0)
 
 
-def test_reductions_differ_by_the_tokens_of_the_expert(statistics):
-    for criterion in ("heapr", "fisher"):
-        mean, total = (statistics.importance(criterion, reduction=reduction) for reduction in ("mean", "total"))
-        for path, block in statistics.blocks.items():
-            reached = block.reached
-            expected = mean[path][reached] * block.token_count[reached, None]
-            torch.testing.assert_close(total[path][reached], expected)
-            assert (total[path][~reached] < 0).all()
-    block = statistics.blocks["layers.0"]
-    product = block.activation_sq_sum[1] * block.gradient_sq_sum[1] / 25**2 / 2
-    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product)
+# Random
 
 
-def test_scores_of_order_sort_into_the_order_whatever_the_cost():
-    generator = torch.Generator().manual_seed(0)
-    order = torch.stack([torch.randperm(50, generator=generator) for _ in range(6)])
-    cost = torch.rand(6, 50, generator=generator)
-    cost[1] = 0
-    cost[2] = 3.0  # all equal
-    cost[3] = torch.arange(50).flip(0) * 1e-30  # falling: the running maximum is constant
-    cost[4, ::2] = 1e30
-    cost[5] = 1e-42  # not a normal number in float32
-    scores = scores_of_order(order, cost)
-    assert torch.equal(scores.sort(dim=1).indices, order)
-    assert (scores.gather(1, order).diff(dim=1) > 0).all()
-    rising = cost.cummax(dim=1).values.double()
-    torch.testing.assert_close(scores.gather(1, order)[:5], rising[:5], rtol=1e-12, atol=1e-300)
+def test_random_scores_depend_on_the_seed_and_the_block_alone():
+    statistics, other = random_statistics(blocks=3), random_statistics(blocks=2, seed=5)
+    first, again = importance(statistics, "random", 3), importance(statistics, "random", 3)
+    for path, scores in first.items():
+        assert torch.equal(scores, again[path])
+        assert not torch.equal(scores, importance(statistics, "random", 4)[path])
+        assert ((scores >= 0) & (scores < 1)).all() and len(scores.unique()) > 20
+    # Other statistics, another number of blocks: the numbers of a block stay.
+    for path in other.blocks:
+        assert torch.equal(importance(other, "random", 3)[path], first[path])
+    zero, one, two = first.values()
+    assert not torch.equal(zero, one) and not torch.equal(one, two)
 
 
-def test_obs_is_the_elimination_of_each_expert(statistics):
-    block = statistics.blocks["layers.1"]
-    scores = statistics.importance("obs")["layers.1"]
-    for expert, tokens in enumerate((60, 25, 0, 7)):
-        if not tokens:
-            assert (scores[expert] < 0).all()
-            continue
-        ridge = ridge_for_tokens(0.01, WIDTH, tokens)
-        alone = greedy_elimination(
-            block.activation_gram_sum[[expert]] / tokens, block.gradient_gram_sum[[expert]] / tokens, ridge
-        )
-        assert torch.equal(scores[expert].sort().indices, alone.order[0])
-        total = scores[expert].sort().values[-1]
-        torch.testing.assert_close(total, alone.monotone_cost[0, -1].double() * tokens / (1 + ridge))
+def test_random_scores_do_not_touch_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    importance(random_statistics(), "random")
+    assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.45, 0.7])
-@pytest.mark.parametrize("allocation", ["global", "layer", "uniform"])
-def test_obs_plans_remove_a_beginning_of_the_order(statistics, ratio, allocation):
-    plan = PruningPlan.build(statistics, HeaprConfig(ratio=ratio, criterion="obs", allocation=allocation))
-    for path, experts in plan.kept.items():
-        order = removal_curves(path, statistics.blocks[path]).order
-        for expert, kept in enumerate(experts):
-            if statistics.blocks[path].reached[expert]:
-                assert torch.equal(kept, order[expert, WIDTH - len(kept) :].sort().values)
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
+def test_any_seed_that_a_configuration_takes_will_do(seed):
+    scores = importance(random_statistics(), "random", HeaprConfig(seed=seed).seed)
+    assert not torch.equal(scores["model.layers.0.mlp.experts"], scores["model.layers.1.mlp.experts"])
 
 
-def test_obs_does_not_depend_on_the_unit_of_the_gradient(statistics):
-    before = statistics.importance("obs")
-    for block in statistics.blocks.values():
-        block.gradient_gram_sum *= 1e-12
-    for path, scores in statistics.importance("obs").items():
-        assert torch.equal(scores.argsort(dim=1), before[path].argsort(dim=1))
+# Experts that no token reached
 
 
-@pytest.mark.parametrize("criterion", ["reap", "frequency"])
-def test_expert_level_baselines_take_whole_experts(statistics, criterion):
-    scores = statistics.importance(criterion)
-    for path, block in statistics.blocks.items():
-        counts = block.token_count.clamp(min=1)
-        expected = block.token_count if criterion == "frequency" else block.output_norm_sum / counts
-        torch.testing.assert_close(scores[path].double(), expected.double()[:, None].expand(-1, WIDTH))
-    plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.4, criterion=criterion, allocation="layer"))
-    for path, widths in plan.widths.items():
-        assert sorted(widths) == [0, 4, 10, 10]  # 16 of 40: one expert, and a part of the next
-        assert widths[2] == 0  # the one that nothing was routed to
-        kept = plan.kept[path][widths.index(4)]
-        assert torch.equal(kept, torch.arange(4))
+@pytest.mark.parametrize("name", MEASURED)
+def test_unreached_experts_rank_below_every_reached_one_by_weight_norm(name):
+    unreached = {0: [1, 3], 2: [0]}
+    statistics = random_statistics(blocks=3, unreached=unreached)
+    # A reached atomic expert that never fired is a measured zero, and still worth more than what is unknown.
+    first = statistics.blocks["model.layers.0.mlp.experts"]
+    first.activation_sq_sum[0, 5] = first.gradient_sq_sum[0, 5] = first.fisher_sum[0, 5] = 0
+    scores = importance(statistics, name)
+    known, unknown, norms = [], [], []
+    for index, (path, block) in enumerate(statistics.blocks.items()):
+        for expert in range(block.num_experts):
+            if expert in unreached.get(index, []):
+                unknown.append(scores[path][expert])
+                norms.append(block.weight_norm[expert])
+            else:
+                known.append(scores[path][expert])
+    known, unknown, norms = torch.cat(known), torch.cat(unknown), torch.cat(norms)
+    assert known.min() == 0 and len(unknown) == 24
+    assert unknown.max() < known.min()
+    assert torch.isfinite(unknown).all() and (unknown < 0).all()
+    # Across blocks too, they rank among themselves by norm.
+    assert unknown.argsort().tolist() == norms.argsort().tolist()
 
 
-def test_reap_without_its_statistic_is_refused(statistics):
-    statistics.blocks["layers.0"].output_norm_sum = None
-    with pytest.raises(HeaprError, match="criterion='reap'.*layers.0.*calibrate again"):
-        statistics.importance("reap")
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_scores_of_reached_experts_do_not_depend_on_unreached_ones(name):
+    whole, holed = random_statistics(), random_statistics(unreached={0: [2]})
+    for path, block in holed.blocks.items():
+        expected, actual = importance(whole, name)[path], importance(holed, name)[path]
+        assert torch.equal(actual[block.reached], expected[block.reached])
+
+
+def test_magnitude_and_random_rank_unreached_experts_like_any_other():
+    whole, holed = random_statistics(), random_statistics(unreached={0: [2]})
+    for name in ("magnitude", "random"):
+        for path in whole.blocks:
+            assert torch.equal(importance(whole, name)[path], importance(holed, name)[path])
+
+
+def test_weights_of_nothing_but_zeros_are_ranked_too():
+    zeros = torch.zeros(2, 3)
+    block = BlockStatistics(zeros, zeros, zeros, zeros, torch.tensor([4, 0]))
+    scores = importance(AtomicStatistics({"experts": block}), "heapr")["experts"]
+    assert torch.isfinite(scores).all() and scores[1].max() < scores[0].min()
+
+
+def test_tiny_measurements_are_no_ties():
+    """The product of two small means has to stay apart from zero and from its neighbours."""
+    count = torch.tensor([10])
+    squares = torch.tensor([[1e-24, 2e-24, 3e-24]])
+    block = BlockStatistics(squares, squares, squares, torch.ones(1, 3), count)
+    scores = importance(AtomicStatistics({"experts": block}), "heapr")["experts"][0]
+    assert 0 < scores[0] < scores[1] < scores[2]

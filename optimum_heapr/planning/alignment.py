@@ -1,0 +1,88 @@
+# Licensed under the Apache License, Version 2.0
+"""Widths that runtimes can use: which multiple an engine asks for, and what to do when a ratio gives none.
+
+| `align_for` | multiple | because |
+|---|---|---|
+| `vllm` | 128 | block-scaled and Marlin kernels of vLLM and SGLang take blocks of 128 columns |
+| `gguf` | 256 | K-quants of llama.cpp store super-blocks of 256 weights; other widths fall back to larger types |
+| `fp8` | 128 | block-scaled FP8 checkpoints hold one scale for 128 x 128 weights |
+
+Each multiple is that of one rank: `tensor_parallel` N multiplies it by N. Without a preset, stock layouts use
+multiples of 8, because `grouped_mm` of transformers wants rows of 16 bytes in bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..utils.errors import HeaprError
+
+
+if TYPE_CHECKING:
+    from ..configuration import HeaprConfig
+
+
+PRESETS = {"none": 1, "vllm": 128, "gguf": 256, "fp8": 128}
+STOCK_MULTIPLE = 8  # elements in 16 bytes of bfloat16
+
+
+def is_aligned_for_runtime(config: HeaprConfig) -> bool:
+    """Whether a runtime's rule was asked for, so that a width which breaks it is refused and not rounded."""
+    return config.align_for != "none" or config.tensor_parallel > 1
+
+
+def effective_multiple(config: HeaprConfig, widths: list[int]) -> int:
+    """What kept widths are multiples of: the least that satisfies `width_multiple`, the preset and the layout.
+
+    Args:
+        config (`HeaprConfig`): `width_multiple`, `align_for`, `tensor_parallel` and `layout` are used.
+        widths (`list[int]`): atomic experts of one expert in each block of the unpruned model.
+
+    Raises:
+        HeaprError: if no expert is wide enough for it.
+    """
+    multiple = PRESETS[config.align_for]
+    # A model whose own widths break the rule of `grouped_mm` does not run with it anyway.
+    if config.layout != "variable" and all(width % STOCK_MULTIPLE == 0 for width in widths):
+        multiple = math.lcm(multiple, STOCK_MULTIPLE)
+    multiple = math.lcm(multiple * config.tensor_parallel, config.width_multiple)
+    if is_aligned_for_runtime(config) and multiple > min(widths):
+        raise HeaprError(
+            f"align_for={config.align_for!r}, tensor_parallel={config.tensor_parallel}: asks for multiples of {multiple}, "
+            f"experts of this model have {min(widths)} atomic experts; lower tensor_parallel or use align_for='none'"
+        )
+    return multiple
+
+
+def check_uniform_width(config: HeaprConfig, width: int) -> None:
+    """Refuses a ratio whose uniform width breaks the rule of the runtime that was asked for.
+
+    Args:
+        config (`HeaprConfig`): what was asked for.
+        width (`int`): atomic experts of one expert of the unpruned model.
+
+    Raises:
+        HeaprError: naming the nearest ratios that keep the rule.
+    """
+    multiple = effective_multiple(config, [width])
+    kept = round((1 - config.ratio) * width)
+    if not is_aligned_for_runtime(config) or (kept and kept % multiple == 0):
+        return
+    below = kept // multiple * multiple
+    nearest = [candidate for candidate in (below, below + multiple) if 0 < candidate < width]
+    hint = " or ".join(f"{candidate} ({1 - candidate / width:.3f})" for candidate in nearest)
+    raise HeaprError(
+        f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple}; "
+        + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel")
+    )
+
+
+def padded_width(widest: int, config: HeaprConfig, widths: list[int]) -> int:
+    """Width that all experts are zero-padded to: `widest` rounded up to the multiple.
+
+    It exceeds the width of the unpruned model only where a runtime's rule asks for that.
+    """
+    multiple = effective_multiple(config, widths)
+    width = max(-(-widest // multiple), 1) * multiple
+    return width if is_aligned_for_runtime(config) else min(width, max(widths))

@@ -1,0 +1,71 @@
+# Licensed under the Apache License, Version 2.0
+"""The kept atomic experts of one expert, cut out of its parameters: what every layout is made of.
+
+Nothing here looks at more than one expert, so that a checkpoint can be cut without loading a layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..experts import stack_gate_and_up
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+
+
+def packed_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.Tensor) -> torch.Tensor:
+    """One expert's share of a parameter of `AtomicExperts`, for w kept atomic experts.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        parameter (`str`): name of the parameter in the block.
+        expert (`int`): which expert of the block.
+        indices (`torch.Tensor`): kept atomic experts, ascending, [w].
+
+    Returns:
+        `torch.Tensor`: `gate_up_proj` [2 w, d], `down_proj` [w, d], `gate_up_proj_bias` [2 w] or `down_proj_bias` [1, d].
+    """
+    if parameter == "down_proj_bias":
+        return block.module.down_proj_bias[expert].unsqueeze(0)
+    rows = _kept_rows(block, parameter, expert, indices)
+    return rows if parameter == "down_proj" else stack_gate_and_up(rows, block.module.is_concatenated)
+
+
+def padded_expert(block: ExpertBlock, parameter: str, expert: int, indices: torch.Tensor, width: int) -> torch.Tensor:
+    """One expert's share of a stock parameter of width `width`: kept atomic experts first, then zeros.
+
+    An atomic expert whose down projection is zero contributes nothing, whatever its gate and up projection are; its gate
+    and up rows and biases are zero as well.
+
+    Args:
+        block, parameter, expert, indices: as for [`packed_rows`].
+        width (`int`): atomic experts of each expert of the result, at least w.
+
+    Returns:
+        `torch.Tensor`: what stands at `[expert]` in the stock module's parameter.
+    """
+    if parameter == "down_proj_bias":
+        return block.module.down_proj_bias[expert]
+    kept = _kept_rows(block, parameter, expert, indices)
+    if parameter == "down_proj":
+        rows = kept.new_zeros(width, *kept.shape[1:])
+        rows[: len(indices)] = kept
+        return rows if block.module.is_transposed else rows.T
+    rows = kept.new_zeros(2, width, *kept.shape[2:])
+    rows[:, : len(indices)] = kept
+    stored = stack_gate_and_up(rows, block.module.is_concatenated)
+    return stored.T if block.module.is_transposed and parameter == "gate_up_proj" else stored
+
+
+def _kept_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.Tensor) -> torch.Tensor:
+    """`down_proj` as [w, d], the others as [2, w, …], gate first."""
+    indices = indices.to(getattr(block.module, parameter).device)
+    if parameter == "down_proj":
+        return block.down_rows(expert)[indices]
+    if parameter == "gate_up_proj":
+        return block.gate_up_rows(expert)[:, indices]
+    return block.gate_up_bias(expert)[:, indices]

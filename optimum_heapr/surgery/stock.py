@@ -1,0 +1,269 @@
+# Licensed under the Apache License, Version 2.0
+"""Stock layouts: pruned models of the original architecture, which load wherever the unpruned model loads.
+
+* `uniform`: every expert keeps the same number of atomic experts, and the one field of the configuration that sets the
+  width of experts is lowered.
+* `padded`: experts keep different numbers and are zero-padded to the widest, which is exact but saves little or nothing.
+
+There is no table of families here. Which field sets the width, and what else it sets, is found by building the model
+from a changed configuration on the meta device and looking at the shapes. Shared experts are often sized
+`width * number of shared experts`: they are zero-padded to a multiple of the new width and the number is raised, which
+leaves their function as it is. Anything else that would change its shape is a reason to refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..experts import model_name
+from ..planning.alignment import padded_width
+from ..utils.errors import HeaprError
+from ..utils.logging import get_logger, progress
+from .selection import padded_expert
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..experts import ExpertBlock
+    from ..planning.plan import PruningPlan
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class StockLayout:
+    """How a model of the original architecture holds the pruned experts.
+
+    Attributes:
+        width (`int`): atomic experts of every expert.
+        fields (`dict[str, int]`): new values of the configuration's fields.
+        skeleton (`PreTrainedModel`): the pruned model without storage.
+        padded (`list[str]`): parameters of shared experts that are zero-padded.
+    """
+
+    width: int
+    fields: dict[str, int]
+    skeleton: PreTrainedModel
+    padded: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
+    """Cuts `model` in place; its class stays and its configuration gets a smaller width.
+
+    Raises:
+        HeaprError: if the plan's widths differ with layout `uniform`, or the architecture cannot hold the width.
+    """
+    layout = find_stock_layout(model, blocks, stock_width(plan))
+    for block in progress(blocks, desc="Pruning", unit="layer"):
+        for name, parameter in list(block.module.named_parameters(recurse=False)):
+            experts = [
+                padded_expert(block, name, expert, indices, layout.width)
+                for expert, indices in enumerate(plan.kept[block.path])
+            ]
+            _replace(block.module, name, torch.stack(experts), parameter)
+    for path in layout.padded:
+        owner, _, name = path.rpartition(".")
+        parameter = model.get_parameter(path)
+        padded = zero_pad(parameter, layout.skeleton.get_parameter(path).shape)
+        _replace(model.get_submodule(owner), name, padded, parameter)
+    for path, module in layout.skeleton.named_modules():
+        _copy_sizes(module, model.get_submodule(path))
+    config = _experts_config(model, blocks)
+    for name, value in layout.fields.items():
+        setattr(config, name, value)
+    if not type(model).__module__.startswith("transformers."):
+        _take_code_along(model)
+
+
+def stock_width(plan: PruningPlan) -> int:
+    """The one width that all experts of the result have.
+
+    Raises:
+        HeaprError: if there is none.
+    """
+    widths = {width for experts in plan.widths.values() for width in experts}
+    if plan.config.layout == "uniform" and len(widths) > 1:
+        raise HeaprError(
+            f"layout='uniform': the plan keeps widths from {min(widths)} to {max(widths)}; plan with "
+            "allocation='uniform', or use layout='padded' or 'variable'"
+        )
+    if plan.config.layout == "uniform":
+        return widths.pop()
+    return padded_width(max(widths), plan.config, list(plan.original_width.values()))
+
+
+def find_stock_layout(model: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> StockLayout:
+    """The configuration under which the model's own architecture has experts of `width` and is otherwise the same.
+
+    Args:
+        model (`PreTrainedModel`): the unpruned model; its weights are not read.
+        blocks (`list[ExpertBlock]`): its expert blocks.
+        width (`int`): atomic experts of every expert of the result.
+
+    Raises:
+        HeaprError: if no single field of the configuration sets the width, or that field sets something else as well.
+    """
+    originals = {block.width for block in blocks}
+    if originals == {width}:
+        return StockLayout(width, {}, _build(model, blocks, {}))
+    config = _experts_config(model, blocks)
+    fields = [] if len(originals) > 1 else _fields_with_value(config, blocks[0].width)
+    for name in fields:
+        skeleton = _build(model, blocks, {name: width})
+        if skeleton is not None and _has_expert_width(skeleton, blocks, width):
+            return _with_shared_experts(model, blocks, StockLayout(width, {name: width}, skeleton), name)
+    raise HeaprError(
+        f"model={model_name(model)!r}: no single field of {type(config).__name__} sets the width of all experts "
+        f"({', '.join(map(str, sorted(originals)))}); use layout='variable'"
+    )
+
+
+def zero_pad(tensor: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+    """`tensor` at the start of a tensor of zeros of `shape`, which is nowhere smaller."""
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded
+
+
+def _with_shared_experts(
+    model: PreTrainedModel, blocks: list[ExpertBlock], layout: StockLayout, field: str
+) -> StockLayout:
+    """Raises the number of shared experts where their size follows the width of the routed ones."""
+    changed = _changed_parameters(model, blocks, layout.skeleton)
+    if not changed:
+        return layout
+    stranger = next((path for path in changed if not _is_of_gated_mlp(model, path)), None)
+    count = None if stranger else _count(model, changed[0], blocks[0].width)
+    if count:
+        config = _experts_config(model, blocks)
+        raised = -(-count * blocks[0].width // layout.width)
+        for name in _fields_with_value(config, count):
+            fields = {**layout.fields, name: raised}
+            skeleton = _build(model, blocks, fields)
+            if skeleton is not None and _holds(model, blocks, skeleton, changed, layout.width, raised):
+                logger.info("shared experts are zero-padded from %s to %s: %s=%d", count, raised, name, raised)
+                return StockLayout(layout.width, fields, skeleton, changed)
+    path = stranger or changed[0]
+    raise HeaprError(
+        f"model={model_name(model)!r}: its configuration sizes {path.rpartition('.')[0]} by {field!r} as well, and stock "
+        "code cannot hold it beside narrower routed experts; use layout='variable'"
+    )
+
+
+def _holds(
+    model: PreTrainedModel,
+    blocks: list[ExpertBlock],
+    skeleton: PreTrainedModel,
+    changed: list[str],
+    width: int,
+    count: int,
+) -> bool:
+    """Whether shared experts grew to `count` times `width` and nothing else changed."""
+    if not _has_expert_width(skeleton, blocks, width):
+        return False
+    if not set(_changed_parameters(model, blocks, skeleton)) <= set(changed):
+        return False
+    for path in changed:
+        before, after = model.get_parameter(path).shape, skeleton.get_parameter(path).shape
+        axis = _width_axis(path, len(before))
+        if after[axis] != count * width or before[:axis] + before[axis + 1 :] != after[:axis] + after[axis + 1 :]:
+            return False
+    return True
+
+
+def _changed_parameters(model: PreTrainedModel, blocks: list[ExpertBlock], skeleton: PreTrainedModel) -> list[str]:
+    """Parameters and buffers outside the expert blocks whose shape differs, or that only one of the two has."""
+    own = tuple(f"{block.path}." for block in blocks)
+    before = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    after = {name: tensor.shape for name, tensor in skeleton.state_dict().items() if not name.startswith(own)}
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _is_of_gated_mlp(model: PreTrainedModel, path: str) -> bool:
+    """Whether a parameter belongs to the MLP of shared experts: the kind of module that zero rows leave as it is."""
+    layer, _, parameter = path.rpartition(".")
+    mlp, _, projection = layer.rpartition(".")
+    if parameter not in ("weight", "bias") or "shared" not in mlp.rpartition(".")[2]:
+        return False
+    projections = dict(model.get_submodule(mlp).named_children())
+    names = ("gate_proj", "up_proj", "down_proj")
+    return projection in names and all(isinstance(projections.get(name), nn.Linear) for name in names)
+
+
+def _count(model: PreTrainedModel, path: str, width: int) -> int | None:
+    """How many times `width` fits into a parameter of shared experts, if it does so exactly."""
+    shape = model.get_parameter(path).shape
+    size = shape[_width_axis(path, len(shape))]
+    return size // width if size % width == 0 else None
+
+
+def _width_axis(path: str, dimensions: int) -> int:
+    return 1 if dimensions == 2 and ".down_proj." in path else 0
+
+
+def _has_expert_width(skeleton: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> bool:
+    """Whether the expert blocks of `skeleton` differ from `blocks` in their width alone, which is `width`."""
+    for block in blocks:
+        try:
+            module = skeleton.get_submodule(block.path)
+        except AttributeError:
+            return False
+        wanted = (width, block.hidden_size) if module.is_transposed else (block.hidden_size, width)
+        if tuple(module.down_proj.shape) != (block.num_experts, *wanted):
+            return False
+    return True
+
+
+def _fields_with_value(config: PreTrainedConfig, value: int) -> list[str]:
+    """Fields of a configuration that hold this integer, those that speak of experts first."""
+    names = [name for name, held in vars(config).items() if type(held) is int and held == value and name[0] != "_"]
+    return sorted(names, key=lambda name: not any(word in name for word in ("moe", "expert", "intermediate")))
+
+
+def _build(model: PreTrainedModel, blocks: list[ExpertBlock], fields: dict[str, int]) -> PreTrainedModel | None:
+    """The model's class made from a changed configuration, without storage; `None` if it cannot be made."""
+    # The sub-configuration of the experts must be changed inside the copy of the whole.
+    config, experts_config = copy.deepcopy((model.config, _experts_config(model, blocks)))
+    try:
+        for name, value in fields.items():
+            setattr(experts_config, name, value)
+        with torch.device("meta"):
+            return type(model)(config)
+    except Exception:  # the field means something else: sizes of an attention that no longer divide, and so on
+        if not fields:
+            raise
+        return None
+
+
+def _experts_config(model: PreTrainedModel, blocks: list[ExpertBlock]) -> PreTrainedConfig:
+    """The part of the model's configuration that its experts are made from."""
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    own = getattr(blocks[0].module, "config", None)
+    return next((part for part in parts if part is own), model.config.get_text_config())
+
+
+def _copy_sizes(source: nn.Module, target: nn.Module) -> None:
+    """Takes over the sizes that modules keep as attributes, such as `in_features`."""
+    for name, value in vars(source).items():
+        if type(value) is int and type(vars(target).get(name)) is int:
+            setattr(target, name, value)
+
+
+def _take_code_along(model: PreTrainedModel) -> None:
+    """Lets the checkpoint carry the code of an architecture that transformers does not have."""
+    from ..modeling.modeling_heapr import auto_class_name
+
+    type(model.config).register_for_auto_class("AutoConfig")
+    type(model).register_for_auto_class(auto_class_name(type(model.config)))
+
+
+def _replace(module: nn.Module, name: str, tensor: torch.Tensor, old: nn.Parameter) -> None:
+    setattr(module, name, nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad))

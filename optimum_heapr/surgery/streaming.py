@@ -1,0 +1,285 @@
+# Licensed under the Apache License, Version 2.0
+"""Cuts a checkpoint file by file, without ever holding the model: one expert is in memory at a time.
+
+The model exists without storage only (`device_map="meta"`); it is cut like any other and says which tensors the result
+has, of which shape, in which file. transformers' own conversions between checkpoints and parameters are then run for
+one expert after another: read its tensors, convert, cut, convert back, write. The files are those that cutting in memory
+and `save_pretrained` give, byte for byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..calibration.statistics import check_same_model, model_fingerprint
+from ..experts import ExpertBlock, find_expert_blocks, model_name
+from ..utils.errors import HeaprError
+from ..utils.logging import progress
+from ..utils.tensor_files import TensorReader, write_tensors
+from .apply import cut_model
+from .selection import packed_rows, padded_expert
+from .stock import stock_width, zero_pad
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..planning.plan import PruningPlan
+
+
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_UNITS_KEPT = 4  # a parameter of an expert becomes up to two tensors, which are written one soon after the other
+
+
+def stream_plan(
+    skeleton: PreTrainedModel,
+    files: Iterable[str],
+    plan: PruningPlan,
+    folder: Path,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
+
+    Args:
+        skeleton (`PreTrainedModel`): the unpruned model, loaded with `device_map="meta"`; it is cut in place.
+        files (`Iterable[str]`): its safetensors files.
+        plan (`PruningPlan`): what stays.
+        folder (`Path`): an empty folder.
+        max_shard_size (`int` or `str`): largest weight file, as for `save_pretrained`.
+
+    Raises:
+        HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
+    """
+    source = SourceCheckpoint(skeleton, files)
+    plan.check_shapes({block.path: (block.num_experts, block.width) for block in source.blocks})
+    first_experts = [source.expert(block, 0) for block in source.blocks]
+    check_same_model(plan.model, model_fingerprint(skeleton, first_experts), "plan")
+
+    cut_model(skeleton, plan, source.blocks)
+    target = TargetCheckpoint(skeleton, source, plan)
+    skeleton.save_pretrained(folder, state_dict={})  # everything but weights
+    split = target.split(max_shard_size)
+    for file, names in progress(split.filename_to_tensors.items(), desc="Writing", unit="file"):
+        tensors = {name: (target.tensors[name].dtype, tuple(target.tensors[name].shape)) for name in names}
+        write_tensors(folder / file, tensors, target.parts, {"format": "pt"})
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": skeleton.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+class SourceCheckpoint:
+    """Parameters of the unpruned model, made from its checkpoint when they are asked for.
+
+    Args:
+        skeleton (`PreTrainedModel`): the unpruned model without storage, not yet cut.
+        files (`Iterable[str]`): its safetensors files.
+
+    Raises:
+        HeaprError: if a parameter is made in a way that this module does not follow.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, files: Iterable[str]):
+        self.blocks = find_expert_blocks(skeleton)
+        self.reader = TensorReader(files)
+        self.empty = dict(skeleton.state_dict())
+        self.dtypes = {name: tensor.dtype for name, tensor in self.empty.items()}
+        self.converters: dict[str, WeightConverter] = {}  # by parameter
+        self.stored: dict[str, dict[str, list[str]]] = {}  # by parameter and pattern: names in the checkpoint
+        transforms = getattr(skeleton, "_weight_conversions", None) or []
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        for name in sorted(self.reader.tensors, key=dot_natural_key):
+            parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, self.empty)
+            if parameter not in self.empty:
+                if name not in self.empty:
+                    continue  # nothing of this model; loading it in memory leaves it out as well
+                parameter, pattern = name, None
+            if pattern is not None:
+                self.converters[parameter] = by_pattern[pattern]
+                if len(by_pattern[pattern].target_patterns) > 1:
+                    raise _not_streamable(skeleton, f"{name} becomes several parameters")
+            self.stored.setdefault(parameter, {}).setdefault(pattern or name, []).append(name)
+
+    def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in."""
+        dtype, stored = self.dtypes[name], self.stored[name]
+        if name not in self.converters:
+            ((key,),) = stored.values()
+            return self.reader.read(key, expert).to(dtype)
+        converter = copy.deepcopy(self.converters[name])
+        for pattern, keys in stored.items():
+            row = None
+            if expert is not None:
+                # Either one tensor an expert, or all experts in one.
+                keys, row = ([keys[expert]], None) if len(keys) > 1 else (keys, expert)
+            for key in keys:
+                converter.add_tensor(name, key, pattern, self.reader.read(key, row).to(dtype))
+        shape = self.empty[name].shape if expert is None else (1, *self.empty[name].shape[1:])
+        return _only(converter.convert(name, model=_StandIn({name: shape})))
+
+    def expert(self, block: ExpertBlock, expert: int, parameters: Iterable[str] = ("down_proj",)) -> ExpertBlock:
+        """A block that holds one expert of `block` alone, with some of its parameters."""
+        flags = {name: getattr(block.module, name) for name in ("has_bias", "is_transposed", "is_concatenated")}
+        values = {name: self.parameter(f"{block.path}.{name}", expert) for name in parameters}
+        return replace(block, module=SimpleNamespace(**flags, **values), num_experts=1)
+
+
+class TargetCheckpoint:
+    """Tensors of the pruned model's checkpoint: what there is, and how each is made.
+
+    Args:
+        skeleton (`PreTrainedModel`): the pruned model without storage.
+        source (`SourceCheckpoint`): what it is made from.
+        plan (`PruningPlan`): what stays.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): by name, without storage, in the order of `save_pretrained`.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, source: SourceCheckpoint, plan: PruningPlan):
+        self.source, self.plan = source, plan
+        self.width = None if plan.config.layout == "variable" else stock_width(plan)
+        self.blocks = {f"{block.path}.{name}": (block, name) for block in source.blocks for name in _PARAMETERS}
+        state = skeleton.state_dict()
+        for name in skeleton._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        self.state = remove_tied_weights_from_state_dict(state, skeleton)
+        self.tensors = revert_weight_conversion(skeleton, dict(self.state))
+        transforms = get_model_conversion_mapping(skeleton, add_legacy=False)[::-1]
+        reverse = [entry.reverse_transform() for entry in transforms if not isinstance(entry, PrefixChange)]
+        self._renamings = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+        self._units: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
+        self._origin = self._find_origins(skeleton)
+
+    def split(self, max_shard_size: int | str):
+        """Which tensor goes into which file: as in `save_pretrained`, tensors that share storage stay together."""
+        return split_state_dict_into_shards_factory(
+            self.tensors,
+            get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+            get_storage_id=_storage_id,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor of this name, in parts: one an expert where all experts are stored in one."""
+        parameter, experts = self._origin[name]
+        for expert in experts:
+            yield self._unit(parameter, expert, name)
+
+    def _find_origins(self, skeleton: PreTrainedModel) -> dict[str, tuple[str, list[int | None]]]:
+        """By name of a tensor: the parameter it is made from, and of which experts."""
+        origins: dict[str, tuple[str, list[int | None]]] = {}
+        for parameter, tensor in self.state.items():
+            if parameter not in self.source.stored:
+                raise _not_streamable(skeleton, f"the checkpoint has no {parameter}")
+            model = _StandIn({parameter: tensor.shape}, getattr(skeleton.config, "expert_widths", None))
+            for name in self._revert(parameter, tensor, model):
+                index = _EXPERT.search(name)
+                if parameter not in self.blocks:
+                    origins[name] = (parameter, [None])
+                elif index:
+                    origins[name] = (parameter, [int(index[0])])
+                else:
+                    origins[name] = (parameter, list(range(self.blocks[parameter][0].num_experts)))
+        if set(origins) != set(self.tensors):
+            different = sorted(set(origins) ^ set(self.tensors))[0]
+            raise _not_streamable(skeleton, f"{different} is made of several parameters")
+        return origins
+
+    def _unit(self, parameter: str, expert: int | None, name: str) -> torch.Tensor:
+        """Makes what one parameter of one expert becomes, and keeps the rest of it for the calls to come."""
+        unit = self._units.pop((parameter, expert), None) or self._make(parameter, expert)
+        tensor = unit.pop(name)
+        if unit:
+            self._units[parameter, expert] = unit
+            while len(self._units) > _UNITS_KEPT:
+                self._units.pop(next(iter(self._units)))
+        return tensor
+
+    def _make(self, parameter: str, expert: int | None) -> dict[str, torch.Tensor]:
+        if expert is None:
+            tensor = self.source.parameter(parameter)
+            if tensor.shape != self.state[parameter].shape:
+                tensor = zero_pad(tensor, self.state[parameter].shape)
+            return self._revert(parameter, tensor, _StandIn({parameter: tensor.shape}))
+        block, name = self.blocks[parameter]
+        alone = self.source.expert(block, expert, [name])
+        kept = self.plan.kept[block.path][expert]
+        if self.width is None:
+            tensor = packed_rows(alone, name, 0, kept)
+        else:
+            tensor = padded_expert(alone, name, 0, kept, self.width).unsqueeze(0)
+        made = self._revert(parameter, tensor, _StandIn({parameter: tensor.shape}, {block.path: [len(kept)]}))
+        return {_EXPERT.sub(str(expert), key): value for key, value in made.items()}
+
+    def _revert(self, parameter: str, tensor: torch.Tensor, model: _StandIn) -> dict[str, torch.Tensor]:
+        """`revert_weight_conversion` for one parameter, or for one expert of it."""
+        key, pattern = apply_converters(parameter, self._converters)
+        if pattern is None:
+            return {apply_renamings(parameter, self._renamings): tensor}
+        converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
+        converter.add_tensor(key, parameter, pattern, tensor)
+        made = converter.convert(key, model=model, config=model.config)
+        return {apply_renamings(name, self._renamings): _unlisted(value) for name, value in made.items()}
+
+
+_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+
+
+class _StandIn:
+    """What conversions ask of a model: the shape of a parameter, and the widths of experts."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], expert_widths: dict[str, list[int]] | None = None):
+        self.shapes = shapes
+        self.config = SimpleNamespace(expert_widths=expert_widths)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def _storage_id(tensor: torch.Tensor) -> tuple[int, int]:
+    """What tells storages apart; all empty ones are the same, as they are at no address."""
+    storage = tensor.untyped_storage()
+    return (storage._cdata if storage.nbytes() else 0, storage.nbytes())
+
+
+def _only(made: dict) -> torch.Tensor:
+    (value,) = made.values()
+    return _unlisted(value)
+
+
+def _unlisted(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _not_streamable(model: PreTrainedModel, reason: str) -> HeaprError:
+    return HeaprError(f"model={model_name(model)!r}: cannot be cut file by file: {reason}; pass --in-memory")

@@ -1,0 +1,184 @@
+# Licensed under the Apache License, Version 2.0
+"""A calibration run: what must not leak into the statistics, and that the model comes back as it was."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from optimum_heapr.calibration.data import CalibrationData
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.tap import CALIBRATION_IMPLEMENTATION
+from optimum_heapr.utils.errors import HeaprError
+from tests.helpers import assert_same_statistics, calibration_data, random_ids, tiny_model
+
+
+def test_neither_dropout_nor_the_router_loss_leaks_in():
+    """A model in training mode with an enormous auxiliary loss gives the statistics of the plain one."""
+    data = calibration_data(16, 11)
+    plain = tiny_model("qwen2_moe", dtype=torch.float64)
+    training = tiny_model(
+        "qwen2_moe",
+        dtype=torch.float64,
+        attention_dropout=0.5,
+        output_router_logits=True,
+        router_aux_loss_coef=1e3,
+    ).train()
+    assert torch.equal(plain.lm_head.weight, training.lm_head.weight)
+    ids = random_ids()
+    with_labels = training.eval()(input_ids=ids, labels=ids)
+    assert with_labels.aux_loss is not None and with_labels.loss > 100, "the auxiliary loss is not even on"
+    training.train()
+    assert not torch.equal(training(input_ids=ids).logits, training(input_ids=ids).logits), "dropout is not even on"
+    assert_same_statistics(calibrate(training, data), calibrate(plain, data), rtol=0)
+
+
+def test_jitter_of_the_router_does_not_leak_in():
+    data = calibration_data(16)
+    plain = tiny_model("mixtral", dtype=torch.float64)
+    training = tiny_model("mixtral", dtype=torch.float64, router_jitter_noise=0.9).train()
+    assert_same_statistics(calibrate(training, data), calibrate(plain, data), rtol=0)
+
+
+def test_the_calibration_loss_of_a_model_is_its_own_mean_loss():
+    model, data = tiny_model("qwen3_moe"), calibration_data(16, 16)
+    ids = torch.stack(data.samples)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).loss.item()
+    assert math.isclose(calibrate(model, data).fingerprint["loss"], expected, rel_tol=1e-5)
+
+
+def snapshot(model):
+    """Everything about a model that calibration could leave changed, except its weights."""
+    return {
+        "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for name, module in model.named_modules()
+        },
+        "buffers": [name for name, _ in model.named_buffers()],
+        "experts": model.get_experts_implementation(),
+        "config": model.config.to_dict(),
+    }
+
+
+def model_in_an_uncommon_state(**changes):
+    model = tiny_model("qwen2_moe", **changes).train()
+    model.model.layers[1].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
+    model.set_experts_implementation("batched_mm")
+    return model
+
+
+def test_the_model_comes_back_as_it_was():
+    model = model_in_an_uncommon_state()
+    before, weights = snapshot(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate(model, calibration_data(8, 5), batch_size=2)
+    assert snapshot(model) == before
+    assert before["experts"] == {"": "batched_mm"}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_model_comes_back_as_it_was_after_an_error(error):
+    model, calls = model_in_an_uncommon_state(), []
+
+    def fail(*_):
+        assert model.get_experts_implementation() == {"": CALIBRATION_IMPLEMENTATION}
+        calls.append(1)
+        if len(calls) == 2:  # in the middle: the first micro-batch went through
+            raise error("something went wrong")
+
+    model.model.layers[1].mlp.experts.register_forward_hook(fail)
+    before = snapshot(model)
+    with pytest.raises(error, match="something went wrong"):
+        calibrate(model, calibration_data(8, 8, 8))
+    assert snapshot(model) == before
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_the_model_comes_back():
+    model = model_in_an_uncommon_state()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(
+        HeaprError, match=r"loss=(nan|inf): not finite in micro-batch 0 \(samples \[0, 1\]\).*bfloat16"
+    ):
+        calibrate(model, calibration_data(8, 8, 8), batch_size=2)
+    assert snapshot(model) == before
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    """The loss can be finite where a gradient is not: here only the square of the gradient overflows."""
+    model = tiny_model("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[:, 12:] *= 1e-25
+        experts.down_proj *= 1e25
+    with pytest.raises(
+        HeaprError, match=r"gradients of model\.layers\.0\.mlp\.experts: not finite; load the model in"
+    ):
+        calibrate(model, calibration_data(8))
+
+
+def test_experts_that_do_not_follow_the_switch_are_refused(monkeypatch):
+    """Otherwise nothing would be measured and every expert would look as if no token had reached it."""
+    model = tiny_model("qwen3_moe")
+    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda cls: False))
+    before = snapshot(model)
+    with pytest.raises(HeaprError, match=r"model\.layers\.0\.mlp\.experts does not follow set_experts_implementation"):
+        calibrate(model, calibration_data(8))
+    assert snapshot(model) == before
+
+
+def test_a_calibrated_model_still_computes_the_same_and_trains():
+    model, ids = tiny_model("qwen3_moe"), random_ids()
+    before = model(input_ids=ids).logits
+    calibrate(model, calibration_data(8))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers[1].mlp.parameters())
+
+
+def test_unreached_experts_are_named_in_a_warning(heapr_log):
+    model = tiny_model("qwen3_moe")
+    statistics = calibrate(model, calibration_data(2))  # two tokens, two experts each, six experts a layer
+    unreached = statistics.unreached
+    assert list(unreached) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    for path, experts in unreached.items():
+        assert experts == [e for e in range(6) if statistics.blocks[path].token_count[e] == 0]
+        assert f"{path}: {experts}" in heapr_log.text
+    message = heapr_log.records[-1].getMessage()
+    assert message.startswith(f"{sum(map(len, unreached.values()))} experts were reached by no calibration token")
+    for step in ("num_samples", "protect_unreached=True", "min_width"):
+        assert step in message
+    assert heapr_log.records[-1].levelno == logging.WARNING
+
+
+def test_without_unreached_experts_there_is_no_warning(heapr_log):
+    statistics = calibrate(tiny_model("qwen3_moe"), calibration_data(*[32] * 8), batch_size=4)
+    assert statistics.unreached == {}
+    assert "reached" not in heapr_log.text
+
+
+def test_the_data_and_the_model_are_in_the_fingerprint():
+    model, data = tiny_model("qwen3_moe"), calibration_data(8, 5, seed=3)
+    fingerprint = calibrate(model, data).fingerprint
+    assert fingerprint["model"]["model_type"] == "qwen3_moe"
+    assert fingerprint["model"]["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert fingerprint["model"]["parameters_per_atomic_expert"] == 3 * model.config.hidden_size
+    assert fingerprint["data"] == data.fingerprint
+    assert fingerprint["data"]["num_tokens"] == 13 and fingerprint["data"]["num_samples"] == 2
+    assert (fingerprint["seed"], fingerprint["seq_length"]) == (3, 8)
+    other = CalibrationData([data.samples[0], data.samples[1] + 1], "random tokens", 3, 8)
+    assert other.fingerprint["sha256"] != data.fingerprint["sha256"]
+    # The same ids in one stream, cut elsewhere, are other samples.
+    joined = torch.cat(data.samples)
+    moved = CalibrationData([joined[:5], joined[5:]], "random tokens", 3, 8)
+    assert moved.fingerprint["sha256"] != data.fingerprint["sha256"]

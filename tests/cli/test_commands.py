@@ -1,0 +1,197 @@
+# Licensed under the Apache License, Version 2.0
+"""Each command does what its name says, alone and one after another."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+from tests.cli.conftest import listing, weights_and_settings
+
+
+def test_calibrate_writes_statistics(run, inputs, tmp_path):
+    output = tmp_path / "new" / "statistics.safetensors"
+    result = run("calibrate", "-m", inputs.model, "-o", output, *inputs.calibration)
+    assert result.status == 0 and result.error == ""
+    assert "model.layers.1.mlp.experts" in result.output and str(output) in result.output
+    measured, expected = AtomicStatistics.load(output), AtomicStatistics.load(inputs.statistics)
+    assert measured.fingerprint == expected.fingerprint
+    for path, block in expected.blocks.items():
+        assert torch.equal(measured.blocks[path].gradient_sq_sum, block.gradient_sq_sum)
+    assert listing(tmp_path).keys() == {"new", "new/statistics.safetensors"}
+
+
+def test_calibrate_takes_token_ids(run, inputs, tmp_path):
+    output = tmp_path / "s.safetensors"
+    flags = ["--dataset", inputs.tokens, "--num-samples", 6, "--batch-size", 3]
+    assert run("calibrate", "-m", inputs.model, "-o", output, *flags).status == 0
+    assert AtomicStatistics.load(output).num_tokens == 6 * 24
+
+
+def test_calibrate_overwrites_only_when_told(run, inputs, tmp_path):
+    output = tmp_path / "s.safetensors"
+    output.write_bytes(b"old")
+    refused = run("calibrate", "-m", inputs.model, "-o", output, *inputs.calibration)
+    assert refused.status == 2 and "--overwrite" in refused.error and output.read_bytes() == b"old"
+    assert run("calibrate", "-m", inputs.model, "-o", output, "--overwrite", *inputs.calibration).status == 0
+    assert AtomicStatistics.load(output).num_tokens > 0
+
+
+def test_plan_needs_statistics_alone(run, inputs, tmp_path):
+    output = tmp_path / "plan.safetensors"
+    result = run("plan", "-s", inputs.statistics, "-o", output, "--ratio", "0.4", "--min-width", "2")
+    assert result.status == 0 and result.error == ""
+    plan = PruningPlan.load(output)
+    assert plan.config.ratio == 0.4 and plan.config.min_width == 2
+    assert plan.ratio == pytest.approx(0.4, abs=0.01)
+    assert min(min(widths) for widths in plan.widths.values()) >= 2
+    assert f"removed {plan.ratio:.2%}" in result.output and f"{plan.parameter_ratio:.2%} of all" in result.output
+
+
+def test_plan_dry_run_writes_nothing(run, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the default output would go
+    result = run("plan", "-s", inputs.statistics, "--dry-run")
+    assert result.status == 0 and "est. loss" in result.output and "written" not in result.output
+    assert listing(tmp_path) == {}
+
+
+def test_two_ratios_from_one_calibration(run, inputs, tmp_path):
+    for ratio in ("0.2", "0.5"):
+        assert run("plan", "-s", inputs.statistics, "-o", tmp_path / ratio, "--ratio", ratio).status == 0
+    few, many = PruningPlan.load(tmp_path / "0.2"), PruningPlan.load(tmp_path / "0.5")
+    assert few.removed < many.removed
+    for path, experts in many.kept.items():
+        for small, large in zip(experts, few.kept[path]):
+            assert set(small.tolist()) <= set(large.tolist())
+
+
+def test_apply_makes_the_model_of_prune(run, inputs, tmp_path):
+    output = tmp_path / "out"
+    result = run("apply", "-m", inputs.model, "-p", inputs.plan, "-o", output)
+    assert result.status == 0 and result.error == ""
+    assert weights_and_settings(output) == weights_and_settings(inputs.pruned)
+    assert PruningPlan.load(output / "plan.safetensors").widths == PruningPlan.load(inputs.plan).widths
+    assert not (output / "statistics.safetensors").exists()  # apply never saw them
+
+
+def test_prune_writes_a_model_that_loads(run, inputs, tmp_path):
+    output = tmp_path / "out"
+    result = run("prune", "-m", inputs.model, "-o", output, "--ratio", "0.25", *inputs.calibration)
+    assert result.status == 0 and result.error == ""
+    assert weights_and_settings(output) == weights_and_settings(inputs.pruned)  # to the byte: deterministic
+    assert listing(tmp_path).keys() == {"out", *(f"out/{name}" for name in listing(output))}
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.model_type == "heapr_qwen3_moe" and model.generation_config.temperature == 0.5
+    assert AutoTokenizer.from_pretrained(output)("a dog")["input_ids"]
+
+
+def test_prune_from_statistics_reads_no_text(run, inputs, tmp_path):
+    output = tmp_path / "out"
+    result = run("prune", "-m", inputs.model, "-o", output, "-s", inputs.statistics, "--ratio", "0.5")
+    assert result.status == 0
+    assert PruningPlan.load(output / "plan.safetensors").ratio == pytest.approx(0.5, abs=0.01)
+
+
+def test_prune_dry_run_writes_nothing(run, inputs, tmp_path):
+    result = run("prune", "-m", inputs.model, "-o", tmp_path / "out", "--dry-run", *inputs.calibration)
+    assert result.status == 0 and "removed 25.00%" in result.output and "written" not in result.output
+    assert listing(tmp_path) == {}
+
+
+def test_prune_output_options(run, inputs, tmp_path):
+    output, flags = tmp_path / "out", ["-s", inputs.statistics, "--packed", "--max-shard-size", "20KB"]
+    assert run("prune", "-m", inputs.model, "-o", output, *flags).status == 0
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert "model.layers.0.mlp.experts.gate_up_proj" in index["weight_map"]
+
+
+def test_prune_replaces_an_old_output_when_told(run, inputs, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("old")
+    flags = ["-m", inputs.model, "-s", inputs.statistics, "-o", output]
+    refused = run("prune", *flags)
+    assert refused.status == 2 and "--overwrite" in refused.error
+    assert listing(tmp_path) == {"out": None, "out/notes.txt": b"old"}
+    assert run("prune", *flags, "--overwrite").status == 0
+    assert listing(output).keys() == listing(inputs.pruned).keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_flags_override_the_recipe(run, inputs, tmp_path, suffix):
+    options = {"ratio": 0.5, "criterion": "random", "min_width": 1, "dataset": str(inputs.text), "num_samples": 6}
+    options["seq_length"] = 24
+    recipe = tmp_path / f"recipe.{suffix}"
+    if suffix == "json":
+        recipe.write_text(json.dumps(options))
+    else:
+        recipe.write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    output = tmp_path / "out"
+    result = run("prune", "-m", inputs.model, "-o", output, "-c", recipe, "--ratio", "0.3", "--criterion", "fisher")
+    assert result.status == 0 and "criterion fisher" in result.output
+    assert HeaprConfig.from_pretrained(output) == HeaprConfig(**{**options, "ratio": 0.3, "criterion": "fisher"})
+
+
+def test_recipe_with_an_unknown_key_suggests_the_nearest(run, inputs, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ratoi: 0.5\n")
+    result = run("plan", "-s", inputs.statistics, "-o", tmp_path / "plan", "-c", recipe)
+    assert result.status == 2 and 'did you mean "ratio"?' in result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_evaluate_compares_models(run, inputs):
+    flags = ["--dataset", inputs.text, "--seq-length", "32"]
+    result = run("evaluate", "-m", inputs.model, inputs.pruned, *flags, "--json")
+    assert result.status == 0 and result.error == ""
+    original, pruned = json.loads(result.output)
+    assert (original["model"], pruned["model"]) == (str(inputs.model), str(inputs.pruned))
+    assert original["num_tokens"] == pruned["num_tokens"] > 100
+    assert original["loss"] != pruned["loss"] and original["perplexity"] > 1
+    table = run("evaluate", "-m", inputs.model, *flags)
+    assert f"{original['perplexity']:.3f}" in table.output
+    one = json.loads(run("evaluate", "-m", inputs.model, *flags, "--num-samples", "1", "--json").output)
+    assert one[0]["num_tokens"] == 31
+
+
+def test_evaluate_takes_dense_models(run, inputs, tmp_path):
+    from tests.helpers import tiny_model, tiny_tokenizer
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    result = run("evaluate", "-m", tmp_path, "--dataset", inputs.text, "--json")
+    assert result.status == 0 and json.loads(result.output)[0]["perplexity"] > 1
+
+
+def test_inspect_shows_every_artefact(run, inputs, tmp_path):
+    statistics = run("inspect", inputs.statistics)
+    assert statistics.status == 0 and "tokens in 6 samples" in statistics.output
+    plan = run("inspect", inputs.plan)
+    assert plan.status == 0 and "removed 25.00%" in plan.output
+    assert run("inspect", inputs.pruned).output == plan.output
+
+
+def test_help_of_every_command(run):
+    listed = run("--help")
+    assert listed.status == 0
+    for command in ("calibrate", "plan", "apply", "prune", "evaluate", "inspect"):
+        assert command in listed.output
+        assert run(command, "--help").status == 0
+
+
+def test_the_installed_command(inputs, tmp_path):
+    """Once for real, as a user starts it: errors are one line on stderr, without the libraries' progress bars."""
+    script = shutil.which("optimum-cli", path=str(sys.executable).rpartition("/")[0])
+    assert script, "optimum-cli is not installed beside this Python"
+    arguments = ["prune", "-m", inputs.pruned, "-o", tmp_path / "out", *inputs.calibration]
+    result = subprocess.run([script, "heapr", *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "was pruned already" in result.stderr
+    assert listing(tmp_path) == {}

@@ -1,0 +1,33 @@
+# Licensed under the Apache License, Version 2.0
+"""Settings of every test: one thread, no network, no caches outside a temporary folder."""
+
+import logging
+import os
+import shutil
+import tempfile
+
+import pytest
+import torch
+
+
+# The Hugging Face libraries read these when they are imported, which is after this file. A test that needs a Hub of its
+# own sets them anew in a subprocess.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_CACHE = tempfile.mkdtemp(prefix="heapr-tests-")
+os.environ["HF_HOME"] = _CACHE
+
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def heapr_log(caplog):
+    """What the package logs; optimum's logger may not propagate to the root, where pytest listens."""
+    logger = logging.getLogger("optimum.heapr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

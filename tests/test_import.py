@@ -1,0 +1,102 @@
+# Licensed under the Apache License, Version 2.0
+"""`import optimum_heapr` is light, and registers pruned models whenever transformers' auto classes come."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+# Model families whose modeling code was imported; the auto classes' own tables are no family.
+MODELING_MODULES = """
+def modeling_modules():
+    import sys
+    found = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+    return [name for name in found if not name.startswith("transformers.models.auto.")]
+"""
+
+
+def run_python(code: str):
+    """What the code prints as JSON on its last line, run in a fresh interpreter."""
+    result = subprocess.run([sys.executable, "-c", MODELING_MODULES + code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def seconds_to_import(module: str) -> float:
+    return run_python(
+        "import json, time\nstart = time.perf_counter()\n"
+        f"import {module}\nprint(json.dumps(time.perf_counter() - start))"
+    )
+
+
+def test_import_is_light():
+    found = run_python(
+        "import optimum_heapr, json, sys\n"
+        "print(json.dumps({'torch': 'torch' in sys.modules, 'modeling': modeling_modules(),"
+        " 'ours': sorted(name for name in sys.modules if name.startswith('optimum_heapr'))}))"
+    )
+    assert found == {
+        "torch": False,
+        "modeling": [],
+        "ours": ["optimum_heapr", "optimum_heapr.modeling", "optimum_heapr.modeling.auto"],
+    }
+
+
+def test_import_is_fast():
+    # Taken in turn, so that a busy moment of the machine hits both; the best of a few is what the code costs.
+    transformers, heapr = zip(
+        *[(seconds_to_import("transformers"), seconds_to_import("optimum_heapr")) for _ in "123"]
+    )
+    assert min(heapr) < min(transformers) + 1.0
+
+
+def test_command_line_is_light():
+    """Optimum imports the commands of all plugins at every start."""
+    found = run_python(
+        "import json, sys\nimport optimum.commands.register.register_heapr\n"
+        "heavy = ['torch', 'transformers', 'datasets', 'accelerate', 'evaluate', 'safetensors', 'yaml']\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))"
+    )
+    assert found == []
+
+
+def test_public_names_are_found_when_asked_for():
+    found = run_python(
+        "import optimum_heapr, json\n"
+        "names = {name: getattr(optimum_heapr, name).__name__ for name in optimum_heapr.__all__}\n"
+        "assert set(names) <= set(dir(optimum_heapr)), dir(optimum_heapr)\n"
+        "try:\n    optimum_heapr.HeaprPrunner\nexcept AttributeError as error:\n    names['error'] = str(error)\n"
+        "print(json.dumps(names))"
+    )
+    error = found.pop("error")
+    assert found == {name: name for name in found} and len(found) == 5
+    assert "HeaprPrunner" in error
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import optimum_heapr, importlib\nimportlib.reload(optimum_heapr)\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "import optimum_heapr, importlib\nimportlib.reload(optimum_heapr)",
+    ],
+    ids=["before", "after"],
+)
+def test_registration_in_both_import_orders(imports):
+    """Also where the package is imported twice, as notebooks do; no family is imported before it is used."""
+    found = run_python(
+        imports + "\nimport json, sys\n"
+        "early = modeling_modules()\n"
+        "sizes = dict(hidden_size=8, moe_intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, head_dim=8,\n"
+        "    num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, vocab_size=16)\n"
+        "widths = {'model.layers.0.mlp.experts': [1, 3]}\n"
+        "config = AutoConfig.for_model('heapr_qwen3_moe', expert_widths=widths, **sizes)\n"
+        "model = AutoModelForCausalLM.from_config(config)\n"
+        "finders = [finder for finder in sys.meta_path if 'AutoConfiguration' in type(finder).__name__]\n"
+        "print(json.dumps([early, type(config).__name__, type(model).__name__, len(finders),\n"
+        "    model.model.layers[0].mlp.experts.widths]))"
+    )
+    assert found == [[], "HeaprQwen3MoeConfig", "HeaprQwen3MoeForCausalLM", 0, [1, 3]]

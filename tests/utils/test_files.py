@@ -1,0 +1,390 @@
+# Licensed under the Apache License, Version 2.0
+"""Output is old or new, never torn: kills and errors at every step of a write, and the rules of overwriting.
+
+Kills are real: a forked child ends itself with SIGKILL at a chosen step, and the parent looks at what is left.
+"""
+
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from optimum_heapr.utils import files
+from optimum_heapr.utils.artefacts import artefact_format, read_artefact, write_artefact
+from optimum_heapr.utils.errors import HeaprError
+from optimum_heapr.utils.files import check_output_file, check_output_folder, replace_file, replace_folder, write_json
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried in a forked child")
+
+# No user may create anything here, not even root, whom permissions do not bind.
+UNWRITABLE = Path("/proc/1/heapr")
+needs_proc = pytest.mark.skipif(not Path("/proc/1").is_dir(), reason="needs a folder that nobody can write to")
+
+
+def killed_at(step, action):
+    """Runs `action` in a child that kills itself before its `step`-th system call that changes names or flushes.
+
+    Returns:
+        `bool`: whether the child got as far as that step; `False` means that the action was over before.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            left = [step]
+
+            def dying(function):
+                def wrapper(*args, **kwargs):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*args, **kwargs)
+
+                return wrapper
+
+            for name in ("replace", "fsync", "chmod", "unlink", "rmdir", "mkdir"):
+                setattr(os, name, dying(getattr(os, name)))
+            files._exchange = dying(files._exchange)
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def folder_content(path):
+    return {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+# Files
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "file"
+    with replace_file(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists() and temporary.parent == path.parent
+    with replace_file(path) as temporary:
+        temporary.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error):
+        with replace_file(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@needs_fork
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, existed):
+    new, seen = "new " * 10_000, set()
+    for step in range(50):
+        path = tmp_path / str(step) / "file"
+        path.parent.mkdir()
+        if existed:
+            path.write_text("old")
+
+        def action():
+            with replace_file(path) as temporary:
+                temporary.write_text(new)
+
+        killed = killed_at(step, action)
+        content = path.read_text() if path.exists() else None
+        assert content in (new, "old" if existed else None)
+        seen.add(content)
+        if not killed:
+            assert content == new
+            break
+    else:
+        pytest.fail("the write never ended")
+    assert len(seen) == 2 and step >= 2, "no kill came before the new file was there"
+
+
+@needs_fork
+def test_a_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def action():
+        with replace_file(path) as temporary:
+            temporary.write_text("half of the ne")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed_at(10**6, action)
+    assert path.read_text() == "old"
+
+
+def test_a_new_file_has_the_permissions_that_the_umask_asks_for(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "file", {})
+        with replace_folder(tmp_path / "folder") as temporary:
+            (temporary / "x").touch()
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+
+
+def test_data_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *args: (calls.append("replace"), replace(*args)))
+    write_json(tmp_path / "file", {})
+    with replace_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("a")
+        (temporary / "below").mkdir()
+        (temporary / "below" / "b").write_text("b")
+    assert calls == ["fsync", "replace", "fsync", "fsync", "replace"]
+
+
+def test_json_is_written_as_it_reads(tmp_path):
+    content = {"ratio": 0.25, "dataset": "Wörterbuch", "widths": [1, 2]}
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content and "Wörterbuch" in text and text.endswith("}\n")
+
+
+@needs_proc
+def test_a_place_that_cannot_be_written_is_refused_in_one_line():
+    for write in (
+        lambda: write_json(UNWRITABLE / "file.json", {}),
+        lambda: replace_folder(UNWRITABLE / "folder").__enter__(),
+        lambda: write_artefact(UNWRITABLE / "a.safetensors", "heapr_plan", {}, {}),
+    ):
+        with pytest.raises(HeaprError, match=r"output='/proc/1/heapr/.*name a folder you own") as error:
+            write()
+        assert "\n" not in str(error.value)
+    assert not UNWRITABLE.exists()
+
+
+# Folders
+
+
+def test_a_folder_appears_whole(tmp_path):
+    path = tmp_path / "above" / "folder"
+    with replace_folder(path) as temporary:
+        (temporary / "a").write_text("new")
+        assert not path.exists() and temporary.parent == path.parent
+    assert folder_content(path) == {"a": "new"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "rename_aside"])
+@pytest.mark.parametrize("filled", [True, False])
+def test_an_old_folder_is_replaced_and_not_merged(tmp_path, monkeypatch, filled, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    path = tmp_path / "folder"
+    path.mkdir()
+    if filled:
+        (path / "old").write_text("old")
+    with replace_folder(path, overwrite=filled) as temporary:
+        (temporary / "a").write_text("new")
+        assert folder_content(path) == ({"old": "old"} if filled else {})
+    assert folder_content(path) == {"a": "new"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path, error, existed):
+    path = tmp_path / "folder"
+    if existed:
+        path.mkdir()
+        (path / "old").write_text("old")
+    with pytest.raises(error):
+        with replace_folder(path, overwrite=True) as temporary:
+            (temporary / "a").write_text("new")
+            raise error
+    assert [entry.name for entry in tmp_path.iterdir()] == (["folder"] if existed else [])
+    assert not existed or folder_content(path) == {"old": "old"}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupt_between_the_renames_brings_the_old_folder_back(tmp_path, monkeypatch, failing):
+    """Where two folders cannot be exchanged in one step."""
+    path, calls, replace = tmp_path / "folder", [], os.replace
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with replace_folder(path, overwrite=True) as temporary:
+            (temporary / "a").write_text("new")
+    assert folder_content(path) == {"old": "old"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@needs_fork
+@pytest.mark.parametrize("existed", ["filled", "empty", "absent"])
+def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path, existed):
+    first, second = tmp_path / "x", tmp_path / "y"
+    first.mkdir(), second.mkdir()
+    if existed == "filled" and not files._exchange(first, second):
+        pytest.skip("this system cannot exchange two folders in one step")
+    old = {"filled": {"a": "old", "b/c": "old"}, "empty": {}, "absent": None}[existed]
+    new, seen = {"a": "new", "b/d": "new"}, []
+    for step in range(100):
+        path = tmp_path / str(step) / "folder"
+        path.parent.mkdir()
+        for name, content in (old or {}).items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(content)
+        if existed == "empty":
+            path.mkdir()
+
+        def action():
+            with replace_folder(path, overwrite=True) as temporary:
+                for name, content in new.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).write_text(content)
+
+        killed = killed_at(step, action)
+        content = folder_content(path) if path.exists() else None
+        assert content in (old, new), f"step {step}"
+        seen.append(content == new)
+        if not killed:
+            assert content == new
+            break
+    else:
+        pytest.fail("the write never ended")
+    assert seen == sorted(seen) and not seen[0], "once the new folder is there it stays"
+
+
+def test_a_folder_that_filled_up_in_the_meantime_is_not_deleted(tmp_path):
+    path = tmp_path / "folder"
+    with pytest.raises(HeaprError, match="folder is not empty"):
+        with replace_folder(path) as temporary:
+            (temporary / "a").write_text("new")
+            path.mkdir()
+            (path / "mine").write_text("somebody else's")
+    assert folder_content(path) == {"mine": "somebody else's"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replace_folder(tmp_path / "link", overwrite=True) as temporary:
+        (temporary / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert folder_content(tmp_path / "real") == {"a": "new"}
+
+
+def test_the_current_folder_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with replace_folder(".") as temporary:
+        (temporary / "a").write_text("new")
+    monkeypatch.chdir(tmp_path)
+    assert folder_content(tmp_path / "here") == {"a": "new"}
+
+
+# The rules of overwriting
+
+
+def test_a_filled_folder_needs_overwrite(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HeaprError, match=r"output='.*': folder is not empty; name another or pass --overwrite"):
+        check_output_folder(tmp_path)
+    with pytest.raises(HeaprError, match="folder is not empty"):
+        replace_folder(tmp_path).__enter__()
+    check_output_folder(tmp_path, overwrite=True)
+    check_output_folder(tmp_path / "new" / "deep")
+    (tmp_path / "empty").mkdir()
+    check_output_folder(tmp_path / "empty")
+    assert not (tmp_path / "new").exists(), "a check creates nothing"
+
+
+def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for overwrite in (True, False):
+        with pytest.raises(HeaprError, match=r"output='.*file': is a file; name a folder"):
+            check_output_folder(tmp_path / "file", overwrite)
+        with pytest.raises(HeaprError, match=r"output='.*': is a folder; name a file"):
+            check_output_file(tmp_path, overwrite)
+
+
+def test_an_existing_file_needs_overwrite(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HeaprError, match=r"output='.*file': file exists; name another or pass --overwrite"):
+        check_output_file(tmp_path / "file")
+    check_output_file(tmp_path / "file", overwrite=True)
+    check_output_file(tmp_path / "new" / "file")
+    assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("check", [check_output_file, check_output_folder])
+def test_a_place_below_a_file_is_refused(tmp_path, check):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HeaprError, match="is not writable; name a folder you own"):
+        check(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("check", [check_output_file, check_output_folder])
+def test_a_folder_without_write_access_is_refused(tmp_path, check, monkeypatch):
+    """The answer of the system is made up, as it lets root write everywhere."""
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
+    with pytest.raises(HeaprError, match=r"is not writable; name a folder you own"):
+        check(tmp_path / "new")
+
+
+# Artefacts
+
+
+def test_an_artefact_says_what_it_is(tmp_path):
+    import torch
+
+    path = tmp_path / "a.safetensors"
+    write_artefact(path, "heapr_plan", {"x": torch.arange(3).flip(0)[::2]}, {"blocks": ["a", "ü"]})
+    tensors, document = read_artefact(path, "heapr_plan")
+    assert tensors["x"].tolist() == [2, 0] and document == {"blocks": ["a", "ü"]}
+    assert artefact_format(path) == "heapr_plan"
+    with pytest.raises(HeaprError, match="holds 'heapr_plan' data, not 'heapr_statistics'"):
+        read_artefact(path, "heapr_statistics")
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    """The accumulators of a block are rows of one tensor."""
+    import torch
+
+    first, second = torch.arange(6.0).view(2, 3)
+    write_artefact(tmp_path / "a", "heapr_plan", {"first": first, "second": second}, {})
+    tensors, _ = read_artefact(tmp_path / "a", "heapr_plan")
+    assert tensors["first"].tolist() == [0, 1, 2] and tensors["second"].tolist() == [3, 4, 5]
+
+
+def test_the_kind_of_a_foreign_or_torn_file_is_unknown(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert artefact_format(tmp_path / "model.safetensors") is None
+    (tmp_path / "torn").write_bytes((tmp_path / "model.safetensors").read_bytes()[:20])
+    with pytest.raises(HeaprError, match="truncated or not a safetensors file"):
+        artefact_format(tmp_path / "torn")
+    with pytest.raises(HeaprError, match="no such file; name a statistics file, a plan or a pruned model"):
+        artefact_format(tmp_path / "missing")
