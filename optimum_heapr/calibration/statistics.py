@@ -171,18 +171,22 @@ class AtomicStatistics:
         return statistics
 
     def check(self, path: str | os.PathLike) -> None:
-        """Refuses blocks whose parts have different shapes.
+        """Refuses blocks whose parts do not fit together.
 
         Raises:
-            HeaprError: naming the part and both shapes.
+            HeaprError: naming the part, its shape and the shape expected.
         """
         for block_path, block in self.blocks.items():
-            expected = tuple(block.activation_sq_sum.shape)
+            experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
-                shape = tuple(getattr(block, part.name).shape)
-                if len(expected) != 2 or shape != (expected[:1] if part.name == "token_count" else expected):
+                tensor = getattr(block, part.name)
+                if part.name in ("token_count", "output_norm_sum"):
+                    expected = (experts,)
+                else:
+                    expected = (experts, width, width) if "_gram_" in part.name else (experts, width)
+                if tensor is not None and tuple(tensor.shape) != expected:
                     raise HeaprError(
-                        f"statistics={str(path)!r}: {block_path}.{part.name} has shape {shape}, its activation_sq_sum "
+                        f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
 
