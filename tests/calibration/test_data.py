@@ -177,7 +177,9 @@ def write_files(folder):
     texts_as_dataset().save_to_disk(folder / "saved")
     (folder / "many").mkdir()
     (folder / "many" / "train.jsonl").write_text((folder / "data.jsonl").read_text())
-    datasets.DatasetDict({"train": texts_as_dataset(), "test": texts_as_dataset(TEXTS[:1])}).save_to_disk(folder / "dict")
+    datasets.DatasetDict({"train": texts_as_dataset(), "test": texts_as_dataset(TEXTS[:1])}).save_to_disk(
+        folder / "dict"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +238,9 @@ def test_an_empty_dataset_is_refused(tmp_path, tokenizer):
     refused("dataset='Dataset': is empty", datasets.Dataset.from_dict({"input_ids": []}))
     for name in ("empty.jsonl", "empty.json", "empty.csv", "empty.txt", "empty.parquet"):
         (tmp_path / name).write_text("")
-        refused(rf"dataset='.*{name}': (is empty|cannot be loaded|holds less than two tokens)", tmp_path / name, tokenizer)
+        refused(
+            rf"dataset='.*{name}': (is empty|cannot be loaded|holds less than two tokens)", tmp_path / name, tokenizer
+        )
 
 
 def test_a_dataset_of_empty_texts_is_refused(tokenizer):

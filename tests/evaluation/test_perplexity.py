@@ -23,7 +23,9 @@ def plain_loop(model, windows):
     for window in windows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([window])).logits[0]
-        losses.append(sum(-F.log_softmax(logits[i].double(), -1)[window[i + 1]].item() for i in range(len(window) - 1)))
+        losses.append(
+            sum(-F.log_softmax(logits[i].double(), -1)[window[i + 1]].item() for i in range(len(window) - 1))
+        )
         counts.append(len(window) - 1)
     return losses, counts
 
@@ -97,7 +99,9 @@ def test_the_model_is_evaluated_without_dropout_and_comes_back_as_it_was(fails):
     if fails:
         with torch.no_grad():
             model.lm_head.weight[:] = torch.nan
-        with pytest.raises(HeaprError, match=r"loss=nan: not finite in window 0 of 'Dataset'; load the model in bfloat16"):
+        with pytest.raises(
+            HeaprError, match=r"loss=nan: not finite in window 0 of 'Dataset'; load the model in bfloat16"
+        ):
             evaluate_perplexity(model, tiny_tokenizer(), TEXTS, seq_length=32)
     else:
         assert evaluate_perplexity(model, tiny_tokenizer(), TEXTS, seq_length=32) == expected
