@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,12 +126,13 @@ def drop_experts(model, statistics, criterion: str, ratio: float):
     return model
 
 
-def measure(model, statistics, windows, base, domains, methods, ratios, batch_size) -> list[dict]:
-    """One record for each method and ratio, printed as it comes."""
-    records = []
+def measure(model, statistics, windows, base, domains, methods, ratios, batch_size, known=()) -> Iterator[dict]:
+    """One record for each method and ratio that is not `known`, printed as it comes."""
     for method in methods:
         options = METHODS[method]
         for ratio in ratios:
+            if (method, ratio) in known:
+                continue
             start = time.perf_counter()
             if options.get("drop"):
                 pruned, estimate = drop_experts(model, statistics, options["criterion"], ratio), None
@@ -141,18 +143,15 @@ def measure(model, statistics, windows, base, domains, methods, ratios, batch_si
             losses = window_losses(pruned, windows, batch_size)
             found = {domain: Increase.over(losses, base, sets) for domain, sets in domains.items()}
             print(f"{method:28s} {ratio:.0%}  " + "  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
-            records.append(
-                {
-                    "method": method,
-                    "ratio": ratio,
-                    "options": options,
-                    "increase": {domain: vars(increase) for domain, increase in found.items()},
-                    "by_set": {name: float((losses[name] - base[name]).mean()) for name in losses},
-                    "estimated_increase": estimate,
-                    "seconds": seconds,
-                }
-            )
-    return records
+            yield {
+                "method": method,
+                "ratio": ratio,
+                "options": options,
+                "increase": {domain: vars(increase) for domain, increase in found.items()},
+                "by_set": {name: float((losses[name] - base[name]).mean()) for name in losses},
+                "estimated_increase": estimate,
+                "seconds": seconds,
+            }
 
 
 def markdown(result: dict) -> str:
@@ -217,6 +216,7 @@ def main() -> None:
     parser.add_argument("--statistics", help="statistics file to use, or to write if there is none")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device-map", default=None)
+    parser.add_argument("--resume", action="store_true", help="keep what the output holds and measure what is missing")
     parser.add_argument("--plot", action="store_true")
     args = parser.parse_args()
 
@@ -252,7 +252,6 @@ def main() -> None:
             f"unpruned, {name}: loss {losses.mean():.4f}, perplexity {losses.mean().exp():.1f}, {len(losses)} windows"
         )
 
-    records = measure(model, pruner.statistics, windows, base, domains, args.methods, args.ratios, args.batch_size)
     result = {
         "domains": domains,
         "unpruned_loss": {name: float(losses.mean()) for name, losses in base.items()},
@@ -260,10 +259,22 @@ def main() -> None:
         "seq_length": args.seq_length,
         "calibration": pruner.statistics.fingerprint,
         "calibration_seconds": calibration_seconds,
-        "records": records,
+        "records": [],
     }
-    Path(f"{args.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(f"{args.output}.md").write_text(markdown(result))
+    output = Path(f"{args.output}.json")
+    if args.resume and output.is_file():
+        earlier = json.loads(output.read_text())
+        if earlier["calibration"] != result["calibration"] or earlier["rows"] != result["rows"]:
+            raise SystemExit(f"{output}: measured on another model or other data")
+        result["records"] = earlier["records"]
+    known = {(record["method"], record["ratio"]) for record in result["records"]}
+    for record in measure(
+        model, pruner.statistics, windows, base, domains, args.methods, args.ratios, args.batch_size, known
+    ):
+        result["records"].append(record)
+        result["records"].sort(key=lambda record: list(METHODS).index(record["method"]))
+        output.write_text(json.dumps(result, indent=1) + "\n")
+        Path(f"{args.output}.md").write_text(markdown(result))
     if args.plot:
         plot(result, Path(f"{args.output}.png"))
     print("\n" + markdown(result))

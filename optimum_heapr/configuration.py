@@ -209,11 +209,15 @@ class HeaprConfig:
             hub_options: passed to `AutoConfig.from_pretrained`, e.g. `revision`, `token`.
 
         Raises:
-            HeaprError: if the model was not pruned by this package.
+            HeaprError: if the model cannot be found or was not pruned by this package.
         """
         from transformers import PreTrainedConfig
 
-        saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
+        try:
+            saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise HeaprError(f"model={str(model)!r}: has no config.json that can be read ({reason})") from error
         if saved.get("heapr_config") is None:
             raise HeaprError(
                 f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned"
@@ -250,7 +254,7 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     try:
         # JSON on its own path: YAML 1.1 reads 1e-3 as a string.
         content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
         reason = " ".join(str(error).split())
         raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
     if not isinstance(content, dict):

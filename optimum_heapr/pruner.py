@@ -283,4 +283,6 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):
         tokenizer = None  # a model alone can still be calibrated on input_ids
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        tokenizer = None  # where a model comes without its files, transformers makes one that knows no text
     return model, tokenizer

@@ -173,9 +173,11 @@ def random_statistics(
     for index in range(blocks):
         activation, gradient, fisher, norm = 0.1 + torch.rand(4, experts, width, generator=generator, dtype=dtype)
         count = torch.randint(1, 50, (experts,), generator=generator)
+        outputs = torch.rand(experts, generator=generator, dtype=dtype)
         for expert in (unreached or {}).get(index, []):
-            activation[expert], gradient[expert], fisher[expert], count[expert] = 0, 0, 0, 0
-        made[f"model.layers.{index}.mlp.experts"] = BlockStatistics(activation, gradient, fisher, norm, count)
+            for measured in (activation, gradient, fisher, count, outputs):
+                measured[expert] = 0
+        made[f"model.layers.{index}.mlp.experts"] = BlockStatistics(activation, gradient, fisher, norm, count, outputs)
     fingerprint = {
         "model": {
             "model_type": "qwen3_moe",

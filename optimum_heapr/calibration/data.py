@@ -146,6 +146,8 @@ def open_dataset(
     try:
         if path.is_dir() and (path / "dataset_info.json").is_file():
             return datasets.load_from_disk(str(path))
+        if path.is_file() and path.stat().st_size == 0:
+            raise HeaprError(f"dataset={str(name)!r}: is empty; name one with text in it")
         if path.is_file() and builder:
             # A text file is one document, not one document a line.
             options = {"sample_by": "document"} if builder == "text" else {}
@@ -157,7 +159,7 @@ def open_dataset(
         return datasets.load_dataset(str(name), dataset_config, split=split)
     except HeaprError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({type(error).__name__}: {reason})") from error
 

@@ -45,8 +45,8 @@ def calibrate(
         `AtomicStatistics`: on the CPU.
 
     Raises:
-        HeaprError: if the model has no prunable experts, the second-order statistics do not fit into memory, or a loss
-            or gradient is not finite.
+        HeaprError: if the model has no prunable experts or no embedding for a token id, the second-order statistics do
+            not fit into memory, or a loss or gradient is not finite.
     """
     from accelerate import Accelerator
 
@@ -58,6 +58,7 @@ def calibrate(
     device = accelerator.device if device.type == "meta" else device
     if gram:
         check_gram_memory(blocks)
+    _check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
 
@@ -86,7 +87,8 @@ def calibrate(
     statistics = {block.path: _collect(block, accumulators[block.path]) for block in blocks}
     if accelerator.num_processes > 1:
         statistics = {path: _add_over_processes(accelerator, block) for path, block in statistics.items()}
-        summed = accelerator.reduce(torch.stack([total_loss, torch.tensor(float(total_targets))]), "sum")
+        totals = torch.tensor([total_loss, total_targets], dtype=torch.float64, device=accelerator.device)
+        summed = accelerator.reduce(totals, "sum")
         total_loss, total_targets = summed[0], int(summed[1])
     for path, block in statistics.items():
         if not torch.isfinite(block.gradient_sq_sum).all():
@@ -150,6 +152,16 @@ def _available_bytes(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
+    """Refuses token ids that the model has no embedding for: on a GPU they would end the process."""
+    for index, sample in enumerate(data.samples):
+        if not (0 <= int(sample.min()) and int(sample.max()) < vocabulary):
+            raise HeaprError(
+                f"dataset={data.source!r}: sample {index} has token ids from {int(sample.min())} to {int(sample.max())}, "
+                f"the model knows 0 to {vocabulary - 1}; use ids made by the tokenizer of this model"
+            )
 
 
 def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:

@@ -171,18 +171,22 @@ class AtomicStatistics:
         return statistics
 
     def check(self, path: str | os.PathLike) -> None:
-        """Refuses blocks whose parts have different shapes.
+        """Refuses blocks whose parts do not fit together.
 
         Raises:
-            HeaprError: naming the part and both shapes.
+            HeaprError: naming the part, its shape and the shape expected.
         """
         for block_path, block in self.blocks.items():
-            expected = tuple(block.activation_sq_sum.shape)
+            experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
-                shape = tuple(getattr(block, part.name).shape)
-                if len(expected) != 2 or shape != (expected[:1] if part.name == "token_count" else expected):
+                tensor = getattr(block, part.name)
+                if part.name in ("token_count", "output_norm_sum"):
+                    expected = (experts,)
+                else:
+                    expected = (experts, width, width) if "_gram_" in part.name else (experts, width)
+                if tensor is not None and tuple(tensor.shape) != expected:
                     raise HeaprError(
-                        f"statistics={str(path)!r}: {block_path}.{part.name} has shape {shape}, its activation_sq_sum "
+                        f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
 
@@ -196,21 +200,15 @@ class AtomicStatistics:
 
 
 def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, Any]:
-    """What identifies a model: its type, a hash over names and shapes of its weights, and one over some of their values.
+    """What identifies a model: its type, a hash over names and shapes of its weights, and two over some of their values.
 
-    The values are a few of every weight, spread evenly and rounded to bfloat16, so that the precision a checkpoint was
-    loaded in does not matter but a fine-tuned sibling of the same shape does. They are `None` where weights are
-    offloaded and cannot be read.
+    `weights` samples every weight, spread evenly; `experts` samples the first expert of each block, which can be read
+    from a checkpoint without loading it. Values are rounded to bfloat16, so that the precision a checkpoint was loaded
+    in does not matter but a fine-tuned sibling of the same shape does. Either is `None` where a weight is offloaded.
     """
-    names, values = hashlib.sha256(), hashlib.sha256()
+    names = hashlib.sha256()
     for name, parameter in model.named_parameters():
         names.update(f"{name}{tuple(parameter.shape)}".encode())
-        if values is None or parameter.device.type == "meta":
-            values = None
-            continue
-        step = max(1, parameter.numel() // SAMPLED_VALUES)
-        sample = parameter.detach().flatten()[::step].to(torch.bfloat16)
-        values.update(sample.contiguous().view(torch.int16).cpu().numpy().tobytes())
     first = blocks[0]
     biases = 2 if first.module.has_bias else 0
     return {
@@ -219,8 +217,21 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_per_atomic_expert": 3 * first.hidden_size + biases,
         "shapes": names.hexdigest()[:16],
-        "weights": values.hexdigest()[:16] if values is not None else None,
+        "experts": _hash_of_values(block.down_rows(0) for block in blocks),
+        "weights": _hash_of_values(model.parameters()),
     }
+
+
+def _hash_of_values(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Hash over `SAMPLED_VALUES` of each tensor; `None` if one has no storage."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.device.type == "meta":
+            return None
+        step = max(1, tensor.numel() // SAMPLED_VALUES)
+        sample = tensor.detach().flatten()[::step].to(torch.bfloat16)
+        digest.update(sample.contiguous().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_same_model(expected: dict[str, Any], actual: dict[str, Any], artefact: str) -> None:
@@ -230,7 +241,7 @@ def check_same_model(expected: dict[str, Any], actual: dict[str, Any], artefact:
         HeaprError: naming the first part that differs, both values, and the next step.
     """
     for key in expected:
-        if key == "weights" and None in (expected[key], actual.get(key)):
+        if key in ("experts", "weights") and None in (expected[key], actual.get(key)):
             continue
         if expected[key] != actual.get(key):
             raise HeaprError(

@@ -27,7 +27,7 @@ class ApplyCommand(HeaprSubcommand):
         from ..utils.files import check_output_folder
 
         args = self.args
-        check_output_is_not_input(args.output, args.model, args.plan)
+        check_output_is_not_input(args.output, args.model, args.plan, args.statistics)
         check_output_folder(args.output, args.overwrite)
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner, apply_streaming

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..configuration import HeaprConfig, _field_types, option_type, read_mapping
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, did_you_mean
 
 
 CALIBRATION_OPTIONS = (
@@ -31,6 +31,7 @@ CALIBRATION_OPTIONS = (
 PLANNING_OPTIONS = tuple(
     option.name for option in dataclasses.fields(HeaprConfig) if option.name not in CALIBRATION_OPTIONS
 )
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HeaprSubcommand(BaseOptimumCLICommand):
@@ -106,7 +107,7 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
         + ("; several are compared" if several else ""),
     )
     loading = parser.add_argument_group("Loading options")
-    loading.add_argument("--dtype", default="auto", help="weights' dtype: auto, float32, bfloat16, float16")
+    loading.add_argument("--dtype", default="auto", help=f"weights' dtype: {', '.join(DTYPES)}")
     loading.add_argument("--device-map", default=None, help="where the weights go, e.g. auto")
     loading.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
     loading.add_argument(
@@ -118,7 +119,14 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
 
 
 def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
-    """The loading flags that were given, as keyword arguments of `from_pretrained`."""
+    """The loading flags that were given, as keyword arguments of `from_pretrained`.
+
+    Raises:
+        HeaprError: if there is no such dtype.
+    """
+    if args.dtype not in DTYPES:
+        hint = did_you_mean(args.dtype, DTYPES)
+        raise HeaprError(f"dtype={args.dtype!r}: must be one of {', '.join(DTYPES)}{hint}")
     names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}

@@ -31,8 +31,11 @@ class EvaluateCommand(HeaprSubcommand):
 
         from ..evaluation.perplexity import evaluate_perplexity
         from ..pruner import load_model
+        from ..utils.errors import HeaprError
         from .tables import table
 
+        if self.args.num_samples is not None and self.args.num_samples < 1:
+            raise HeaprError(f"num_samples={self.args.num_samples}: must be at least 1; leave it out for all windows")
         results = []
         for name in self.args.model:
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(self.args))

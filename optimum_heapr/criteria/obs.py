@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from ..calibration.statistics import BlockStatistics
 
 
+# How much of the measured dependence between activation and gradient counts: 0 takes them as independent, 1 makes the
+# cost of a single removal without compensation the token-level Fisher of `fisher`. `docs/source/benchmarks.md`.
+TOKEN_DEPENDENCE = 0.5
+
+
 class Obs(Criterion):
     """Position and cost in a greedy backward elimination of each expert; `elimination.py` has the formulas.
+
+    The elimination takes activations and gradients as independent. How far a single atomic expert is from that is known,
+    `rho_k = mean((h_k dL/dh_k)^2) / (mean(h_k^2) mean((dL/dh_k)^2))`, and part of it goes into the gradients' matrix.
 
     The cost is the increase of the loss summed over the calibration tokens, whatever the reduction: the steps of one
     expert add up to its part of the increase of the loss of the whole corpus.
@@ -45,11 +53,19 @@ def removal_curves(path: str, block: BlockStatistics, ridge: float = 0.01) -> El
     """
     block.check_grams(path, "criterion='obs'")
     ridges = torch.tensor([ridge_for_tokens(ridge, block.width, count) for count in block.token_count.tolist()])
-    found = greedy_elimination(
-        block.mean("activation_gram_sum"), block.mean("gradient_gram_sum"), ridges, dtype=torch.float32
-    )
+    scale = token_dependence(block) ** (TOKEN_DEPENDENCE / 2)
+    gradient_gram = block.mean("gradient_gram_sum") * scale.unsqueeze(1) * scale.unsqueeze(2)
+    found = greedy_elimination(block.mean("activation_gram_sum").float(), gradient_gram.float(), ridges)
     # The ridge acts as activation that is not there, and experts have different ones.
     return Elimination(found.order, found.cost.double() * (block.token_count / (1 + ridges)).unsqueeze(1))
+
+
+def token_dependence(block: BlockStatistics) -> torch.Tensor:
+    """`mean((h dL/dh)^2) / (mean(h^2) mean((dL/dh)^2))`, [E, I]: 1 if the two are independent, or were never seen."""
+    apart = block.mean("activation_sq_sum").double() * block.mean("gradient_sq_sum").double()
+    ratio = block.mean("fisher_sum").double() / apart
+    # Few tokens give wild ratios.
+    return torch.where(apart > 0, ratio, 1).clamp(0.01, 100).to(block.fisher_sum.dtype)
 
 
 def scores_of_order(order: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,8 @@ def demo_texts(split: str) -> list[str]:
     """Return documents from the standard library of the running Python: help texts (prose) and module sources.
 
     A document belongs to exactly one split, chosen by a checksum of its name (a module's path inside the standard
-    library, or a help topic's name), so that the splits have no module in common, also between Python versions. The
-    result is the same for every call under the same Python; another Python version has other sources.
+    library, or a help topic's name), so that the splits have no module in common; a module that keeps its path is in
+    the same split under every Python version. The result is the same for every call under the same Python.
 
     Args:
         split (`str`): `"calibration"` or `"evaluation"` (at most 400,000 characters each), or `"train"` (several

@@ -51,6 +51,8 @@ def evaluate_perplexity(
     """
     if seq_length < 2:
         raise HeaprError(f"seq_length={seq_length}: must be at least 2, one token to predict from the other")
+    if num_samples is not None and num_samples < 1:
+        raise HeaprError(f"num_samples={num_samples}: must be at least 1; leave it out for all windows")
     source = str(dataset) if isinstance(dataset, (str, os.PathLike)) else type(dataset).__name__
     rows = open_dataset(dataset, dataset_config, split, "evaluation") if source == str(dataset) else dataset
     if "input_ids" in rows.column_names:
@@ -62,7 +64,7 @@ def evaluate_perplexity(
         raise HeaprError(f"dataset={source!r}: holds less than two tokens; name one with text in it")
 
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     losses = []
     try:
@@ -78,5 +80,6 @@ def evaluate_perplexity(
                 )
             losses.append(loss)
     finally:
-        model.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
     return TokenPerplexity().compute(predictions=losses, references=[len(window) - 1 for window in windows])

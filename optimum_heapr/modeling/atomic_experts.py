@@ -14,6 +14,10 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 
 
+# What accelerate hangs on a module that it has placed on a device; it holds the stock module itself.
+HOOK_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook")
+
+
 def storage_order(widths: list[int]) -> list[int]:
     """Experts in the order in which `AtomicExperts` stores them: from wide to narrow, equal ones by number.
 
@@ -41,7 +45,7 @@ class AtomicExperts(nn.Module):
 
     def __init__(self, stock: nn.Module, widths: list[int]):
         super().__init__()
-        own = set(self.__dict__)
+        own = {*self.__dict__, *HOOK_ATTRIBUTES}
         self.__dict__.update({name: value for name, value in stock.__dict__.items() if name not in own})
         for name, child in stock.named_children():  # the activation function
             self.add_module(name, child)
@@ -50,9 +54,8 @@ class AtomicExperts(nn.Module):
         self.num_experts = len(widths)
         self.widths = list(widths)
         self.order = storage_order(widths)
-        self._slot_of_expert: torch.Tensor | None = (
-            None  # the inverse of `order`, made on the device of the first call
-        )
+        # The inverse of `order`, made on the device of the first call.
+        self._slot_of_expert: torch.Tensor | None = None
 
         total, hidden_size = sum(widths), stock.down_proj.shape[2 if stock.is_transposed else 1]
         options = {"device": stock.down_proj.device, "dtype": stock.down_proj.dtype}
@@ -115,8 +118,9 @@ def eager_atomic_experts_forward(
         if widths[slot]:
             bias = gate_up_biases[slot] if self.has_bias else None
             gate_up = F.linear(hidden_states[own], gate_up_weights[slot], bias)
-            # The router weight goes to the activation, which is narrower than the output it would scale as well.
-            output.index_add_(0, own, ((self._apply_gate(gate_up) * weight) @ down_weights[slot]).to(output.dtype))
+            # The router weight, of any dtype, goes to the activation, which is narrower than the output it would scale.
+            activation = (self._apply_gate(gate_up) * weight).to(gate_up.dtype)
+            output.index_add_(0, own, (activation @ down_weights[slot]).to(output.dtype))
         if self.has_bias:
             output.index_add_(0, own, (weight * self.down_proj_bias[self.order[slot]]).to(output.dtype))
     return output
@@ -150,7 +154,8 @@ def grouped_mm_atomic_experts_forward(
             if self.has_bias:
                 gate_up = gate_up + self.gate_up_proj_bias[slice_of_pairs].view(slots, 2 * width)[slot_of_row]
             down_weight = self.down_proj[slice_of_atoms].view(slots, width, -1)
-            partial = _grouped(self._apply_gate(gate_up) * weight, down_weight, offsets, group_counts)
+            activation = (self._apply_gate(gate_up) * weight).to(gate_up.dtype)
+            partial = _grouped(activation, down_weight, offsets, group_counts)
             output.index_add_(0, own, partial.to(output.dtype))
         if self.has_bias:
             experts = torch.tensor(self.order[first : first + slots], device=own.device)[slot_of_row]

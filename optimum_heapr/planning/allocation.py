@@ -33,8 +33,8 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block.
 
     Returns:
-        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. At most the asked
-        ratio is removed; less only by what a group or a protected expert holds back.
+        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. What the ratio
+        asks for is removed to the nearest atomic expert (of each expert, if uniform), or less by what a group holds back.
 
     Raises:
         HeaprError: if the ratio cannot be reached under `width_multiple`, `min_width` or protection; the message names

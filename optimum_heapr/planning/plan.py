@@ -14,10 +14,11 @@ from ..criteria import importance
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError
 from .allocation import allocate
+from .estimate import estimated_loss_increase
 
 
 if TYPE_CHECKING:
-    from ..calibration.statistics import AtomicStatistics, BlockStatistics
+    from ..calibration.statistics import AtomicStatistics
 
 
 FORMAT = "heapr_plan"
@@ -65,7 +66,7 @@ class PruningPlan:
             config=config,
             model=statistics.fingerprint["model"],
             loss_increase={
-                path: _estimated_loss_increase(block, kept[path], statistics.num_tokens)
+                path: estimated_loss_increase(block, kept[path], statistics.num_tokens, config)
                 for path, block in statistics.blocks.items()
             },
             unreached=statistics.unreached,
@@ -98,9 +99,9 @@ class PruningPlan:
 
     @property
     def estimated_loss_increase(self) -> float:
-        """Sum over blocks of the second-order estimate, nats a token; what HEAPr's formula predicts for this choice.
+        """Sum over blocks of the second-order estimate, nats a token; see [`~optimum_heapr.planning.estimate`].
 
-        It adds up atomic experts as if each were removed alone, and knows nothing of experts that no token reached.
+        It adds up blocks as if each were pruned alone, and knows nothing of experts that no token reached.
         """
         return sum(self.loss_increase.values())
 
@@ -180,12 +181,3 @@ class PruningPlan:
                     f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
                     "plan from statistics of this model"
                 )
-
-
-def _estimated_loss_increase(block: BlockStatistics, kept: list[torch.Tensor], num_tokens: int) -> float:
-    """`1/2 sum over removed k of (n_e / N) mean(h_k^2) mean((dL/dh_k)^2)`, nats a token."""
-    cost = 0.5 * block.activation_sq_sum.double() * block.mean("gradient_sq_sum") / num_tokens
-    removed = torch.ones_like(cost, dtype=torch.bool)
-    for expert, indices in enumerate(kept):
-        removed[expert, indices] = False
-    return float(cost[removed].sum())

@@ -216,7 +216,7 @@ def test_a_text_file_is_one_document(tmp_path, tokenizer, suffix):
 
 def test_the_split_of_a_saved_collection(folder):
     assert len(open_dataset(folder / "dict", split="test")) == 1
-    with pytest.raises(HeaprError, match=r"split='validation'.*train, test"):
+    with pytest.raises(HeaprError, match=r"dict': cannot be loaded .*\"validation\".*'train', 'test'"):
         open_dataset(folder / "dict", split="validation")
 
 

@@ -127,6 +127,16 @@ def test_a_gradient_that_is_not_finite_is_refused():
         calibrate(model, calibration_data(8))
 
 
+@pytest.mark.parametrize(("token", "span"), [(320, "5 to 320"), (-1, "-1 to 7")])
+def test_token_ids_without_an_embedding_are_refused(token, span):
+    """On a GPU an index out of range ends the process."""
+    model, samples = tiny_model(), [torch.tensor([5, 319]), torch.tensor([5, 7, token])]
+    assert model.config.vocab_size == 320
+    match = f"dataset='x': sample 1 has token ids from {span}, the model knows 0 to 319; use ids made by the tokenizer"
+    with pytest.raises(HeaprError, match=match):
+        calibrate(model, CalibrationData(samples, "x", 0, 3))
+
+
 def test_experts_that_do_not_follow_the_switch_are_refused(monkeypatch):
     """Otherwise nothing would be measured and every expert would look as if no token had reached it."""
     model = tiny_model("qwen3_moe")

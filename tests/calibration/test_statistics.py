@@ -20,7 +20,8 @@ from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import calibration_data, random_statistics, tiny_model
 
 
-PARTS = [part.name for part in fields(BlockStatistics)]
+PARTS = [part.name for part in fields(BlockStatistics) if "_gram_" not in part.name]
+SECOND = "model.layers.1.mlp.experts"
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_calibration_comes_back(tmp_path):
     statistics.save(tmp_path / "statistics.safetensors")
     loaded = AtomicStatistics.load(tmp_path / "statistics.safetensors")
     assert loaded.fingerprint == statistics.fingerprint
-    for criterion in ("heapr", "fisher", "magnitude", "activation", "random"):
+    for criterion in ("heapr", "fisher", "magnitude", "activation", "reap", "frequency", "random"):
         for path, scores in statistics.importance(criterion).items():
             assert torch.equal(loaded.importance(criterion)[path], scores)
 
@@ -60,7 +61,8 @@ def test_the_file_holds_one_tensor_a_statistic_under_the_path_of_the_block(saved
     tensors = load_file(saved)
     assert set(tensors) == {f"model.layers.{layer}.mlp.experts.{name}" for layer in range(2) for name in PARTS}
     for name, tensor in tensors.items():
-        assert tuple(tensor.shape) == ((4,) if name.endswith("token_count") else (4, 8))
+        of_an_expert = name.endswith(("token_count", "output_norm_sum"))
+        assert tuple(tensor.shape) == ((4,) if of_an_expert else (4, 8))
 
 
 def test_a_large_model_takes_less_than_80_megabytes(tmp_path):
@@ -70,7 +72,7 @@ def test_a_large_model_takes_less_than_80_megabytes(tmp_path):
             calibrate(tiny_model(dtype=torch.bfloat16, moe_intermediate_size=16), calibration_data(8)).blocks.values()
         )
     )
-    shapes = {name: (128,) if name == "token_count" else (128, 768) for name in PARTS}
+    shapes = {name: (128,) if name in ("token_count", "output_norm_sum") else (128, 768) for name in PARTS}
 
     def block():
         return BlockStatistics(
@@ -190,14 +192,22 @@ def test_missing_tensors_and_documents_are_refused(saved):
             AtomicStatistics.load(saved)
 
 
-def test_tensors_whose_shapes_do_not_fit_together_are_refused(saved):
+@pytest.mark.parametrize("name", PARTS)
+def test_tensors_whose_shapes_do_not_fit_together_are_refused(saved, name):
     def shorten(tensors):
-        tensors["model.layers.1.mlp.experts.fisher_sum"] = tensors["model.layers.1.mlp.experts.fisher_sum"][
-            :, :3
-        ].clone()
+        key = f"{SECOND}.{name}"
+        tensors[key] = tensors[key][:3].clone()
 
     rewrite(saved, change_tensors=shorten)
-    with pytest.raises(HeaprError, match=r"model\.layers\.1\.mlp\.experts.*\(4, 3\).*\(4, 8\).*calibrate again"):
+    with pytest.raises(
+        HeaprError, match=r"model\.layers\.1\.mlp\.experts\.\w+ has shape \(.*\), not \(.*calibrate again"
+    ):
+        AtomicStatistics.load(saved)
+
+
+def test_sums_without_a_width_are_refused(saved):
+    rewrite(saved, change_tensors=lambda tensors: tensors.update({f"{SECOND}.activation_sq_sum": torch.ones(4)}))
+    with pytest.raises(HeaprError, match=r"activation_sq_sum has shape \(4,\), not"):
         AtomicStatistics.load(saved)
 
 
@@ -225,7 +235,7 @@ def test_the_same_model_is_accepted_in_any_precision(measured):
         ({"model_type": "qwen2_moe"}, "model_type"),
         ({"num_experts_per_tok": 3}, "experts_per_token"),
         ({"moe_intermediate_size": 16}, "num_parameters"),
-        ({"seed": 1}, "weights"),
+        ({"seed": 1}, "experts"),
     ],
 )
 def test_another_model_is_refused_naming_both_values(measured, other, key):
@@ -240,13 +250,29 @@ def test_another_model_is_refused_naming_both_values(measured, other, key):
     )
 
 
-@pytest.mark.parametrize("part", ["mlp.experts.down_proj", "self_attn.q_proj.weight", "mlp.gate.weight"])
-def test_a_fine_tuned_sibling_is_refused(measured, part):
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("mlp.experts.down_proj", "experts"),
+        ("mlp.experts.gate_up_proj", "weights"),
+        ("self_attn.q_proj.weight", "weights"),
+        ("mlp.gate.weight", "weights"),
+    ],
+)
+def test_a_fine_tuned_sibling_is_refused(measured, part, key):
     """Same type, same shapes, same sizes: only the values of some weights differ."""
     model = tiny_model()
     with torch.no_grad():
         model.get_parameter(f"model.layers.1.{part}").mul_(1.05)
-    with pytest.raises(HeaprError, match="made for a model with weights"):
+    with pytest.raises(HeaprError, match=f"made for a model with {key} "):
+        check(measured, model)
+
+
+def test_a_sibling_with_one_other_expert_is_refused(measured):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[4] *= 1.05
+    with pytest.raises(HeaprError, match="made for a model with weights "):
         check(measured, model)
 
 
@@ -254,7 +280,8 @@ def test_values_that_one_side_could_not_read_are_not_compared(measured):
     """Statistics measured on an offloaded model serve the same model in memory, but still no model of other shapes."""
     model = tiny_model(seed=1)
     blocks = find_expert_blocks(model)
-    assert model_fingerprint(model.to("meta"), blocks)["weights"] is None
+    offloaded = model_fingerprint(model.to("meta"), blocks)
+    assert offloaded["weights"] is None and offloaded["experts"] is None
     check(measured, model)
     with pytest.raises(HeaprError, match="made for a model with"):
         check(measured, tiny_model(moe_intermediate_size=16).to("meta"))

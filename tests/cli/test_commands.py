@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,11 +188,11 @@ def test_help_of_every_command(run):
 
 
 def test_the_installed_command(inputs, tmp_path):
-    """Once for real, as a user starts it: errors are one line on stderr, without the libraries' progress bars."""
-    script = shutil.which("optimum-cli", path=str(sys.executable).rpartition("/")[0])
+    """As a user starts it. Nothing heavy is imported before the options are checked."""
+    script = shutil.which("optimum-cli", path=str(Path(sys.executable).parent))
     assert script, "optimum-cli is not installed beside this Python"
-    arguments = ["prune", "-m", inputs.pruned, "-o", tmp_path / "out", *inputs.calibration]
-    result = subprocess.run([script, "heapr", *map(str, arguments)], capture_output=True, text=True)
+    arguments = [script, "heapr", "plan", "-s", inputs.statistics, "-o", tmp_path / "plan", "--ratio", "1.2"]
+    result = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and "was pruned already" in result.stderr
+    assert result.stderr.startswith("optimum-cli heapr plan: error: ratio=1.2") and result.stderr.count("\n") == 1
     assert listing(tmp_path) == {}

@@ -7,7 +7,7 @@ import torch
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, PruningPlan
 from optimum_heapr.calibration.statistics import BlockStatistics
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
-from optimum_heapr.criteria.obs import removal_curves, scores_of_order
+from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, removal_curves, scores_of_order, token_dependence
 
 
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def test_reductions_differ_by_the_tokens_of_the_expert(statistics):
             assert (total[path][~reached] < 0).all()
     block = statistics.blocks["layers.0"]
     product = block.activation_sq_sum[1] * block.gradient_sq_sum[1] / 25**2 / 2
-    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product)
+    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product.double())
 
 
 def test_scores_of_order_sort_into_the_order_whatever_the_cost():
@@ -80,12 +80,14 @@ def test_obs_is_the_elimination_of_each_expert(statistics):
             assert (scores[expert] < 0).all()
             continue
         ridge = ridge_for_tokens(0.01, WIDTH, tokens)
-        alone = greedy_elimination(
-            block.activation_gram_sum[[expert]] / tokens, block.gradient_gram_sum[[expert]] / tokens, ridge
-        )
+        apart = block.activation_sq_sum[expert] * block.gradient_sq_sum[expert] / tokens
+        scale = (block.fisher_sum[expert] / apart) ** (TOKEN_DEPENDENCE / 2)
+        gradient_gram = scale[:, None] * block.gradient_gram_sum[expert] * scale / tokens
+        alone = greedy_elimination(block.activation_gram_sum[[expert]] / tokens, gradient_gram[None], ridge)
         assert torch.equal(scores[expert].sort().indices, alone.order[0])
         total = scores[expert].sort().values[-1]
-        torch.testing.assert_close(total, alone.monotone_cost[0, -1].double() * tokens / (1 + ridge))
+        expected = alone.monotone_cost[0, -1].double() * tokens / (1 + ridge)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.45, 0.7])
@@ -102,9 +104,19 @@ def test_obs_plans_remove_a_beginning_of_the_order(statistics, ratio, allocation
 def test_obs_does_not_depend_on_the_unit_of_the_gradient(statistics):
     before = statistics.importance("obs")
     for block in statistics.blocks.values():
-        block.gradient_gram_sum *= 1e-12
+        for total in (block.gradient_gram_sum, block.gradient_sq_sum, block.fisher_sum):
+            total *= 2.0**-40
     for path, scores in statistics.importance("obs").items():
         assert torch.equal(scores.argsort(dim=1), before[path].argsort(dim=1))
+
+
+def test_token_dependence_is_one_where_nothing_is_known(statistics):
+    block = statistics.blocks["layers.0"]
+    block.activation_sq_sum[0, 3] = block.fisher_sum[0, 3] = 0
+    dependence = token_dependence(block)
+    assert (dependence[2] == 1).all() and dependence[0, 3] == 1
+    expected = 60 * block.fisher_sum[0, 1] / (block.activation_sq_sum[0, 1] * block.gradient_sq_sum[0, 1])
+    torch.testing.assert_close(dependence[0, 1], expected)
 
 
 @pytest.mark.parametrize("criterion", ["reap", "frequency"])

@@ -116,6 +116,9 @@ def refused(match, data, tokenizer=None, **options):
 
 def test_bad_data_are_refused(tmp_path):
     refused("seq_length=1: must be at least 2", TEXTS, tiny_tokenizer(), seq_length=1)
+    for number in (0, -1):
+        match = f"num_samples={number}: must be at least 1; leave it out for all windows"
+        refused(match, TEXTS, tiny_tokenizer(), num_samples=number)
     refused("holds text but the model has no tokenizer", TEXTS)
     refused("holds less than two tokens", datasets.Dataset.from_dict({"input_ids": [[1], [2]]}))
     refused("holds less than two tokens", datasets.Dataset.from_dict({"text": ["", ""]}), tiny_tokenizer())

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.statistics import model_fingerprint
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.families import TESTED, families_markdown, scan_families
@@ -105,7 +106,7 @@ def test_calibrate_prune_save_and_reload(model_type, tmp_path):
                 removed[kept] = False
                 block.down_rows(expert)[removed] = 0.0
         expected = model(input_ids=ids).logits
-        plan.model = {**statistics.fingerprint["model"], "weights": _weights_hash(model)}
+        plan.model = model_fingerprint(model, find_expert_blocks(model))
         pruned = pruner.apply(plan)
         actual = pruned(input_ids=ids).logits
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
@@ -121,12 +122,6 @@ def test_calibrate_prune_save_and_reload(model_type, tmp_path):
     assert sum(parameter.numel() for parameter in reloaded.parameters()) == sum(
         parameter.numel() for parameter in pruned.parameters()
     )
-
-
-def _weights_hash(model) -> str:
-    from optimum_heapr.calibration.statistics import model_fingerprint
-
-    return model_fingerprint(model, find_expert_blocks(model))["weights"]
 
 
 @pytest.fixture(scope="module")

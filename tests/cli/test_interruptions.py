@@ -1,0 +1,137 @@
+# Licensed under the Apache License, Version 2.0
+"""Ctrl-C or a kill at any moment leaves the old output or none, never a torn one."""
+
+import os
+import signal
+
+import pytest
+
+from tests.cli.conftest import listing, start_python
+
+
+# (module or class, function) to be interrupted in: while measuring, planning, cutting, writing, putting in place.
+MOMENTS = {
+    "loading": ("optimum_heapr.pruner", "load_model"),
+    "calibrating": ("optimum_heapr.pruner", "calibrate"),
+    "cutting": ("optimum_heapr.pruner", "apply_plan"),
+    "writing weights": ("transformers.PreTrainedModel", "save_pretrained"),
+    "writing the plan": ("optimum_heapr.PruningPlan", "save"),
+    "putting in place": ("shutil", "rmtree"),
+}
+
+
+def interrupted_after(monkeypatch, home: str, name: str):
+    """The function does its work once, and then Ctrl-C comes."""
+    from pkgutil import resolve_name
+
+    home = resolve_name(home)
+    function = getattr(home, name)
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(home, name, interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_ctrl_c_in_prune(moment, old, run, inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    if old:
+        output.mkdir()
+        (output / "notes.txt").write_text("old")
+    before = listing(tmp_path)
+    calls = interrupted_after(monkeypatch, *MOMENTS[moment])
+    result = run("prune", "-m", inputs.model, "-o", output, "--overwrite", *inputs.calibration)
+    assert calls, "the function was never reached"
+    if moment == "putting in place":  # the new output is there by then
+        assert listing(output).keys() == listing(inputs.pruned).keys()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    else:
+        assert listing(tmp_path) == before
+    assert result.status == 130 and result.error.count("\n") == 1 and "interrupted" in result.error
+
+
+@pytest.mark.parametrize("command", ["calibrate", "plan"])
+def test_ctrl_c_while_writing_a_file(command, run, inputs, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.write_text("old")
+    calls = interrupted_after(monkeypatch, "optimum_heapr.utils.tensor_files", "write_tensors")
+    flags = ["-s", inputs.statistics] if command == "plan" else ["-m", inputs.model, *inputs.calibration]
+    assert run(command, "-o", output, "--overwrite", *flags).status == 130
+    assert calls and listing(tmp_path) == {"out": b"old"}
+
+
+def test_an_error_while_writing_leaves_the_old_output(run, inputs, tmp_path, monkeypatch):
+    """A full disk, for instance: no foreseen mistake, so the error itself comes through."""
+    from transformers import PreTrainedModel
+
+    def full(self, folder, **options):
+        (folder / "model.safetensors").write_bytes(b"torn")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("old")
+    before = listing(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "out", "--overwrite")
+    assert listing(tmp_path) == before
+
+
+# Says when the worst moment has come, all weights written and nothing in place, and stays in it.
+STALLED = """
+import sys, time
+from transformers import PreTrainedModel
+from optimum.commands.optimum_cli import main
+
+def stalled(write):
+    def write_and_wait(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        print("written", flush=True)
+        time.sleep(600)
+    return write_and_wait
+
+PreTrainedModel.save_pretrained = stalled(PreTrainedModel.save_pretrained)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_signals_while_writing(inputs, tmp_path):
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGKILL):
+        output = tmp_path / number.name / "out"
+        output.mkdir(parents=True)
+        (output / "notes.txt").write_text("old")
+        arguments = ["heapr", "prune", "-m", inputs.model, "-o", output, "--overwrite", "-s", inputs.statistics]
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        processes[number] = start_python(STALLED, *arguments, env=environment)  # both at once: starting takes long
+    try:
+        for number, process in processes.items():
+            while (line := process.stdout.readline()) and line.strip() != "written":
+                pass
+            assert line.strip() == "written", process.stderr.read()
+            os.kill(process.pid, number)
+        for number, process in processes.items():
+            _, error = process.communicate(timeout=60)
+            folder = tmp_path / number.name
+            assert listing(folder / "out") == {"notes.txt": b"old"}
+            if number == signal.SIGINT:
+                assert process.returncode == 130 and error.count("\n") == 1 and "interrupted" in error
+                assert [path.name for path in folder.iterdir()] == ["out"]
+            else:
+                assert process.returncode == -number
+                # What nobody could clean up is hidden and says what it is.
+                assert all(path.name.startswith(".out.") for path in folder.iterdir() if path.name != "out")
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

@@ -1,0 +1,81 @@
+# Licensed under the Apache License, Version 2.0
+"""`calibrate --statistics gram`, `plan`, `apply --statistics` and `prune` with compensation, through the command line."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from optimum_heapr import PruningPlan
+from optimum_heapr.cli import HeaprCommand
+
+
+torch.set_num_threads(1)
+
+
+def run(*arguments) -> None:
+    parser = argparse.ArgumentParser("optimum-cli")
+    HeaprCommand(parser.add_subparsers())
+    args = parser.parse_args(["heapr", *map(str, arguments)])
+    args.func(args).run()
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A tiny model and rows of token ids."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    rows = torch.randint(0, 40, (8, 24), generator=torch.Generator().manual_seed(1)).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_steps_and_the_whole_give_the_same_model(inputs):
+    data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8, "--batch-size", 4)
+    plan = ("--ratio", 0.5, "--criterion", "obs", "--compensate")
+    statistics = ("--statistics", inputs / "statistics.safetensors")
+    run("calibrate", "-m", inputs / "model", "-o", statistics[1], "--statistics", "gram", *data)
+    run("plan", *statistics, "-o", inputs / "plan.safetensors", *plan)
+    steps = ("-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "steps")
+    run("apply", *steps, *statistics)
+    run("prune", "-m", inputs / "model", "-o", inputs / "whole", *plan, *data)
+    one, other = (load_file(inputs / name / "model.safetensors") for name in ("steps", "whole"))
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight)
+    assert PruningPlan.load(inputs / "whole" / "plan.safetensors").compensation
+
+
+def test_what_is_missing_is_said(inputs, capsys):
+    data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8)
+    run("calibrate", "-m", inputs / "model", "-o", inputs / "vectors.safetensors", *data)
+    refused = [
+        (("plan", "-s", inputs / "vectors.safetensors", "--criterion", "obs", "--dry-run"), "statistics='gram'"),
+        (
+            ("apply", "-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "out"),
+            "compensate=True and statistics=None",
+        ),
+    ]
+    plan = ("--compensate", "-o", inputs / "plan.safetensors")
+    run("plan", "-s", inputs / "vectors.safetensors", *plan)
+    for arguments, message in refused:
+        with pytest.raises(SystemExit) as status:
+            run(*arguments)
+        assert status.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (inputs / "out").exists()

@@ -1,0 +1,207 @@
+# Licensed under the Apache License, Version 2.0
+"""Auto classes know pruned models; where the package is not installed, the files in the checkpoint do the work."""
+
+import ast
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.modeling import configuration_heapr, modeling_heapr
+from optimum_heapr.modeling.auto import FAMILIES
+from tests.helpers import calibration_data, random_ids, tiny_model
+
+
+IDS = random_ids(2, 16)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """By model type: a folder with the pruned model, and its logits in memory."""
+    from optimum_heapr.calibration.runner import calibrate
+
+    made = {}
+    for model_type in ("qwen2_moe", "gpt_oss"):
+        pruner = HeaprPruner(tiny_model(model_type), config=HeaprConfig(ratio=0.4))
+        pruner.statistics = calibrate(pruner.model, calibration_data(24, 24))
+        pruner.prune()
+        folder = tmp_path_factory.mktemp("pruned") / model_type
+        pruner.save_pretrained(folder)
+        made[model_type] = folder, logits(pruner.model)
+    return made
+
+
+def test_configuration_alone(pruned):
+    folder, _ = pruned["qwen2_moe"]
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config).__name__ == "HeaprQwen2MoeConfig" and config.model_type == "heapr_qwen2_moe"
+    assert config.expert_widths == json.loads((folder / "config.json").read_text())["expert_widths"]
+    assert config.heapr_config["ratio"] == 0.4
+    assert type(config) is AutoConfig.for_model("heapr_qwen2_moe").__class__
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_from_config_initialises(pruned, model_type):
+    """Finite numbers of the usual size, not what memory happened to hold."""
+    config = AutoConfig.from_pretrained(pruned[model_type][0])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__.startswith("Heapr")
+    for path, widths in config.expert_widths.items():
+        experts = model.get_submodule(path)
+        assert experts.widths == widths
+        for parameter in experts.parameters():
+            assert parameter.isfinite().all()
+            assert parameter.std().item() == pytest.approx(config.initializer_range, rel=0.3)
+    assert logits(model).isfinite().all()
+    half = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() == model.num_parameters()
+
+
+def test_without_widths_the_experts_are_stock():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("heapr_qwen2_moe", vocab_size=8, num_experts=2, moe_intermediate_size=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "Qwen2MoeExperts"
+
+
+def test_experts_plans_of_parallelism_are_dropped(pruned):
+    config = AutoConfig.from_pretrained(pruned["qwen2_moe"][0])
+    assert config.base_model_tp_plan and not any(".experts" in name for name in config.base_model_tp_plan)
+    assert not config.base_model_ep_plan
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "deepseek"])
+def test_classes_are_found_by_name(model_type):
+    """What pickle needs: the class under its name in its module is the class of the instances."""
+    config = AutoConfig.for_model(f"heapr_{model_type}")
+    module = sys.modules[type(config).__module__]
+    assert getattr(module, type(config).__name__) is type(config)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert model_class.config_class is type(config)
+    assert getattr(sys.modules[model_class.__module__], model_class.__name__) is model_class
+    assert module.__name__.startswith("optimum_heapr.") and model_class.__module__.startswith("optimum_heapr.")
+
+
+def test_modules_have_no_other_names():
+    for module in (configuration_heapr, modeling_heapr):
+        for name in ("Qwen3MoeConfig", "HeaprNothing", "HeaprNothingConfig", "nothing"):
+            assert not hasattr(module, name)
+
+
+def test_unknown_types_are_still_unknown():
+    with pytest.raises(ValueError, match="heapr_llama"):
+        AutoConfig.for_model("heapr_llama")
+    assert "qwen3_moe" in FAMILIES and "llama" not in FAMILIES
+
+
+def test_installed_classes_are_used_with_trust_remote_code(pruned):
+    folder, expected = pruned["qwen2_moe"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__ == "optimum_heapr.modeling.modeling_heapr"
+    assert torch.equal(logits(model), expected)
+
+
+def test_files_in_the_checkpoint_need_nothing_else(pruned):
+    """All that a file imports is there, in `torch`, in `transformers` or in the standard library."""
+    folder, _ = pruned["qwen2_moe"]
+    files = {path.stem for path in folder.glob("*.py")}
+    assert files == {"atomic_experts", "configuration_heapr", "conversion", "modeling_heapr"}
+    for name in files:
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in files
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                tops = {module.partition(".")[0] for module in modules}
+                assert tops <= {"torch", "transformers", *sys.stdlib_module_names}
+
+
+# Runs where `import optimum_heapr` fails whatever the Python path holds.
+WITHOUT_THE_PACKAGE = """
+import json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "optimum_heapr":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+report = {"package": "there", "refusals": {}, "modules": {}}
+try:
+    import optimum_heapr
+except ModuleNotFoundError:
+    report["package"] = "absent"
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+arguments = json.loads(sys.argv[1])
+ids = torch.tensor(arguments["ids"])
+result = {}
+for name, folder in arguments["folders"].items():
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as error:
+        report["refusals"][name] = str(error)
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).expert_widths
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(folder + "-saved")
+    again = AutoModelForCausalLM.from_pretrained(folder + "-saved", trust_remote_code=True)
+    for step, loaded in (("loaded", model), ("again", again)):
+        with torch.no_grad():
+            result[f"{name} {step}"] = loaded(input_ids=ids).logits
+    again.save_pretrained(folder + "-packed", save_original_format=False)
+    report["modules"][name] = type(again).__module__
+save_file(result, arguments["output"])
+report["imported"] = [module for module in sys.modules if module.startswith("optimum_heapr")]
+with open(arguments["report"], "w") as file:
+    json.dump(report, file)
+"""
+
+
+def test_without_the_package(pruned, tmp_path):
+    """`trust_remote_code=True` loads, saves and loads again; what was saved there loads here."""
+    folders = {name: str(folder) for name, (folder, _) in pruned.items()}
+    arguments = {"ids": IDS.tolist(), "folders": folders}
+    arguments |= {"output": str(tmp_path / "logits.safetensors"), "report": str(tmp_path / "report.json")}
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, json.dumps(arguments)],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["package"] == "absent" and report["imported"] == []
+    made = load_file(tmp_path / "logits.safetensors")
+    for name, (folder, expected) in pruned.items():
+        assert (
+            "contains custom code" in report["refusals"][name] and "trust_remote_code=True" in report["refusals"][name]
+        )
+        assert report["modules"][name].startswith("transformers_modules.")
+        assert torch.equal(made[f"{name} loaded"], expected) and torch.equal(made[f"{name} again"], expected)
+        for suffix in ("-saved", "-packed"):
+            saved = folder.with_name(folder.name + suffix)
+            assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}
+            model = AutoModelForCausalLM.from_pretrained(saved)
+            assert type(model).__module__ == "optimum_heapr.modeling.modeling_heapr"
+            assert torch.equal(logits(model), expected)

@@ -1,0 +1,344 @@
+# Licensed under the Apache License, Version 2.0
+"""`HeaprConfig`: every bad value is refused in one line, and recipes come back from YAML, JSON and pruned models."""
+
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optimum_heapr import HeaprError
+from optimum_heapr.configuration import (
+    ALIGNMENTS,
+    ALLOCATIONS,
+    CRITERIA,
+    LAYOUTS,
+    REDUCTIONS,
+    HeaprConfig,
+    option_type,
+)
+
+
+FIELDS = {option.name: option for option in dataclasses.fields(HeaprConfig)}
+
+# A value for each option that is not its default; a new option has to be added here.
+OTHER = {
+    "ratio": 0.4,
+    "criterion": "fisher",
+    "reduction": "total",
+    "compensate": True,
+    "ridge": 0.5,
+    "allocation": "layer",
+    "width_multiple": 8,
+    "min_width": 2,
+    "protect_unreached": True,
+    "layout": "padded",
+    "align_for": "gguf",
+    "tensor_parallel": 2,
+    "statistics": "gram",
+    "dataset": "data.jsonl",
+    "dataset_config": "wikitext-2-raw-v1",
+    "split": "validation",
+    "text_column": "body",
+    "num_samples": 32,
+    "seq_length": 256,
+    "batch_size": 4,
+    "seed": 7,
+}
+
+
+def test_the_defaults():
+    config = HeaprConfig()
+    assert config.ratio == 0.25 and config.criterion == "heapr" and config.allocation == "global"
+    assert (config.num_samples, config.seq_length, config.batch_size, config.seed) == (128, 2048, 1, 0)
+    assert (config.width_multiple, config.min_width, config.protect_unreached) == (1, 0, False)
+    assert config.dataset is None and config.layout == "variable" and config.text_column == "text"
+
+
+def test_every_option_is_explained_in_one_place_for_the_command_line_and_in_the_class():
+    for name, option in FIELDS.items():
+        assert len(option.metadata["help"]) > 8 and "\n" not in option.metadata["help"]
+        assert f"        {name} (`" in HeaprConfig.__doc__
+        assert option_type(typing.get_type_hints(HeaprConfig)[name]) in (str, int, float, bool)
+
+
+# Bad values
+
+
+def refused(expected, **options):
+    with pytest.raises(HeaprError) as error:
+        HeaprConfig(**options)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.2, -0.1, 100, math.nan, math.inf, -math.inf, 0.0, 1.0])
+def test_a_ratio_outside_0_and_1_is_refused(ratio):
+    step = "must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
+    refused(f"ratio={float(ratio)}: {step}", ratio=ratio)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.5, 1 - 1e-9])
+def test_any_ratio_in_between_is_taken(ratio):
+    assert HeaprConfig(ratio=ratio).ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ratio", "0.25", "ratio='0.25': must be of type float, not str"),
+        ("ratio", None, "ratio=None: must be of type float, not NoneType"),
+        ("ratio", True, "ratio=True: must be of type float, not bool"),
+        ("ratio", [0.25], "ratio=[0.25]: must be of type float, not list"),
+        ("ridge", "much", "ridge='much': must be of type float, not str"),
+        ("num_samples", 12.0, "num_samples=12.0: must be of type int, not float"),
+        ("num_samples", True, "num_samples=True: must be of type int, not bool"),
+        ("num_samples", "12", "num_samples='12': must be of type int, not str"),
+        ("seed", None, "seed=None: must be of type int, not NoneType"),
+        ("criterion", None, "criterion=None: must be of type str, not NoneType"),
+        ("criterion", 3, "criterion=3: must be of type str, not int"),
+        ("protect_unreached", 1, "protect_unreached=1: must be of type bool, not int"),
+        ("protect_unreached", "yes", "protect_unreached='yes': must be of type bool, not str"),
+        ("compensate", 0, "compensate=0: must be of type bool, not int"),
+        ("dataset", 5, "dataset=5: must be of type str, not int"),
+        ("dataset", ["a", "b"], "dataset=['a', 'b']: must be of type str, not list"),
+    ],
+)
+def test_a_wrong_type_is_refused_naming_both(name, value, expected):
+    refused(expected, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("width_multiple", 0, 1),
+        ("min_width", -1, 0),
+        ("num_samples", 0, 1),
+        ("seq_length", 1, 2),
+        ("batch_size", 0, 1),
+        ("seed", -1, 0),
+        ("tensor_parallel", 0, 1),
+        ("ridge", -0.1, 0),
+    ],
+)
+def test_a_number_below_its_least_is_refused(name, value, least):
+    refused(f"{name}={value}: must be at least {least}; leave it out for the default", **{name: value})
+    assert getattr(HeaprConfig(**{name: least}), name) == least
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_ridge_that_is_not_finite_is_refused(value):
+    refused(f"ridge={value}: must be a finite number", ridge=value)
+
+
+def test_a_seed_beyond_32_bits_is_refused():
+    assert HeaprConfig(seed=2**32 - 1).seed == 2**32 - 1
+    refused("seed=4294967296: must be below 2**32", seed=2**32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "choices", "hint"),
+    [
+        ("criterion", "heaper", CRITERIA, '; did you mean "heapr"?'),
+        ("criterion", "", CRITERIA, ""),
+        ("criterion", "HEAPR", CRITERIA, ""),
+        ("allocation", "globl", ALLOCATIONS, '; did you mean "global"?'),
+        ("layout", "stock", LAYOUTS, ""),
+        ("align_for", "vlm", ALIGNMENTS, '; did you mean "vllm"?'),
+        ("reduction", "sum", REDUCTIONS, ""),
+    ],
+)
+def test_an_unknown_choice_is_refused_naming_all_and_the_nearest(name, value, choices, hint):
+    with pytest.raises(HeaprError) as error:
+        HeaprConfig(**{name: value})
+    assert str(error.value) == f"{name}={value!r}: must be one of {', '.join(choices)}{hint}"
+
+
+def test_every_choice_is_taken():
+    for option in FIELDS.values():
+        for choice in option.metadata["choices"] or ():
+            # compensation and obs are at odds with vectors alone, uniform layouts with other allocations
+            assert getattr(HeaprConfig(**{option.name: choice}), option.name) == choice
+
+
+def test_the_uniform_layout_implies_its_allocation_and_refuses_others():
+    assert HeaprConfig(layout="uniform").allocation == "uniform"
+    assert HeaprConfig(layout="uniform", allocation="uniform").allocation == "uniform"
+    refused("allocation='layer': layout='uniform' needs allocation='uniform'", layout="uniform", allocation="layer")
+
+
+def test_statistics_that_are_not_enough_are_refused():
+    for options in ({"criterion": "obs"}, {"compensate": True}):
+        refused("needs 'gram'; leave statistics at 'auto'", statistics="vector", **options)
+        assert HeaprConfig(**options).needs_grams
+    assert not HeaprConfig().needs_grams and HeaprConfig(statistics="gram").needs_grams
+
+
+def test_whole_numbers_and_paths_are_taken_where_they_mean_the_same():
+    assert HeaprConfig(ridge=1).ridge == 1.0 and isinstance(HeaprConfig(ridge=1).ridge, float)
+    assert HeaprConfig(dataset=Path("a") / "b").dataset == str(Path("a") / "b")
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("ration", "ratio"), ("num_sample", "num_samples"), ("num-samples", "num_samples"), ("seqlength", "seq_length")],
+)
+def test_an_unknown_key_suggests_the_nearest(key, nearest):
+    for make in (HeaprConfig.from_dict, lambda values: HeaprConfig().replace(**values)):
+        with pytest.raises(HeaprError) as error:
+            make({key: 1})
+        assert str(error.value) == f'{key!r}: unknown option of HeaprConfig; did you mean "{nearest}"?'
+
+
+def test_an_unknown_key_near_none_lists_all():
+    with pytest.raises(HeaprError, match=f"'xyzzy': unknown option of HeaprConfig; known are {', '.join(FIELDS)}"):
+        HeaprConfig.from_dict({"xyzzy": 1})
+    with pytest.raises(HeaprError, match="5: unknown option of HeaprConfig"):
+        HeaprConfig.from_dict({5: 1})
+
+
+def test_something_else_than_a_mapping_is_refused():
+    with pytest.raises(HeaprError, match=r"config=\['ratio'\]: must be a mapping of option names to values"):
+        HeaprConfig.from_dict(["ratio"])
+
+
+# Copies and round trips
+
+
+def test_the_table_of_other_values_names_every_option():
+    assert list(OTHER) == list(FIELDS)
+    assert all(value != FIELDS[name].default for name, value in OTHER.items())
+
+
+def test_a_copy_with_changes_is_validated_anew():
+    config = HeaprConfig(ratio=0.4, seed=3)
+    changed = config.replace(ratio=0.5, criterion="random")
+    assert (changed.ratio, changed.criterion, changed.seed) == (0.5, "random", 3)
+    assert config.ratio == 0.4 and config.replace() == config is not config.replace()
+    with pytest.raises(HeaprError, match=r"ratio=1\.5"):
+        config.replace(ratio=1.5)
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "everything else"])
+def test_a_config_comes_back_from_yaml_and_json(tmp_path, values):
+    config = HeaprConfig(**values)
+    assert HeaprConfig.from_dict(config.to_dict()) == config
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(config.to_dict()))
+    (tmp_path / "recipe.json").write_text(json.dumps(config.to_dict()))
+    saved = config.save_pretrained(tmp_path)
+    assert saved == tmp_path / "heapr_config.json"
+    for path in (*tmp_path.glob("recipe.*"), saved):
+        loaded = HeaprConfig.from_file(path)
+        assert loaded == config
+        assert [type(value) for value in loaded.to_dict().values()] == [type(v) for v in config.to_dict().values()]
+
+
+def test_a_recipe_may_be_short(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("# a quarter\nratio: 0.25\ndataset: data.jsonl\nprotect_unreached: true\n")
+    config = HeaprConfig.from_file(str(tmp_path / "recipe.yaml"))
+    assert config == HeaprConfig(dataset="data.jsonl", protect_unreached=True)
+
+
+def test_small_numbers_in_json_are_numbers(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"ratio": 1e-3}')
+    assert HeaprConfig.from_file(tmp_path / "recipe.json").ratio == 0.001
+
+
+# Files that are refused
+
+
+def file_refused(path, expected, content=None):
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(HeaprError, match=expected) as error:
+        HeaprConfig.from_file(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    file_refused(tmp_path / "none.yaml", r"config='.*none\.yaml': cannot be read \(.*\); name a YAML or JSON file")
+    file_refused(tmp_path, "cannot be read")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
+@pytest.mark.parametrize("content", ["ratio: [0.25", "{", '{"ratio": 0.25', b"\xff\xfe\x00bin", "ratio: *unknown"])
+def test_a_file_that_is_neither_is_refused(tmp_path, name, content):
+    file_refused(tmp_path / name, rf"config='.*{name}': cannot be (parsed|read) \(", content)
+
+
+@pytest.mark.parametrize("content", ["", "- ratio", "0.25", "ratio", "null"])
+def test_a_file_without_a_mapping_is_refused(tmp_path, content):
+    file_refused(tmp_path / "recipe.yaml", "must hold a mapping of option names to values, one a line", content)
+
+
+@pytest.mark.parametrize("content", ["seed: 2024-13-45", "seed: " + "9" * 5000, "[" * 20000])
+def test_what_the_parsers_choke_on_is_refused(tmp_path, content):
+    file_refused(tmp_path / "recipe.yaml", "cannot be parsed", content)
+    file_refused(tmp_path / "recipe.json", "cannot be parsed", '{"seed": ' + content.removeprefix("seed: ") + "}")
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch {flag}']",
+        "!!python/object/apply:builtins.open ['{flag}', 'w']",
+        "!!python/name:os.system",
+        "!!python/object/new:os.system ['touch {flag}']",
+    ],
+)
+def test_tags_that_would_run_code_are_refused(tmp_path, tag):
+    flag = tmp_path / "flag"
+    file_refused(tmp_path / "recipe.yaml", "cannot be parsed", "dataset: " + tag.format(flag=flag))
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("ratio: 1.2", r"ratio=1\.2: must lie in \(0, 1\)"),
+        ("ratio: .nan", r"ratio=nan: must lie in \(0, 1\)"),
+        ("ration: 0.2", """'ration': unknown option of HeaprConfig; did you mean "ratio"?"""),
+        ("ratio: a quarter", "ratio='a quarter': must be of type float, not str"),
+        ("1: 2", "1: unknown option"),
+    ],
+)
+def test_bad_values_in_a_file_are_refused_like_those_in_code(tmp_path, content, expected):
+    file_refused(tmp_path / "recipe.yaml", expected.replace("?", r"\?"), content)
+
+
+# The config of a pruned model
+
+
+def test_the_config_of_a_pruned_model_comes_back(tmp_path):
+    config = HeaprConfig(**OTHER)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "heapr_config": config.to_dict()}))
+    assert HeaprConfig.from_pretrained(tmp_path) == HeaprConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_a_model_that_was_not_pruned_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    with pytest.raises(HeaprError, match=r"model='.*': its config\.json has no heapr_config; name a model that was"):
+        HeaprConfig.from_pretrained(tmp_path)
+
+
+def test_a_model_that_cannot_be_found_or_read_is_refused(tmp_path):
+    for name in (tmp_path / "missing", "nobody/nothing"):
+        with pytest.raises(HeaprError, match=r"model='.*': has no config\.json that can be read") as error:
+            HeaprConfig.from_pretrained(name)
+        assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(HeaprError, match="has no config.json that can be read"):
+        HeaprConfig.from_pretrained(tmp_path)
+
+
+def test_a_foreign_heapr_config_is_refused(tmp_path):
+    for content, expected in (({"colour": "blue"}, "'colour': unknown option"), ("heapr", "must be a mapping")):
+        (tmp_path / "config.json").write_text(json.dumps({"heapr_config": content}))
+        with pytest.raises(HeaprError, match=expected):
+            HeaprConfig.from_pretrained(tmp_path)

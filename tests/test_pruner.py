@@ -1,0 +1,235 @@
+# Licensed under the Apache License, Version 2.0
+"""`HeaprPruner`, step by step and in one go."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan
+from optimum_heapr import pruner as pruner_module
+from optimum_heapr.pruner import load_model
+from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
+
+
+IDS = random_ids(4, 24)
+SAMPLES = {"num_samples": 4, "seq_length": 24}
+
+
+def tokens() -> Dataset:
+    return Dataset.from_dict({"input_ids": IDS.tolist()})
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in SENTENCES * 2))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An unpruned model on disk."""
+    folder = tmp_path_factory.mktemp("unpruned")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+def make(**options) -> HeaprPruner:
+    return HeaprPruner(tiny_model(), tiny_tokenizer(), HeaprConfig(**{**SAMPLES, **options}))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def equal(first: AtomicStatistics, second: AtomicStatistics) -> bool:
+    same = [
+        torch.equal(getattr(block, name), getattr(second.blocks[path], name))
+        for path, block in first.blocks.items()
+        for name in ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "token_count")
+    ]
+    return first.blocks.keys() == second.blocks.keys() and all(same)
+
+
+def test_calibrate_takes_data_in_every_form(text):
+    pruner = make(dataset=text)
+    own = pruner.calibrate()
+    assert pruner.statistics is own and own.num_tokens == 4 * 24
+    assert equal(own, make().calibrate(text))
+    assert equal(own, make(num_samples=1).calibrate(HeaprConfig(dataset=text, **SAMPLES)))
+    assert equal(own, make().calibrate(Dataset.from_dict({"text": SENTENCES * 2})))
+    assert not equal(own, make(dataset=text, seed=1).calibrate())
+    assert make(dataset=text).calibrate(tokens()).fingerprint["data"]["source"] == "Dataset"
+
+    # Token ids are used as they are: no choice of samples, so no seed.
+    assert equal(make().calibrate(tokens()), make(seed=5).calibrate(tokens()))
+
+
+def test_calibrate_takes_messages():
+    rows = [[{"role": "user", "content": sentence}] for sentence in SENTENCES * 2]
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    pruner = HeaprPruner(tiny_model(), tokenizer, HeaprConfig(**SAMPLES))
+    assert pruner.calibrate(Dataset.from_dict({"messages": rows})).num_tokens == 4 * 24
+
+
+def test_calibrate_leaves_the_model_as_it_was():
+    model = tiny_model().train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    implementation = model.get_experts_implementation()
+    HeaprPruner(model, config=HeaprConfig(**SAMPLES)).calibrate(tokens())
+    assert model.training and model.get_experts_implementation() == implementation
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_plan_from_statistics_at_hand_given_or_on_disk(tmp_path):
+    pruner = make(ratio=0.3)
+    with pytest.raises(HeaprError, match="call calibrate()"):
+        pruner.plan()
+    statistics = pruner.calibrate(tokens())
+    statistics.save(tmp_path / "s.safetensors")
+    plans = [pruner.plan(), pruner.plan(statistics), pruner.plan(tmp_path / "s.safetensors")]
+    plans.append(make(ratio=0.3).plan(str(tmp_path / "s.safetensors")))
+    for plan in plans:
+        assert plan.widths == plans[0].widths and plan.ratio == pytest.approx(0.3, abs=0.01)
+
+
+def test_changes_hold_for_one_plan_alone():
+    pruner = make(ratio=0.3)
+    pruner.calibrate(tokens())
+    plan = pruner.plan(ratio=0.5, criterion="magnitude")
+    assert plan.config == pruner.config.replace(ratio=0.5, criterion="magnitude")
+    assert plan.ratio == pytest.approx(0.5, abs=0.01) and pruner.config.ratio == 0.3
+    with pytest.raises(HeaprError, match='did you mean "ratio"'):
+        pruner.plan(ratoi=0.5)
+    with pytest.raises(HeaprError, match="ratio=1.5"):
+        pruner.plan(ratio=1.5)
+
+
+def test_two_ratios_without_the_data(monkeypatch, tmp_path):
+    statistics = make().calibrate(tokens())
+    statistics.save(tmp_path / "s.safetensors")
+    monkeypatch.setattr(pruner_module, "load_calibration_data", lambda *args: pytest.fail("the data was read again"))
+    for ratio in (0.2, 0.6):
+        pruner = make()
+        pruner.statistics = AtomicStatistics.load(tmp_path / "s.safetensors")
+        model = pruner.prune(ratio=ratio)
+        assert pruner.applied_plan.ratio == pytest.approx(ratio, abs=0.01)
+        assert model.config.heapr_config["ratio"] == ratio
+    assert equal(statistics, pruner.statistics)
+
+
+def test_apply_takes_a_plan_or_its_file(tmp_path):
+    pruner = make(ratio=0.4)
+    pruner.calibrate(tokens())
+    plan = pruner.plan()
+    plan.save(tmp_path / "plan.safetensors")
+    expected = logits(pruner.apply(plan))
+    assert pruner.applied_plan is plan
+    other = make()  # needs neither data nor statistics
+    assert torch.equal(logits(other.apply(tmp_path / "plan.safetensors")), expected)
+    assert other.applied_plan.config.ratio == 0.4
+
+
+def test_prune_is_calibrate_plan_and_apply(text):
+    steps = make(dataset=text)
+    statistics = steps.calibrate()
+    expected = logits(steps.apply(steps.plan(statistics, ratio=0.5)))
+    one = make(dataset=text)
+    model = one.prune(ratio=0.5)
+    assert model is one.model and torch.equal(logits(model), expected)
+    assert one.statistics is not None and one.applied_plan.config.ratio == 0.5
+
+
+def test_prune_measures_as_the_changes_say(text):
+    pruner = make()
+    pruner.prune(dataset=text, num_samples=2, seed=3)
+    assert pruner.statistics.fingerprint["data"]["num_samples"] == 2
+    assert pruner.statistics.fingerprint["seed"] == 3 and pruner.applied_plan.config.dataset == text
+
+
+def test_from_pretrained(folder, text, tmp_path):
+    config = HeaprConfig(ratio=0.25, dataset=text, **SAMPLES)
+    pruner = HeaprPruner.from_pretrained(folder, config)
+    assert pruner.config is config and pruner.tokenizer is not None and pruner.model.dtype == torch.float32
+    assert HeaprPruner.from_pretrained(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert {"heapr_config.json", "plan.safetensors", "statistics.safetensors", "modeling_heapr.py"} <= names
+    assert HeaprConfig.from_pretrained(tmp_path / "out") == config
+    assert PruningPlan.load(tmp_path / "out" / "plan.safetensors").widths == pruner.applied_plan.widths
+    assert equal(AtomicStatistics.load(tmp_path / "out" / "statistics.safetensors"), pruner.statistics)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(pruner.model))
+    with pytest.raises(HeaprError, match="pruned already"):
+        HeaprPruner.from_pretrained(tmp_path / "out")
+
+
+def test_a_model_without_a_tokenizer(folder, tmp_path):
+    """For some families transformers then makes a tokenizer that knows no text; calibrating with it would be silent."""
+    tiny_model().save_pretrained(tmp_path / "mute")
+    assert load_model(folder)[1] is not None and load_model(tmp_path / "mute")[1] is None
+    pruner = HeaprPruner.from_pretrained(tmp_path / "mute", HeaprConfig(**SAMPLES))
+    with pytest.raises(HeaprError, match="no tokenizer"):
+        pruner.calibrate(Dataset.from_dict({"text": SENTENCES}))
+    pruner.calibrate(tokens())
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_nothing_to_save_before_pruning(tmp_path):
+    pruner = make()
+    pruner.calibrate(tokens())
+    pruner.plan()
+    with pytest.raises(HeaprError, match=r"not pruned yet; call prune\(\) or apply\(\) first"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_refuses_a_filled_folder(tmp_path):
+    pruner = make()
+    pruner.calibrate(tokens())
+    pruner.prune()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HeaprError, match="not empty"):
+        pruner.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert pruner.save_pretrained(tmp_path, overwrite=True) == tmp_path
+    assert (tmp_path / "config.json").is_file() and not (tmp_path / "notes.txt").exists()
+
+
+def test_models_that_cannot_be_pruned_are_refused_at_once():
+    with pytest.raises(HeaprError, match="has no routed experts"):
+        HeaprPruner(tiny_model("llama"))
+    pruner = make()
+    pruner.calibrate(tokens())
+    model = pruner.prune()
+    with pytest.raises(HeaprError, match="pruned already; start from the unpruned model"):
+        HeaprPruner(model)
+    with pytest.raises(HeaprError, match="pruned already"):
+        pruner.plan(ratio=0.5)
+
+
+def test_statistics_of_another_model_are_refused():
+    statistics = make().calibrate(tokens())
+    pruner = HeaprPruner(tiny_model(seed=1))
+    with pytest.raises(
+        HeaprError, match="statistics: made for a model with .* this model has .*; calibrate this model"
+    ):
+        pruner.plan(statistics)
+
+
+def test_errors_of_loading_name_the_model(tmp_path):
+    with pytest.raises(HeaprError, match=r"model='.*nowhere': cannot be loaded .*; name a folder"):
+        load_model(tmp_path / "nowhere")
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    with pytest.raises(HeaprError, match=r"model='.*llama': cannot be loaded .*model\.safetensors"):
+        load_model(tmp_path / "llama")
