@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.calibration.data import open_dataset, packed, tokenized_documents
+from optimum_heapr.calibration.data import packed
+from optimum_heapr.calibration.sources import open_dataset, tokenized_documents
 from optimum_heapr.pruner import load_model
 
 

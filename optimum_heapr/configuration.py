@@ -75,13 +75,18 @@ class HeaprConfig:
             What calibration measures: `vector`, three numbers an atomic expert, or `gram`, also two matrices an expert,
             which `obs` and `compensate` need; `auto` is what `criterion` and `compensate` need.
         dataset (`str`, *optional*):
-            Calibration text: a local file or folder, or the name of a dataset on the Hub.
+            Calibration text: a local file or folder, the name of a dataset on the Hub, `wikitext2` for the train split
+            of WikiText-2 as in the paper, or a mixture with weights, `"a.jsonl:0.3,org/name[split]:0.7"`.
         dataset_config (`str`, *optional*):
             Configuration of a dataset on the Hub, e.g. `wikitext-2-raw-v1`.
         split (`str`, *optional*, defaults to `"train"`):
             Split of the dataset.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text, when the dataset has neither `messages` nor `input_ids`.
+            Column that holds the text, when the dataset has neither `messages` nor `input_ids`. Without that column, too,
+            `prompt` and `response` or `instruction` and `output` are joined.
+        packing (`bool`, *optional*, defaults to `True`):
+            Join documents and cut them into samples of equal length; if off, a document is a sample, cut off after
+            `seq_length` tokens, and its padding is left out of every statistic.
         num_samples (`int`, *optional*, defaults to 128):
             Calibration samples.
         seq_length (`int`, *optional*, defaults to 2048):
@@ -122,10 +127,14 @@ class HeaprConfig:
     statistics: str = _option(
         "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
     )
-    dataset: str | None = _option(None, "calibration text: a local file or folder, or a dataset on the Hub")
+    dataset: str | None = _option(
+        None,
+        "calibration text: a file or folder, a dataset on the Hub, wikitext2, or a mixture a.jsonl:0.3,name[split]:0.7",
+    )
     dataset_config: str | None = _option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
     split: str = _option("train", "split of the dataset")
     text_column: str = _option("text", "column that holds the text")
+    packing: bool = _option(True, "join documents into samples of equal length; if off, a document is a sample")
     num_samples: int = _option(128, "calibration samples")
     seq_length: int = _option(2048, "tokens in a sample")
     batch_size: int = _option(1, "samples in a micro-batch; changes speed and memory, not the statistics")

@@ -43,6 +43,7 @@ OTHER = {
     "dataset_config": "wikitext-2-raw-v1",
     "split": "validation",
     "text_column": "body",
+    "packing": False,
     "num_samples": 32,
     "seq_length": 256,
     "batch_size": 4,

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""Calibration text: from a file, a Hub dataset or a `datasets.Dataset` to rows of token ids."""
+"""Calibration samples: from the documents of one or more sources to rows of token ids."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..demo import DEMO_MODEL, demo_texts
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from .sources import open_source, parse_sources, shares_of, tokenized_documents
 
 
 if TYPE_CHECKING:
@@ -27,16 +26,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# What `datasets` calls the builders of local files.
-_FILE_BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".txt": "text",
-    ".md": "text",
-}
-
 
 @dataclass
 class CalibrationData:
@@ -47,16 +36,18 @@ class CalibrationData:
         source (`str`): where they came from.
         seed (`int`): seed that chose them.
         seq_length (`int`): tokens asked for in a sample.
+        origins (`list[str]`, *optional*): the part of a mixture that each sample is of; all are of `source` by default.
     """
 
     samples: list[torch.Tensor]
     source: str
     seed: int
     seq_length: int
+    origins: list[str] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Hash of all token ids, and how many there are."""
+        """Hash of all token ids, how many there are, and the share of them that each source gave."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little") + sample.numpy().tobytes())
@@ -65,7 +56,17 @@ class CalibrationData:
             "sha256": digest.hexdigest()[:16],
             "num_samples": len(self.samples),
             "num_tokens": sum(map(len, self.samples)),
+            "sources": self._shares(),
         }
+
+    def _shares(self) -> list[dict[str, Any]]:
+        """Samples and tokens of each source, in the order of their names."""
+        origins = self.origins or [self.source] * len(self.samples)
+        lengths = {name: [len(s) for s, origin in zip(self.samples, origins) if origin == name] for name in origins}
+        return [
+            {"name": name, "num_samples": len(lengths[name]), "num_tokens": sum(lengths[name])}
+            for name in sorted(lengths)
+        ]
 
     def micro_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of `input_ids` and `attention_mask` [samples, tokens], padded on the right, and `sample_index`."""
@@ -86,7 +87,8 @@ def load_calibration_data(
 
     A column `input_ids` is used as it is, one row a sample. `messages` are rendered by the chat template of the
     tokenizer. Other text is shuffled by document, tokenized, joined with end-of-text tokens and cut into
-    `num_samples` rows of `seq_length` tokens, without padding.
+    `num_samples` rows of `seq_length` tokens, without padding; with `packing=False` a document is a sample, cut off
+    after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed.
 
     Args:
         config (`HeaprConfig`): its calibration part is used.
@@ -94,101 +96,51 @@ def load_calibration_data(
         dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
 
     Raises:
-        HeaprError: if the data is missing, empty, has no usable column, or has samples shorter than two tokens.
+        HeaprError: if the data is missing, empty, has no usable column, or has samples shorter than two tokens, or a
+            mixture cannot be read or has a source that is too small a part of the samples.
     """
     dataset = config.dataset if dataset is None else dataset
     if dataset is None:
         raise HeaprError("dataset=None: name calibration text, a local file or a dataset on the Hub; its kind matters")
-    source = str(dataset) if isinstance(dataset, (str, os.PathLike)) else type(dataset).__name__
-    rows = (
-        open_dataset(dataset, config.dataset_config, config.split)
-        if isinstance(dataset, (str, os.PathLike))
-        else dataset
-    )
+    if not isinstance(dataset, (str, os.PathLike)):
+        name = type(dataset).__name__
+        samples = _samples(dataset, name, config.num_samples, config, tokenizer)
+        return CalibrationData(samples, name, config.seed, config.seq_length)
+    sources = parse_sources(dataset)
+    samples, origins = [], []
+    for source, count in zip(sources, shares_of(sources, config.num_samples)):
+        rows = open_source(source, config.dataset_config, config.split)
+        found = _samples(rows, source.label, count, config, tokenizer)
+        samples += found
+        origins += [source.label] * len(found)
+    if len(sources) > 1:
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        samples, origins = [samples[index] for index in order], [origins[index] for index in order]
+    return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins)
+
+
+def _samples(
+    rows: Dataset, source: str, count: int, config: HeaprConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> list[torch.Tensor]:
+    """At most `count` samples of one source, each of at least two tokens."""
     if len(rows) == 0:
         raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
     if "input_ids" in rows.column_names:
-        samples = [torch.tensor(row, dtype=torch.int64) for row in rows[: config.num_samples]["input_ids"]]
+        samples = [torch.tensor(row, dtype=torch.int64) for row in rows[:count]["input_ids"]]
     else:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         documents = tokenized_documents(rows, order, source, tokenizer, config.text_column)
-        samples = list(itertools.islice(packed(documents, config.seq_length), config.num_samples))
+        cut = packed if config.packing else one_a_row
+        samples = list(itertools.islice(cut(documents, config.seq_length), count))
     short = [index for index, sample in enumerate(samples) if len(sample) < 2]
     if short or not samples:
         where = f"sample {short[0]} has {len(samples[short[0]])} tokens" if short else "holds less than two tokens"
         raise HeaprError(
             f"dataset={source!r}: {where}; every sample needs at least two, one to predict from the other"
         )
-    if len(samples) < config.num_samples:
-        logger.warning("%s gives only %d of the %d samples asked for", source, len(samples), config.num_samples)
-    return CalibrationData(samples, source, config.seed, config.seq_length)
-
-
-def open_dataset(
-    name: str | os.PathLike, dataset_config: str | None = None, split: str = "train", demo_split: str = "calibration"
-) -> Dataset:
-    """Opens a local file or folder, the embedded demonstration text (`demo`), or a dataset on the Hub.
-
-    Args:
-        name (`str`): path or name.
-        dataset_config, split (`str`, *optional*): of a dataset on the Hub.
-        demo_split (`str`): which part of the demonstration text `demo` stands for.
-
-    Raises:
-        HeaprError: if a local path does not exist or cannot be parsed, or the Hub has no such dataset.
-    """
-    import datasets
-
-    path = Path(name)
-    if str(name) == DEMO_MODEL:
-        return datasets.Dataset.from_dict({"text": demo_texts(demo_split)})
-    builder = _FILE_BUILDERS.get(path.suffix)
-    try:
-        if path.is_dir() and (path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if path.is_file() and path.stat().st_size == 0:
-            raise HeaprError(f"dataset={str(name)!r}: is empty; name one with text in it")
-        if path.is_file() and builder:
-            # A text file is one document, not one document a line.
-            options = {"sample_by": "document"} if builder == "text" else {}
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-        if path.exists() and not path.is_dir():
-            raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(_FILE_BUILDERS)}")
-        if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
-            raise HeaprError(f"dataset={str(name)!r}: no such file or folder")
-        return datasets.load_dataset(str(name), dataset_config, split=split)
-    except HeaprError:
-        raise
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({type(error).__name__}: {reason})") from error
-
-
-def tokenized_documents(
-    rows: Dataset, order: Iterable[int], source: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str
-) -> Iterator[list[int]]:
-    """Token ids of one document after another, each closed by the end-of-text token if the tokenizer has one.
-
-    Raises:
-        HeaprError: if there is no tokenizer, no such column, or no chat template for messages.
-    """
-    if tokenizer is None:
-        raise HeaprError(f"dataset={source!r}: holds text but the model has no tokenizer; pass one, or input_ids")
-    if "messages" in rows.column_names:
-        if tokenizer.chat_template is None:
-            raise HeaprError(f"dataset={source!r}: holds messages but the tokenizer has no chat template; use text")
-        column, encode = "messages", lambda row: tokenizer.apply_chat_template(row, return_dict=False)
-    elif text_column in rows.column_names:
-        # The length warning of the tokenizer is about feeding a document whole; documents are cut later.
-        column, encode = text_column, lambda row: tokenizer(row, verbose=False)["input_ids"]
-    else:
-        raise HeaprError(
-            f"text_column={text_column!r}: {source!r} has columns {', '.join(rows.column_names)}; name one of them"
-        )
-    for index in order:
-        document = rows[index][column]
-        if document:
-            yield encode(document) + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    if len(samples) < count:
+        logger.warning("%s gives only %d of the %d samples asked for", source, len(samples), count)
+    return samples
 
 
 def packed(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Tensor]:
@@ -201,3 +153,10 @@ def packed(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Te
             stream = stream[seq_length:]
     if len(stream) >= 2:
         yield torch.tensor(stream, dtype=torch.int64)
+
+
+def one_a_row(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Tensor]:
+    """The beginning of each document, at most `seq_length` tokens; documents of less than two tokens are left out."""
+    for ids in documents:
+        if len(ids) >= 2:
+            yield torch.tensor(ids[:seq_length], dtype=torch.int64)

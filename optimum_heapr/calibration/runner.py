@@ -103,7 +103,7 @@ def calibrate(
             "loss": float(total_loss) / max(total_targets, 1),
         },
     )
-    _warn_about_unreached(result)
+    _warn_about_coverage(result)
     return result
 
 
@@ -180,8 +180,25 @@ def _add_over_processes(accelerator, block: BlockStatistics) -> BlockStatistics:
     return replace(block, **{name: added(tensor) for name, tensor in measured.items() if tensor is not None})
 
 
-def _warn_about_unreached(statistics: AtomicStatistics) -> None:
+def _warn_about_coverage(statistics: AtomicStatistics) -> None:
+    """Names experts without any token, and counts those whose tokens are fewer than their atomic experts."""
     unreached = statistics.unreached
+    scarce = [
+        (count, block.width)
+        for block in statistics.blocks.values()
+        for count in block.token_count.tolist()
+        if 0 < count < block.width
+    ]
+    if scarce:
+        factor = max(width / count for count, width in scarce)
+        logger.warning(
+            "%d experts were reached by fewer tokens than they are wide, the least by %d, so the means of their atomic "
+            "experts are rough. Raise num_samples (now %d; about %d would do for all), or add data of another kind.",
+            len(scarce),
+            min(count for count, _ in scarce),
+            statistics.fingerprint["data"]["num_samples"],
+            math.ceil(statistics.fingerprint["data"]["num_samples"] * factor),
+        )
     if unreached:
         where = "; ".join(f"{path}: {experts}" for path, experts in unreached.items())
         logger.warning(

@@ -23,6 +23,7 @@ CALIBRATION_OPTIONS = (
     "dataset_config",
     "split",
     "text_column",
+    "packing",
     "num_samples",
     "seq_length",
     "batch_size",
@@ -130,6 +131,17 @@ def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}
+
+
+def source_names(config: HeaprConfig) -> list[str]:
+    """The paths and names in `config.dataset`, which may be a mixture.
+
+    Raises:
+        HeaprError: if the mixture cannot be read.
+    """
+    from ..calibration.sources import parse_sources
+
+    return [source.name for source in parse_sources(config.dataset)] if config.dataset else []
 
 
 def check_output_is_not_input(output: str, *inputs: str | None) -> None:

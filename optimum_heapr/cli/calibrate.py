@@ -11,6 +11,7 @@ from .base import (
     check_output_is_not_input,
     config_from,
     model_options_from,
+    source_names,
 )
 
 
@@ -29,7 +30,7 @@ class CalibrateCommand(HeaprSubcommand):
         from ..utils.files import check_output_file
 
         config = config_from(self.args)
-        check_output_is_not_input(self.args.output, self.args.model, self.args.config, config.dataset)
+        check_output_is_not_input(self.args.output, self.args.model, self.args.config, *source_names(config))
         check_output_file(self.args.output, self.args.overwrite)
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process

@@ -13,6 +13,7 @@ from .base import (
     check_output_is_not_input,
     config_from,
     model_options_from,
+    source_names,
 )
 
 
@@ -35,7 +36,7 @@ class PruneCommand(HeaprSubcommand):
 
         config = config_from(self.args)
         check_output_is_not_input(
-            self.args.output, self.args.model, self.args.statistics, self.args.config, config.dataset
+            self.args.output, self.args.model, self.args.statistics, self.args.config, *source_names(config)
         )
         if not self.args.dry_run:
             check_output_folder(self.args.output, self.args.overwrite)

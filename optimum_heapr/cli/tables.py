@@ -87,9 +87,21 @@ def statistics_table(statistics: AtomicStatistics) -> str:
             f"{data['num_tokens']:,} tokens in {data['num_samples']} samples of {data['source']}, seed "
             f"{statistics.fingerprint['seed']}; loss {statistics.fingerprint['loss']:.4f} nats a token",
             f"model type {statistics.fingerprint['model']['model_type']}",
+            *source_lines(data),
             *unreached_lines(statistics.unreached),
         ]
     )
+
+
+def source_lines(data: dict[str, Any]) -> list[str]:
+    """One line for each part of a mixture, with its share of the tokens."""
+    parts = data.get("sources", [])
+    return [
+        f"{part['name']} gave {part['num_tokens'] / sum(p['num_tokens'] for p in parts):.1%} of the tokens, "
+        f"{part['num_samples']} samples"
+        for part in parts
+        if len(parts) > 1
+    ]
 
 
 def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:

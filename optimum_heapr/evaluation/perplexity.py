@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..calibration.data import open_dataset, packed, tokenized_documents
+from ..calibration.data import packed
+from ..calibration.sources import open_dataset, tokenized_documents
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
 from .metric import TokenPerplexity

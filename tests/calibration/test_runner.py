@@ -177,6 +177,19 @@ def test_without_unreached_experts_there_is_no_warning(heapr_log):
     assert "reached" not in heapr_log.text
 
 
+def test_experts_with_few_tokens_are_counted_in_a_warning(heapr_log):
+    """Twelve atomic experts an expert; ten tokens go to two of six experts each."""
+    statistics = calibrate(tiny_model("qwen3_moe"), calibration_data(10))
+    counts = [count for block in statistics.blocks.values() for count in block.token_count.tolist()]
+    few = [count for count in counts if 0 < count < 12]
+    assert few
+    message = next(r.getMessage() for r in heapr_log.records if "wide" in r.getMessage())
+    assert message.startswith(
+        f"{len(few)} experts were reached by fewer tokens than they are wide, the least by {min(few)}"
+    )
+    assert f"Raise num_samples (now 1; about {-(-12 // min(few))} would do" in message
+
+
 def test_the_data_and_the_model_are_in_the_fingerprint():
     model, data = tiny_model("qwen3_moe"), calibration_data(8, 5, seed=3)
     fingerprint = calibrate(model, data).fingerprint
