@@ -93,6 +93,8 @@ class HeaprConfig:
             Tokens in a sample.
         batch_size (`int`, *optional*, defaults to 1):
             Samples in a micro-batch; it changes speed and memory, not the statistics.
+        skip_nonfinite (`bool`, *optional*, defaults to `False`):
+            Leave out micro-batches whose loss or gradients are not finite, and list their samples, instead of stopping.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice of samples and of the `random` criterion.
 
@@ -138,6 +140,7 @@ class HeaprConfig:
     num_samples: int = _option(128, "calibration samples")
     seq_length: int = _option(2048, "tokens in a sample")
     batch_size: int = _option(1, "samples in a micro-batch; changes speed and memory, not the statistics")
+    skip_nonfinite: bool = _option(False, "leave out micro-batches that are not finite instead of stopping")
     seed: int = _option(0, "seed of the choice of samples and of the random criterion")
 
     def __post_init__(self) -> None:

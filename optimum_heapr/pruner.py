@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calibration.data import load_calibration_data
 from .calibration.runner import calibrate
+from .calibration.state import StateFile
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
 from .demo import DEMO_MODEL, demo_model_path
@@ -84,23 +85,43 @@ class HeaprPruner:
         loaded, tokenizer = load_model(model, **model_options)
         return cls(loaded, tokenizer, config)
 
-    def calibrate(self, dataset: HeaprConfig | Dataset | str | None = None) -> AtomicStatistics:
+    def calibrate(
+        self,
+        dataset: HeaprConfig | Dataset | str | None = None,
+        state_path: str | os.PathLike | None = None,
+        resume: bool = False,
+        save_every: int = 0,
+        keep_state: bool = False,
+    ) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
 
         Args:
             dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used in place of
                 `self.config`, or data in place of `config.dataset`: a local path, a name on the Hub, or a
                 `datasets.Dataset` with a column `text`, `messages` or `input_ids`.
+            state_path (`str`, *optional*): file that lets the run go on if it is interrupted: it is written every
+                `save_every` micro-batches, and when SIGTERM or Ctrl-C arrives.
+            resume (`bool`): go on from the file, if it exists; the statistics are those of an unbroken run.
+            save_every (`int`): micro-batches between two savings; 0 saves only when interrupted.
+            keep_state (`bool`): leave the file at the end, to be removed once the statistics are safe.
 
         Returns:
             `AtomicStatistics`: also kept as `self.statistics`.
 
         Raises:
-            HeaprError: if the data is missing or empty or too short, or a loss is not finite.
+            HeaprError: if the data is missing or empty or too short, a loss or gradient is not finite, or the state is
+                of another run.
         """
+        if state_path is None and (resume or save_every):
+            raise HeaprError(f"state_path=None: resume={resume} and save_every={save_every} need a file; name one")
+        state = None if state_path is None else StateFile(state_path, resume, save_every)
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
-        self.statistics = calibrate(self.model, data, config.batch_size, config.needs_grams)
+        self.statistics = calibrate(
+            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state
+        )
+        if state is not None and not keep_state:
+            state.remove()
         return self.statistics
 
     def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:

@@ -47,6 +47,7 @@ OTHER = {
     "num_samples": 32,
     "seq_length": 256,
     "batch_size": 4,
+    "skip_nonfinite": True,
     "seed": 7,
 }
 

@@ -15,8 +15,9 @@ from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from .loss import summed_token_loss
+from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
-from .tap import BlockAccumulator, calibration_tap
+from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ logger = get_logger(__name__)
 
 
 def calibrate(
-    model: torch.nn.Module, data: CalibrationData, batch_size: int = 1, gram: bool = False
+    model: torch.nn.Module,
+    data: CalibrationData,
+    batch_size: int = 1,
+    gram: bool = False,
+    skip_nonfinite: bool = False,
+    state: StateFile | None = None,
 ) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of `model` on `data`.
 
@@ -40,15 +46,19 @@ def calibrate(
         data (`CalibrationData`): tokenized samples.
         batch_size (`int`): samples in a micro-batch.
         gram (`bool`): also measure the second-order statistics, two I x I matrices for each expert, in the same pass.
+        skip_nonfinite (`bool`): leave out micro-batches whose loss or gradients are not finite, and list their samples in
+            the fingerprint, instead of stopping.
+        state (`StateFile`, *optional*): where the run is saved and goes on from. The caller removes it.
 
     Returns:
         `AtomicStatistics`: on the CPU.
 
     Raises:
         HeaprError: if the model has no prunable experts or no embedding for a token id, the second-order statistics do
-            not fit into memory, or a loss or gradient is not finite.
+            not fit into memory, a loss or gradient is not finite, or the state is of another run.
     """
     from accelerate import Accelerator
+    from accelerate.utils import gather_object
 
     blocks = find_expert_blocks(model)
     accelerator = Accelerator()
@@ -57,54 +67,119 @@ def calibrate(
     device = model.get_input_embeddings().weight.device
     device = accelerator.device if device.type == "meta" else device
     if gram:
-        check_gram_memory(blocks)
+        check_gram_memory(blocks, copies=2 if skip_nonfinite else 1)
     _check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
+    run = {
+        "model": {**model_fingerprint(model, blocks), "dtype": str(blocks[0].module.down_proj.dtype)},
+        "data": data.fingerprint,
+        "seed": data.seed,
+        "seq_length": data.seq_length,
+        "batch_size": batch_size,
+        "statistics": "gram" if gram else "vector",
+        "skip_nonfinite": skip_nonfinite,
+        "processes": accelerator.num_processes,
+    }
 
-    total_loss, total_targets = torch.zeros((), dtype=torch.float64), 0
-    with frozen_in_evaluation_mode(model), calibration_tap(model, blocks, gram) as accumulators:
-        for index in progress(own, desc="Calibrating", unit="batch"):
-            batch = batches[index]
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            for block in blocks:
-                block_mask = None if batch["attention_mask"].all() else mask.reshape(-1).bool()
-                accumulators[block.path].token_mask = (
-                    block_mask if block_mask is None else block_mask.to(block.module.down_proj.device)
-                )
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss, targets = summed_token_loss(logits, ids, mask)
-            del logits
-            if not math.isfinite(loss.item()):
+    with (
+        frozen_in_evaluation_mode(model),
+        calibration_tap(model, blocks, gram) as accumulators,
+        interruption(enabled=state is not None) as interrupted,
+    ):
+        # What is to be left out must not have been added: a micro-batch then has sums of its own.
+        totals = new_accumulators(blocks, gram) if skip_nonfinite else accumulators
+        done = Progress() if state is None else state.begin(run, totals)
+        for index in progress(
+            own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own)
+        ):
+            loss, targets, problem = _measure(model, batches[index], blocks, accumulators, device)
+            samples = batches[index]["sample_index"].tolist()
+            if problem and not skip_nonfinite:
                 raise HeaprError(
-                    f"loss={loss.item()}: not finite in micro-batch {index} (samples {batch['sample_index'].tolist()}); "
-                    "look at these samples, or load the model in bfloat16 or float32"
+                    f"{problem}: not finite in micro-batch {index} (samples {samples}); look at these samples, load the "
+                    "model in bfloat16 or float32, or leave them out with skip_nonfinite=True (--skip-nonfinite)"
                 )
-            loss.backward()
-            total_loss += loss.item()
-            total_targets += targets
+            if problem:
+                logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", problem, index, samples)
+                done.skipped += samples
+            else:
+                done.loss += loss
+                done.targets += targets
+            if skip_nonfinite:
+                for path, accumulator in accumulators.items():
+                    accumulator.clear() if problem else accumulator.move_to(totals[path])
+            done.batches += 1
+            if state is not None and (state.is_due(done) or interrupted.signal is not None):
+                state.save(done, totals)
+            interrupted.act()
+        if state is not None:
+            state.save(done, totals)
 
-    statistics = {block.path: _collect(block, accumulators[block.path]) for block in blocks}
+    statistics = {block.path: _collect(block, totals[block.path]) for block in blocks}
+    total_loss, total_targets, skipped = done.loss, done.targets, done.skipped
     if accelerator.num_processes > 1:
         statistics = {path: _add_over_processes(accelerator, block) for path, block in statistics.items()}
-        totals = torch.tensor([total_loss, total_targets], dtype=torch.float64, device=accelerator.device)
-        summed = accelerator.reduce(totals, "sum")
-        total_loss, total_targets = summed[0], int(summed[1])
+        summed = accelerator.reduce(
+            torch.tensor([total_loss, total_targets], dtype=torch.float64, device=accelerator.device), "sum"
+        )
+        total_loss, total_targets = float(summed[0]), int(summed[1])
+        skipped = sorted(gather_object(skipped))
+    if not total_targets:
+        raise HeaprError("skip_nonfinite=True: every micro-batch was left out; load the model in bfloat16 or float32")
     for path, block in statistics.items():
         if not torch.isfinite(block.gradient_sq_sum).all():
-            raise HeaprError(f"gradients of {path}: not finite; load the model in bfloat16 or float32")
-    result = AtomicStatistics(
-        statistics,
-        {
-            "model": model_fingerprint(model, blocks),
-            "data": data.fingerprint,
-            "seed": data.seed,
-            "seq_length": data.seq_length,
-            "loss": float(total_loss) / max(total_targets, 1),
-        },
-    )
+            raise HeaprError(f"gradients of {path}: their sum is not finite; load the model in bfloat16 or float32")
+    fingerprint = {
+        "model": model_fingerprint(model, blocks),
+        "data": data.fingerprint,
+        "seed": data.seed,
+        "seq_length": data.seq_length,
+        "loss": total_loss / total_targets,
+    }
+    if skipped:
+        fingerprint["skipped"] = skipped
+        fingerprint["data"]["num_samples"] -= len(skipped)
+        fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
+    result = AtomicStatistics(statistics, fingerprint)
     _warn_about_coverage(result)
     return result
+
+
+_QUANTITIES = {"gradient_sq_sum": "gradients", "activation_sq_sum": "activations", "output_norm_sum": "outputs"}
+
+
+def _measure(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    blocks: list[ExpertBlock],
+    accumulators: dict[str, BlockAccumulator],
+    device: torch.device,
+) -> tuple[float, int, str | None]:
+    """Adds one micro-batch to the accumulators.
+
+    Returns:
+        `tuple[float, int, str | None]`: summed loss in nats, tokens predicted, and what is not finite, if anything; the
+        accumulators then hold what must not be used.
+    """
+    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    token_mask = None if batch["attention_mask"].all() else mask.reshape(-1).bool()
+    for block in blocks:
+        accumulators[block.path].token_mask = (
+            token_mask if token_mask is None else token_mask.to(block.module.down_proj.device)
+        )
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    loss, targets = summed_token_loss(logits, ids, mask)
+    del logits
+    value = loss.item()
+    if not math.isfinite(value):
+        return value, targets, f"loss={value}"
+    loss.backward()
+    for path, accumulator in accumulators.items():
+        name = accumulator.not_finite()
+        if name is not None:
+            return value, targets, f"{_QUANTITIES.get(name, name)} of {path}"
+    return value, targets, None
 
 
 @contextmanager
@@ -123,8 +198,12 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def check_gram_memory(blocks: list[ExpertBlock]) -> None:
+def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
     """States what the second-order statistics take, and refuses what does not fit next to the model.
+
+    Args:
+        blocks (`list[ExpertBlock]`): the expert blocks of the model.
+        copies (`int`): how often each matrix is held.
 
     Raises:
         HeaprError: naming the bytes needed and available, and on which device.
@@ -132,7 +211,7 @@ def check_gram_memory(blocks: list[ExpertBlock]) -> None:
     needed: dict[torch.device, int] = {}
     for block in blocks:
         device = block.module.down_proj.device
-        needed[device] = needed.get(device, 0) + 2 * 4 * block.num_experts * block.width**2
+        needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width**2
     for device, size in needed.items():
         available = _available_bytes(device)
         logger.info(

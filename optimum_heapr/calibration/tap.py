@@ -66,6 +66,37 @@ class BlockAccumulator:
         self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
         self.token_mask: torch.Tensor | None = None
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """What is accumulated, by name, without what is not measured; the tensors themselves."""
+        names = (
+            "activation_sq_sum",
+            "gradient_sq_sum",
+            "fisher_sum",
+            "token_count",
+            "output_norm_sum",
+            "activation_gram_sum",
+            "gradient_gram_sum",
+        )
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def not_finite(self) -> str | None:
+        """Name of the first sum that is not finite."""
+        sums = self.sums()
+        finite = torch.stack([tensor.isfinite().all() for tensor in sums.values()]).tolist()
+        return next((name for name, good in zip(sums, finite) if not good), None)
+
+    def move_to(self, total: BlockAccumulator) -> None:
+        """Adds these sums to those of `total`, and begins anew."""
+        own = self.sums()
+        for name, tensor in total.sums().items():
+            tensor += own[name]
+        self.clear()
+
+    def clear(self) -> None:
+        """Sets all sums to zero."""
+        for tensor in self.sums().values():
+            tensor.zero_()
+
     def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: _RoutedRows) -> None:
         """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
         start = 0
@@ -198,6 +229,16 @@ def calibration_experts_forward(
     return output[inverse].view(-1, top_k, output.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
+def new_accumulators(blocks: list[ExpertBlock], gram: bool = False) -> dict[str, BlockAccumulator]:
+    """Sums that are zero, by block path, each on the device of its block."""
+    return {
+        block.path: BlockAccumulator(
+            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype, gram
+        )
+        for block in blocks
+    }
+
+
 @contextmanager
 def calibration_tap(
     model: torch.nn.Module, blocks: list[ExpertBlock], gram: bool = False
@@ -209,12 +250,7 @@ def calibration_tap(
     Raises:
         HeaprError: if the class of the model does not let its experts be switched.
     """
-    accumulators = {
-        block.path: BlockAccumulator(
-            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype, gram
-        )
-        for block in blocks
-    }
+    accumulators = new_accumulators(blocks, gram)
     previous = model.get_experts_implementation()
     ALL_EXPERTS_FUNCTIONS.register(CALIBRATION_IMPLEMENTATION, calibration_experts_forward)
     try:

@@ -27,6 +27,7 @@ CALIBRATION_OPTIONS = (
     "num_samples",
     "seq_length",
     "batch_size",
+    "skip_nonfinite",
     "seed",
 )
 PLANNING_OPTIONS = tuple(

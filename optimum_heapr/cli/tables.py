@@ -88,6 +88,7 @@ def statistics_table(statistics: AtomicStatistics) -> str:
             f"{statistics.fingerprint['seed']}; loss {statistics.fingerprint['loss']:.4f} nats a token",
             f"model type {statistics.fingerprint['model']['model_type']}",
             *source_lines(data),
+            *skipped_lines(statistics.fingerprint.get("skipped", [])),
             *unreached_lines(statistics.unreached),
         ]
     )
@@ -102,6 +103,11 @@ def source_lines(data: dict[str, Any]) -> list[str]:
         for part in parts
         if len(parts) > 1
     ]
+
+
+def skipped_lines(samples: list[int]) -> list[str]:
+    """One line if samples were left out."""
+    return [f"left out {len(samples)} samples that were not finite: {samples}"] if samples else []
 
 
 def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:

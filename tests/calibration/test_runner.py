@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """A calibration run: what must not leak into the statistics, and that the model comes back as it was."""
 
+import dataclasses
 import logging
 import math
 
@@ -10,6 +11,7 @@ import torch
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.tap import CALIBRATION_IMPLEMENTATION
+from optimum_heapr.cli.tables import statistics_table
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import assert_same_statistics, calibration_data, random_ids, tiny_model
 
@@ -115,16 +117,84 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_model_comes_back():
 
 
 def test_a_gradient_that_is_not_finite_is_refused():
-    """The loss can be finite where a gradient is not: here only the square of the gradient overflows."""
+    """The loss can be finite where a gradient is not."""
+    model = poisoned_model("gradient")
+    with pytest.raises(
+        HeaprError,
+        match=r"gradients of model\.layers\.0\.mlp\.experts: not finite in micro-batch 1 \(samples \[2, 3\]\)",
+    ):
+        calibrate(model, poisoned_data(), batch_size=2)
+
+
+def test_a_gradient_whose_square_overflows_is_refused():
     model = tiny_model("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     with torch.no_grad():
         experts.gate_up_proj[:, 12:] *= 1e-25
         experts.down_proj *= 1e25
-    with pytest.raises(
-        HeaprError, match=r"gradients of model\.layers\.0\.mlp\.experts: not finite; load the model in"
-    ):
+    with pytest.raises(HeaprError, match=r"gradients of model\.layers\.0\.mlp\.experts: not finite in micro-batch 0"):
         calibrate(model, calibration_data(8))
+
+
+def poisoned_data():
+    """Token 7, which only samples 2 and 5 hold, is the one whose gradients overflow."""
+    data = calibration_data(*[8] * 6)
+    samples = [torch.where(sample == 7, 8, sample) for sample in data.samples]
+    samples[2][3] = samples[5][0] = 7
+    return CalibrationData(samples, "poisoned", 0, 8)
+
+
+def poisoned_model(kind):
+    model = tiny_model("qwen3_moe", dtype=torch.float32 if kind == "gradient" else torch.float64)
+    if kind == "loss":
+        with torch.no_grad():
+            model.model.embed_tokens.weight[7] = torch.nan
+        return model
+
+    def poison_gradient(module, args, output):
+        if poison["now"] and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+    poison = {"now": False}
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: poison.update(now=bool((args[0] == 7).any()))
+    )
+    model.model.layers[0].mlp.register_forward_hook(poison_gradient)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("gram", [False, True])
+def test_what_is_not_finite_is_left_out_without_a_trace(kind, gram, heapr_log):
+    """The statistics are, bit for bit, those of the data without these micro-batches."""
+    data, model = poisoned_data(), poisoned_model(kind)
+    statistics = calibrate(model, data, batch_size=2, gram=gram, skip_nonfinite=True)
+    clean = CalibrationData(data.samples[:2], "clean", 0, 8)
+    expected = calibrate(model, clean, batch_size=2, gram=gram, skip_nonfinite=True)
+    for path, block in expected.blocks.items():
+        for part in dataclasses.fields(block):
+            value = getattr(block, part.name)
+            assert value is None or torch.equal(getattr(statistics.blocks[path], part.name), value), part.name
+    assert statistics.fingerprint["loss"] == expected.fingerprint["loss"]
+    assert statistics.fingerprint["skipped"] == [2, 3, 4, 5]
+    assert statistics.num_tokens == 16 and statistics.fingerprint["data"]["num_samples"] == 2
+    assert "not finite in micro-batch 1, left out (samples [2, 3])" in heapr_log.text
+    assert "left out 4 samples that were not finite: [2, 3, 4, 5]" in statistics_table(statistics)
+
+
+def test_leaving_out_changes_nothing_where_all_is_finite():
+    model, data = tiny_model("qwen3_moe"), calibration_data(8, 5, 7)
+    plain, careful = calibrate(model, data), calibrate(model, data, skip_nonfinite=True)
+    assert_same_statistics(careful, plain, rtol=0)
+    assert careful.fingerprint == plain.fingerprint
+
+
+def test_nothing_but_what_is_not_finite_is_refused():
+    model = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(HeaprError, match="every micro-batch was left out; load the model in bfloat16"):
+        calibrate(model, calibration_data(8, 8), skip_nonfinite=True)
 
 
 @pytest.mark.parametrize(("token", "span"), [(320, "5 to 320"), (-1, "-1 to 7")])

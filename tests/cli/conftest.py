@@ -14,7 +14,8 @@ from optimum_heapr.planning.plan import PLAN_NAME
 from tests.helpers import SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
-CALIBRATION_FLAGS = ("--num-samples", "6", "--seq-length", "24")
+# Enough tokens for no warning about coverage: tests of errors want the error to be the only line.
+CALIBRATION_FLAGS = ("--num-samples", "9", "--seq-length", "24")
 
 
 class Result(NamedTuple):
@@ -97,8 +98,8 @@ def inputs(tmp_path_factory) -> Inputs:
     model.save_pretrained(made.model)
     tiny_tokenizer(made.model)
     made.text.write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES * 3))
-    made.tokens.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in random_ids(6, 24).tolist()))
-    config = HeaprConfig(ratio=0.25, dataset=str(made.text), num_samples=6, seq_length=24)
+    made.tokens.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in random_ids(9, 24).tolist()))
+    config = HeaprConfig(ratio=0.25, dataset=str(made.text), num_samples=9, seq_length=24)
     pruner = HeaprPruner.from_pretrained(made.model, config)
     pruner.calibrate().save(made.statistics)
     pruner.prune()

@@ -173,7 +173,7 @@ def test_evaluate_takes_dense_models(run, inputs, tmp_path):
 
 def test_inspect_shows_every_artefact(run, inputs, tmp_path):
     statistics = run("inspect", inputs.statistics)
-    assert statistics.status == 0 and "tokens in 6 samples" in statistics.output
+    assert statistics.status == 0 and "tokens in 9 samples" in statistics.output
     plan = run("inspect", inputs.plan)
     assert plan.status == 0 and "removed 25.00%" in plan.output
     assert run("inspect", inputs.pruned).output == plan.output

@@ -1,0 +1,63 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr calibrate` killed and resumed."""
+
+import signal
+
+import pytest
+
+from optimum_heapr.calibration.statistics import AtomicStatistics
+from tests.cli.conftest import start_python
+
+
+# Kills itself in the middle of the micro-batch of a number.
+KILLED = """
+import os, sys, signal, torch
+torch.set_num_threads(1)
+from optimum_heapr.calibration import runner
+from optimum.commands.optimum_cli import main
+
+number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+measure, calls = runner._measure, []
+
+def killed(*arguments):
+    result = measure(*arguments)
+    calls.append(1)
+    if len(calls) == at:
+        os.kill(os.getpid(), number)
+    return result
+
+runner._measure = killed
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
+    output, state = tmp_path / "out.safetensors", tmp_path / "out.safetensors.state"
+    command = ["calibrate", "-m", inputs.model, "-o", output, *inputs.calibration]
+    process = start_python(KILLED, int(number), 4, "heapr", *command, "--save-every", 2)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error
+    assert state.exists() and not output.exists()
+    refused = run(*command, "--save-every", 2)
+    assert refused.status == 2 and "pass --resume" in refused.error
+    changed = run(*command, "--resume", "--seed", 5)
+    assert changed.status == 2 and "seed was 0, is 5" in changed.error and state.exists()
+    result = run(*command, "--resume")
+    assert result.status == 0, result.error
+    assert output.read_bytes() == inputs.statistics.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_saving_does_not_take_the_place_of_the_output(run, inputs, tmp_path, monkeypatch):
+    """Killed between the last micro-batch and the output, the run has its state still."""
+    monkeypatch.setattr(AtomicStatistics, "save", lambda *_: 1 / 0)
+    command = ["calibrate", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--save-every", 4]
+    with pytest.raises(ZeroDivisionError):
+        run(*command)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    monkeypatch.setattr("optimum_heapr.calibration.runner._measure", lambda *_: pytest.fail("it was measured already"))
+    assert run(*command, "--resume").status == 0
+    assert (tmp_path / "out").read_bytes() == inputs.statistics.read_bytes()
