@@ -9,6 +9,7 @@ from .demo import DemoCommand
 from .evaluate import EvaluateCommand
 from .families import FamiliesCommand
 from .inspect import InspectCommand
+from .merge import MergeCommand
 from .plan import PlanCommand
 from .prune import PruneCommand
 
@@ -19,6 +20,7 @@ class HeaprCommand(BaseOptimumCLICommand):
         CommandInfo(name=command.NAME, help=command.HELP, subcommand_class=command)
         for command in (
             CalibrateCommand,
+            MergeCommand,
             PlanCommand,
             ApplyCommand,
             PruneCommand,
