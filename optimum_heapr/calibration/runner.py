@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from .loss import summed_token_loss
+from .processes import add_over_processes, check_placement
 from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
@@ -58,10 +59,10 @@ def calibrate(
             not fit into memory, a loss or gradient is not finite, or the state is of another run.
     """
     from accelerate import Accelerator
-    from accelerate.utils import gather_object
 
     blocks = find_expert_blocks(model)
     accelerator = Accelerator()
+    check_placement(model, accelerator.num_processes)
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     device = model.get_input_embeddings().weight.device
@@ -119,12 +120,7 @@ def calibrate(
     statistics = {block.path: _collect(block, totals[block.path]) for block in blocks}
     total_loss, total_targets, skipped = done.loss, done.targets, done.skipped
     if accelerator.num_processes > 1:
-        statistics = {path: _add_over_processes(accelerator, block) for path, block in statistics.items()}
-        summed = accelerator.reduce(
-            torch.tensor([total_loss, total_targets], dtype=torch.float64, device=accelerator.device), "sum"
-        )
-        total_loss, total_targets = float(summed[0]), int(summed[1])
-        skipped = sorted(gather_object(skipped))
+        statistics, total_loss, total_targets, skipped = add_over_processes(accelerator, statistics, done)
     if not total_targets:
         raise HeaprError("skip_nonfinite=True: every micro-batch was left out; load the model in bfloat16 or float32")
     for path, block in statistics.items():
@@ -142,7 +138,8 @@ def calibrate(
         fingerprint["data"]["num_samples"] -= len(skipped)
         fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
     result = AtomicStatistics(statistics, fingerprint)
-    _warn_about_coverage(result)
+    if accelerator.is_main_process:
+        _warn_about_coverage(result)
     return result
 
 
@@ -249,14 +246,6 @@ def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
         weight_norm=block.atomic_norms(),
         **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},
     )
-
-
-def _add_over_processes(accelerator, block: BlockStatistics) -> BlockStatistics:
-    def added(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
-
-    measured = {part.name: getattr(block, part.name) for part in fields(BlockStatistics) if part.name != "weight_norm"}
-    return replace(block, **{name: added(tensor) for name, tensor in measured.items() if tensor is not None})
 
 
 def _warn_about_coverage(statistics: AtomicStatistics) -> None:

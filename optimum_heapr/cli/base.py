@@ -134,6 +134,14 @@ def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value}
 
 
+def end_processes() -> None:
+    """Closes what connects the processes of one run, if there are several; from here on each is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
 def source_names(config: HeaprConfig) -> list[str]:
     """The paths and names in `config.dataset`, which may be a mixture.
 

@@ -10,6 +10,7 @@ from .base import (
     add_model_options,
     check_output_is_not_input,
     config_from,
+    end_processes,
     model_options_from,
     source_names,
 )
@@ -54,6 +55,7 @@ class CalibrateCommand(HeaprSubcommand):
             statistics.save(self.args.output)
         if state is not None:
             state.remove()
+        end_processes()
         if is_main_process():
             print(statistics_table(statistics))
             print(f"Statistics written to {self.args.output}")

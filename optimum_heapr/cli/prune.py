@@ -12,6 +12,7 @@ from .base import (
     add_model_options,
     check_output_is_not_input,
     config_from,
+    end_processes,
     model_options_from,
     source_names,
 )
@@ -42,11 +43,15 @@ class PruneCommand(HeaprSubcommand):
             check_output_folder(self.args.output, self.args.overwrite)
         from ..calibration.statistics import AtomicStatistics
         from ..pruner import HeaprPruner
+        from ..utils.logging import is_main_process
         from .tables import plan_table
 
         statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
         pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
         pruner.statistics = statistics or pruner.calibrate()
+        end_processes()
+        if not is_main_process():
+            return
         plan = pruner.plan()
         print(plan_table(plan))
         if not self.args.dry_run:

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from optimum_heapr import HeaprError
+from optimum_heapr.calibration.processes import check_placement
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from tests.helpers import assert_same_statistics, calibration_data, repository, tiny_model
@@ -19,6 +21,8 @@ LENGTHS = (16, 7, 12, 16, 3)
 SCRIPT = f"""
 import os, sys, torch
 torch.set_num_threads(1)
+from optimum_heapr import HeaprError
+from optimum_heapr.calibration.processes import check_placement
 from optimum_heapr.calibration.runner import calibrate
 from tests.helpers import calibration_data, tiny_model
 statistics = calibrate(tiny_model(dtype=torch.float64), calibration_data(*{LENGTHS}), batch_size=2, gram=True)
@@ -67,3 +71,15 @@ def test_two_processes_measure_what_one_does(tmp_path):
             for name in ("output_norm_sum", "activation_gram_sum", "gradient_gram_sum"):
                 torch.testing.assert_close(getattr(actual.blocks[path], name), getattr(block, name))
             assert torch.equal(actual.blocks[path].weight_norm, block.weight_norm)
+
+
+def test_a_model_spread_over_devices_is_for_one_process():
+    model = tiny_model()
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    check_placement(model, 1)
+    with pytest.raises(
+        HeaprError, match="device_map: spreads the model over 0, 1, cpu, and each of 2 processes would"
+    ):
+        check_placement(model, 2)
+    model.hf_device_map = {"": 1}
+    check_placement(model, 2)

@@ -10,7 +10,7 @@ import torch
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.calibration.state import StateFile
+from optimum_heapr.calibration.state import Progress, StateFile
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from tests.helpers import calibration_data, tiny_model
 
@@ -140,6 +140,21 @@ def test_another_run_is_refused_naming_what_differs(tmp_path):
     refused(r"differs \(batch_size was 1, is 2\)", batch_size=2)
     refused(r"differs \(statistics was \"vector\", is \"gram\"\)", gram=True)
     refused(r"differs \(skip_nonfinite was false, is true\)", skip_nonfinite=True)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    first, again = StateFile(tmp_path / "state"), StateFile(tmp_path / "state", resume=True)
+    first.begin({"processes": 2}, {})
+    first.save(Progress(), {})
+    with pytest.raises(HeaprError, match=r"differs \(processes was 2, is 1\)"):
+        again.begin({"processes": 1}, {})
+
+
+def test_each_process_has_its_own_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    assert StateFile(tmp_path / "state").path == tmp_path / "state.2"
+    monkeypatch.setenv("RANK", "0")
+    assert StateFile(tmp_path / "state").path == tmp_path / "state"
 
 
 def test_a_state_that_is_there_needs_a_word(tmp_path):

@@ -1,0 +1,64 @@
+# Licensed under the Apache License, Version 2.0
+"""Many processes: each measures its share of the samples, and the sums are added at the end."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..utils.errors import HeaprError
+from .statistics import BlockStatistics
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .state import Progress
+
+
+def check_placement(model: torch.nn.Module, num_processes: int) -> None:
+    """Refuses a model whose parts are spread over devices by each of several processes.
+
+    Raises:
+        HeaprError: naming the devices.
+    """
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if num_processes > 1 and len(devices) > 1:
+        raise HeaprError(
+            f"device_map: spreads the model over {', '.join(sorted(devices))}, and each of {num_processes} processes would "
+            "do so; launch one process, or leave device_map out"
+        )
+
+
+def add_over_processes(
+    accelerator: Accelerator, statistics: dict[str, BlockStatistics], done: Progress
+) -> tuple[dict[str, BlockStatistics], float, int, list[int]]:
+    """The sums of all processes, on each of them.
+
+    Returns:
+        `tuple`: statistics by block path, summed loss, tokens predicted, and samples that were left out.
+
+    Raises:
+        HeaprError: if another process ended before.
+    """
+    from accelerate.utils import gather_object
+
+    def added(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+    names = [part.name for part in fields(BlockStatistics) if part.name != "weight_norm"]
+    try:
+        summed = {}
+        for path, block in statistics.items():
+            measured = {name: getattr(block, name) for name in names if getattr(block, name) is not None}
+            summed[path] = replace(block, **{name: added(tensor) for name, tensor in measured.items()})
+        loss, targets = added(torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
+        return summed, loss, int(targets), sorted(gather_object(done.skipped))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HeaprError(
+            f"processes: another one ended before the sums could be added ({reason}); see what it printed, and run again, "
+            "with --resume if --save-every was on"
+        ) from error

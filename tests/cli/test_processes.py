@@ -1,0 +1,158 @@
+# Licensed under the Apache License, Version 2.0
+"""The command line under a launcher: the result does not depend on the number of processes, and no process waits for ever
+for one that died."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+from tests.helpers import SUMS, repository
+
+
+pytestmark = pytest.mark.slow
+
+# Rank 1 ends in its second micro-batch, or is stopped by an error that only it has.
+DIES = """
+import os, sys, signal
+from optimum_heapr.calibration import runner
+from optimum.commands.optimum_cli import main
+
+measure, calls = runner._measure, []
+
+def dies(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        if os.environ["HOW"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0.0, 1, "loss=nan"
+    return measure(*arguments)
+
+runner._measure = dies
+main()
+"""
+
+
+def environment(**more):
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(repository()))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def accelerate(processes, *arguments):
+    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one."""
+    kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    settings = [
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        f"--main_process_port={free_port()}",
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *settings]
+    command = [*launcher, "--module", "optimum.commands.optimum_cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_result_does_not_depend_on_the_number_of_processes(processes, inputs, tmp_path):
+    output = tmp_path / "statistics"
+    flags = ["-m", inputs.model, "-o", output, *inputs.calibration, "--statistics", "gram", "--save-every", 2]
+    result = accelerate(processes, "heapr", "calibrate", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Statistics written to") == result.stdout.count("nats a token") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+    actual, expected = AtomicStatistics.load(output), AtomicStatistics.load(inputs.statistics)
+    assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-6)
+    assert {**actual.fingerprint, "loss": 0} == {**expected.fingerprint, "loss": 0}
+    for path, block in expected.blocks.items():
+        assert torch.equal(actual.blocks[path].token_count, block.token_count)
+        for name in (*SUMS, "output_norm_sum", "weight_norm"):
+            torch.testing.assert_close(getattr(actual.blocks[path], name), getattr(block, name), rtol=1e-6, atol=0)
+    config = HeaprConfig(ratio=0.4)
+    kept, expected_kept = (PruningPlan.build(statistics, config).kept for statistics in (actual, expected))
+    for path, experts in expected_kept.items():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[path], experts, strict=True))
+
+
+def test_prune_writes_once(inputs, tmp_path):
+    result = accelerate(2, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Pruned model written to") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
+
+
+@pytest.mark.parametrize("how", ["kill", "error"])
+@pytest.mark.parametrize("launcher", [True, False], ids=["torchrun", "no launcher"])
+def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    arguments = [
+        "heapr",
+        "calibrate",
+        "-m",
+        inputs.model,
+        "-o",
+        tmp_path / "out",
+        *inputs.calibration,
+        "--save-every",
+        1,
+    ]
+    arguments = list(map(str, arguments))
+    port = str(free_port())
+    began = time.monotonic()
+    if launcher:
+        start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        command = [sys.executable, *start, str(script), *arguments]
+        result = subprocess.run(command, env=environment(HOW=how), capture_output=True, text=True, timeout=120)
+        status, error = [result.returncode], result.stderr
+    else:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, *arguments],
+                env=environment(
+                    HOW=how,
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                ),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            errors = [process.communicate(timeout=120)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        status, error = [process.returncode for process in processes], errors[0]
+        assert status == [2, -signal.SIGKILL if how == "kill" else 2]
+        assert "processes: another one ended before the sums could be added" in error
+        error = "".join(errors)
+    assert all(status) and time.monotonic() - began < 120
+    if how == "error":
+        assert "loss=nan: not finite in micro-batch 3 (samples [3])" in error
+    assert not (tmp_path / "out").exists()
+
+    # The shares that were saved go on; only what is missing is measured.
+    assert (tmp_path / "out.state").exists() and (tmp_path / "out.state.1").exists()
+    result = accelerate(2, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    expected = AtomicStatistics.load(inputs.statistics)
+    for path, block in AtomicStatistics.load(tmp_path / "out").blocks.items():
+        torch.testing.assert_close(block.fisher_sum, expected.blocks[path].fisher_sum, rtol=1e-6, atol=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dies.py", "out"]
