@@ -18,6 +18,7 @@ from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
+from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PLAN_NAME, PruningPlan
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
@@ -83,6 +84,25 @@ class HeaprPruner:
         """
         loaded, tokenizer = load_model(model, **model_options)
         return cls(loaded, tokenizer, config)
+
+    def check(self, config: HeaprConfig | None = None) -> None:
+        """Refuses a layout, an alignment or a uniform ratio that this model cannot have, before it is calibrated.
+
+        Args:
+            config (`HeaprConfig`, *optional*): defaults to `self.config`.
+
+        Raises:
+            HeaprError: naming what is possible.
+        """
+        from .surgery.stock import find_stock_layout
+
+        config, blocks = config or self.config, find_expert_blocks(self.model)
+        effective_multiple(config, [block.width for block in blocks])
+        if config.allocation == "uniform":
+            for width in {block.width for block in blocks}:
+                check_uniform_width(config, width)
+        if config.layout == "uniform":
+            find_stock_layout(self.model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
 
     def calibrate(self, dataset: HeaprConfig | Dataset | str | None = None) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
@@ -152,6 +172,7 @@ class HeaprPruner:
             `PreTrainedModel`: the pruned model, the same object as `self.model`.
         """
         config = self.config.replace(**changes)
+        self.check(config)
         if self.statistics is None:
             self.calibrate(config)
         return self.apply(self.plan(**changes))

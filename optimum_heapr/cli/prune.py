@@ -45,6 +45,7 @@ class PruneCommand(HeaprSubcommand):
 
         statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
         pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
+        pruner.check()
         pruner.statistics = statistics or pruner.calibrate()
         plan = pruner.plan()
         print(plan_table(plan))
