@@ -41,7 +41,7 @@ class PruneCommand(HeaprSubcommand):
             check_output_folder(self.args.output, self.args.overwrite)
         from ..calibration.statistics import AtomicStatistics
         from ..pruner import HeaprPruner
-        from .tables import plan_table
+        from .tables import compensation_lines, plan_table
 
         statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
         pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
@@ -52,4 +52,6 @@ class PruneCommand(HeaprSubcommand):
         if not self.args.dry_run:
             pruner.apply(plan)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+            for line in compensation_lines(plan):
+                print(line)
             print(f"Pruned model written to {self.args.output}")
