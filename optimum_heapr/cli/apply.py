@@ -45,9 +45,9 @@ class ApplyCommand(HeaprSubcommand):
         print(f"Pruned model written to {args.output}")
 
 
-def add_output_options(parser) -> None:
+def add_output_options(parser, required: bool = True) -> None:
     """Flags of commands that write a model."""
-    parser.add_argument("-o", "--output", required=True, help="folder for the pruned model")
+    parser.add_argument("-o", "--output", required=required, help="folder for the pruned model")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB")
     parser.add_argument(

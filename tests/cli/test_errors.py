@@ -497,7 +497,6 @@ def test_a_wrong_output_is_found_before_the_work(run, inputs, tmp_path, monkeypa
         check(run(*arguments), arguments[0], named)
 
 
-@pytest.mark.xfail(strict=True, reason="folders above an output are made before the last checks and stay")
 def test_no_folders_above_the_output_are_left(run, inputs, tmp_path):
     arguments, named = MISTAKES["apply_a_plan_of_a_sibling"](inputs, tmp_path)
     before = listing(tmp_path)
