@@ -206,11 +206,13 @@ def apply_streaming(
     folder: str | os.PathLike,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    statistics: AtomicStatistics | str | os.PathLike | None = None,
     **model_options: Any,
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
 
-    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte.
+    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte, or with
+    compensation up to the rounding of sums.
 
     Args:
         model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
@@ -218,14 +220,15 @@ def apply_streaming(
         folder (`str`): appears whole or not at all.
         overwrite (`bool`): replace a folder that is not empty.
         max_shard_size (`int` or `str`): largest weight file.
+        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation.
         model_options: as for [`~HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
         HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    if plan.config.compensate:
-        raise HeaprError("plan: asks for compensate=True, which needs the model in memory; use apply() or --in-memory")
+    if statistics is not None and not isinstance(statistics, AtomicStatistics):
+        statistics = AtomicStatistics.load(statistics)
     from .surgery.streaming import stream_plan
     from .utils.tensor_files import checkpoint_files
 
@@ -233,7 +236,7 @@ def apply_streaming(
     with replace_folder(folder, overwrite) as temporary:
         skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
-        stream_plan(skeleton, files, plan, temporary, max_shard_size)
+        stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
         _save_companions(temporary, tokenizer, plan)
     return folder
 
