@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Perplexity of a pruned model on several texts, against random and magnitude pruning; one run, one table.
 
-    python benchmarks/perplexity.py --model PATH --calibration calibration.jsonl --texts code=code.jsonl prose=prose.jsonl
+python benchmarks/perplexity.py --model PATH --calibration calibration.jsonl --texts code=code.jsonl prose=prose.jsonl
 """
 
 import argparse

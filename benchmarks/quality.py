@@ -183,13 +183,16 @@ def plot(result: dict, path: Path) -> None:
 
     domain = next(iter(result["domains"]))
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(record["method"] for record in result["records"]):
+    methods = dict.fromkeys(record["method"] for record in result["records"])
+    for index, method in enumerate(methods):
         points = sorted(
             (record["ratio"], record["increase"][domain]["value"], record["increase"][domain]["error"])
             for record in result["records"]
             if record["method"] == method
         )
-        axes.errorbar(*zip(*[(x, max(y, 1e-4)) for x, y, _ in points]), yerr=[e for *_, e in points], label=method)
+        ratios, values, errors = zip(*points)
+        style = {"color": pyplot.get_cmap("tab20")(index % 20), "linestyle": ("-", "--")[index % 2]}
+        axes.errorbar(ratios, [max(value, 1e-4) for value in values], yerr=errors, label=method, **style)
     axes.set(xlabel="routed atomic experts removed", ylabel=f"loss increase {domain}, nats a token", yscale="log")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=150)

@@ -43,6 +43,9 @@ class HeaprConfig:
     Args:
         ratio (`float`, *optional*, defaults to 0.25):
             Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
+        target_parameters (`int`, *optional*):
+            Parameters of the pruned model, all of them counted; takes the place of `ratio`. What widths cannot hit
+            exactly is left above it.
         criterion (`str`, *optional*, defaults to `"heapr"`):
             What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
             `reap` and `frequency`, which rank whole experts. See `docs/source/concepts/criteria.md`.
@@ -103,6 +106,7 @@ class HeaprConfig:
     """
 
     ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
+    target_parameters: int | None = _option(None, "parameters that the pruned model may have; in place of ratio")
     criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
     reduction: str = _option(
         "mean",
@@ -155,6 +159,8 @@ class HeaprConfig:
             raise HeaprError(
                 f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
             )
+        if self.target_parameters is not None:
+            self._check_least("target_parameters", 1)
         if self.statistics == "vector" and (self.criterion == "obs" or self.compensate):
             raise HeaprError(
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "

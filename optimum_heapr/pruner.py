@@ -19,6 +19,7 @@ from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
+from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PLAN_NAME, PruningPlan
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
@@ -84,6 +85,25 @@ class HeaprPruner:
         """
         loaded, tokenizer = load_model(model, **model_options)
         return cls(loaded, tokenizer, config)
+
+    def check(self, config: HeaprConfig | None = None) -> None:
+        """Refuses a layout, an alignment or a uniform ratio that this model cannot have, before it is calibrated.
+
+        Args:
+            config (`HeaprConfig`, *optional*): defaults to `self.config`.
+
+        Raises:
+            HeaprError: naming what is possible.
+        """
+        from .surgery.stock import find_stock_layout
+
+        config, blocks = config or self.config, find_expert_blocks(self.model)
+        effective_multiple(config, [block.width for block in blocks])
+        if config.allocation == "uniform":
+            for width in {block.width for block in blocks}:
+                check_uniform_width(config, width)
+        if config.layout == "uniform":
+            find_stock_layout(self.model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
 
     def calibrate(
         self,
@@ -173,6 +193,7 @@ class HeaprPruner:
             `PreTrainedModel`: the pruned model, the same object as `self.model`.
         """
         config = self.config.replace(**changes)
+        self.check(config)
         if self.statistics is None:
             self.calibrate(config)
         return self.apply(self.plan(**changes))
@@ -206,11 +227,13 @@ def apply_streaming(
     folder: str | os.PathLike,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
+    statistics: AtomicStatistics | str | os.PathLike | None = None,
     **model_options: Any,
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
 
-    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte.
+    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte, or with
+    compensation up to the rounding of sums.
 
     Args:
         model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
@@ -218,14 +241,15 @@ def apply_streaming(
         folder (`str`): appears whole or not at all.
         overwrite (`bool`): replace a folder that is not empty.
         max_shard_size (`int` or `str`): largest weight file.
+        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation.
         model_options: as for [`~HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
         HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    if plan.config.compensate:
-        raise HeaprError("plan: asks for compensate=True, which needs the model in memory; use apply() or --in-memory")
+    if statistics is not None and not isinstance(statistics, AtomicStatistics):
+        statistics = AtomicStatistics.load(statistics)
     from .surgery.streaming import stream_plan
     from .utils.tensor_files import checkpoint_files
 
@@ -233,7 +257,7 @@ def apply_streaming(
     with replace_folder(folder, overwrite) as temporary:
         skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
-        stream_plan(skeleton, files, plan, temporary, max_shard_size)
+        stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
         _save_companions(temporary, tokenizer, plan)
     return folder
 

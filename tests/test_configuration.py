@@ -27,6 +27,7 @@ FIELDS = {option.name: option for option in dataclasses.fields(HeaprConfig)}
 # A value for each option that is not its default; a new option has to be added here.
 OTHER = {
     "ratio": 0.4,
+    "target_parameters": 9_000,
     "criterion": "fisher",
     "reduction": "total",
     "compensate": True,

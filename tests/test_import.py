@@ -83,15 +83,16 @@ def test_public_names_are_found_when_asked_for():
     # Each asks transformers for another module first, and the one half imported must not be needed.
     ids=["before", "after", "before-configuration"],
 )
-def test_registration_in_both_import_orders(imports):
+def test_a_folder_is_read_in_any_import_order(imports, tmp_path):
     """Also where the package is imported twice, as notebooks do; no family is imported before it is used."""
+    config = {"model_type": "heapr_qwen3_moe", "expert_widths": {"model.layers.0.mlp.experts": [1, 3]}}
+    config |= {"hidden_size": 8, "moe_intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config |= {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "vocab_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     found = run_python(
         imports + "\nimport json, sys\n"
         "early = modeling_modules()\n"
-        "sizes = dict(hidden_size=8, moe_intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, head_dim=8,\n"
-        "    num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, vocab_size=16)\n"
-        "widths = {'model.layers.0.mlp.experts': [1, 3]}\n"
-        "config = AutoConfig.for_model('heapr_qwen3_moe', expert_widths=widths, **sizes)\n"
+        f"config = AutoConfig.from_pretrained({str(tmp_path)!r})\n"
         "model = AutoModelForCausalLM.from_config(config)\n"
         "finders = [finder for finder in sys.meta_path if 'AutoConfiguration' in type(finder).__name__]\n"
         "print(json.dumps([early, type(config).__name__, type(model).__name__, len(finders),\n"

@@ -76,6 +76,11 @@ class BlockStatistics:
         """Whether the second-order statistics, I x I for each expert, were measured."""
         return self.activation_gram_sum is not None and self.gradient_gram_sum is not None
 
+    def of_expert(self, expert: int) -> BlockStatistics:
+        """The statistics of a block that holds one expert of this one alone."""
+        parts = {part.name: getattr(self, part.name) for part in fields(BlockStatistics)}
+        return BlockStatistics(**{name: part if part is None else part[[expert]] for name, part in parts.items()})
+
     def check_grams(self, path: str, reason: str) -> None:
         """Refuses vector statistics where matrices are needed.
 

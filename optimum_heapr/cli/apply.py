@@ -19,8 +19,8 @@ class ApplyCommand(HeaprSubcommand):
         parser.add_argument(
             "--in-memory",
             action="store_true",
-            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map, "
-            "--dequantize and a plan with compensation imply it; the result is the same",
+            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map "
+            "and --dequantize imply it; the result is the same",
         )
 
     def execute(self) -> None:
@@ -35,19 +35,21 @@ class ApplyCommand(HeaprSubcommand):
 
         plan = PruningPlan.load(args.plan)
         options = model_options_from(args)
-        if args.in_memory or args.packed or args.device_map or args.dequantize or plan.config.compensate:
+        if args.in_memory or args.packed or args.device_map or args.dequantize:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
             pruner.apply(plan, args.statistics)
             pruner.save_pretrained(args.output, args.overwrite, **save_options_from(args))
         else:
-            apply_streaming(args.model, plan, args.output, args.overwrite, args.max_shard_size, **options)
+            apply_streaming(
+                args.model, plan, args.output, args.overwrite, args.max_shard_size, args.statistics, **options
+            )
         print(plan_table(plan))
         print(f"Pruned model written to {args.output}")
 
 
-def add_output_options(parser) -> None:
+def add_output_options(parser, required: bool = True) -> None:
     """Flags of commands that write a model."""
-    parser.add_argument("-o", "--output", required=True, help="folder for the pruned model")
+    parser.add_argument("-o", "--output", required=required, help="folder for the pruned model")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB")
     parser.add_argument(

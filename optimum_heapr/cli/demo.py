@@ -36,12 +36,15 @@ class DemoCommand(HeaprSubcommand):
     def _run(self, config, output: str) -> None:
         from pathlib import Path
 
+        import torch
         from transformers import AutoModelForCausalLM
 
         from ..demo import DEMO_MODEL, demo_model_path
         from ..evaluation.perplexity import evaluate_perplexity
         from ..pruner import HeaprPruner
         from .tables import plan_table, table
+
+        torch.set_num_threads(1)  # matrices this small only lose time when threads share them
 
         def measured(name: str, model, folder: Path | None = None) -> list[str]:
             result = evaluate_perplexity(model, pruner.tokenizer, DEMO_MODEL, config.seq_length, num_samples=48)

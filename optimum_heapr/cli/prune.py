@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ..utils.errors import HeaprError
 from .apply import add_output_options, save_options_from
 from .base import (
     CALIBRATION_OPTIONS,
@@ -25,7 +26,7 @@ class PruneCommand(HeaprSubcommand):
     @staticmethod
     def parse_args(parser):
         add_model_options(parser)
-        add_output_options(parser)
+        add_output_options(parser, required=False)
         parser.add_argument("-s", "--statistics", help="statistics file to use in place of calibrating")
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         # What to measure follows from the rest; --statistics names a file here.
@@ -36,25 +37,30 @@ class PruneCommand(HeaprSubcommand):
         from ..utils.files import check_output_folder
 
         config = config_from(self.args)
-        check_output_is_not_input(
-            self.args.output, self.args.model, self.args.statistics, self.args.config, *source_names(config)
-        )
         if not self.args.dry_run:
+            if self.args.output is None:
+                raise HeaprError("output=None: name a folder for the pruned model with -o, or pass --dry-run")
+            check_output_is_not_input(
+                self.args.output, self.args.model, self.args.statistics, self.args.config, *source_names(config)
+            )
             check_output_folder(self.args.output, self.args.overwrite)
         from ..calibration.statistics import AtomicStatistics
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
-        from .tables import plan_table
+        from .tables import compensation_lines, plan_table
 
         statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
         pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
+        pruner.check()
         pruner.statistics = statistics or pruner.calibrate()
         end_processes()
         if not is_main_process():
-            return
+            return  # under `accelerate launch` all processes calibrate, one cuts
         plan = pruner.plan()
         print(plan_table(plan))
         if not self.args.dry_run:
             pruner.apply(plan)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+            for line in compensation_lines(plan):
+                print(line)
             print(f"Pruned model written to {self.args.output}")

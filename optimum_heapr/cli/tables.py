@@ -56,6 +56,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
             f"{config.ratio:.2%}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
+            *compensation_lines(plan),
             *unreached_lines(plan.unreached),
         ]
     )
@@ -108,6 +109,24 @@ def source_lines(data: dict[str, Any]) -> list[str]:
 def skipped_lines(samples: list[int]) -> list[str]:
     """One line if samples were left out."""
     return [f"left out {len(samples)} samples that were not finite: {samples}"] if samples else []
+
+
+def compensation_lines(plan: PruningPlan) -> list[str]:
+    """What compensation did to the outputs of the experts that lost some but not all of their atomic experts."""
+    errors = [
+        pair
+        for path, experts in plan.compensation.items()
+        for pair, width in zip(experts, plan.widths[path])
+        if 0 < width < plan.original_width[path]
+    ]
+    if not errors:
+        return []
+    before, after = (stats.fmean(part) for part in zip(*errors))
+    changed = sum(after < before for before, after in errors)
+    return [
+        f"compensation: mean relative squared error of {len(errors)} cut experts {before:.4f} -> {after:.4f} on the "
+        f"calibration tokens; {changed} of them changed"
+    ]
 
 
 def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:

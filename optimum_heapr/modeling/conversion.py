@@ -74,8 +74,14 @@ class PackDown(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         downs = input_dict[source_patterns[0]]
-        order = storage_order([down.shape[1] for down in downs])
-        return {target_patterns[0]: torch.cat([downs[expert].T for expert in order])}
+        widths = [down.shape[1] for down in downs]
+        packed = torch.empty(sum(widths), downs[0].shape[0], dtype=downs[0].dtype, device=downs[0].device)
+        start = 0
+        for expert in storage_order(widths):
+            packed[start : start + widths[expert]].copy_(downs[expert].T)  # several times faster than `cat` of views
+            start += widths[expert]
+            downs[expert] = None  # the sources are freed as they are copied
+        return {target_patterns[0]: packed}
 
     @property
     def reverse_op(self):

@@ -52,9 +52,10 @@ class PruningPlan:
         """Ranks, allocates and estimates. Deterministic: equal inputs give equal plans.
 
         Raises:
-            HeaprError: if the statistics are not finite or the ratio cannot be reached; see
+            HeaprError: if the statistics are not finite or the ratio, or the target, cannot be reached; see
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
+        config = with_target_ratio(config, statistics)
         kept = allocate(
             importance(statistics, config.criterion, config.seed, config.reduction, config.ridge),
             config,
@@ -181,3 +182,23 @@ class PruningPlan:
                     f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
                     "plan from statistics of this model"
                 )
+
+
+def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> HeaprConfig:
+    """The config with the ratio that `target_parameters` asks for, if it asks for one.
+
+    Raises:
+        HeaprError: if the model has no more than that many, or more besides its routed experts.
+    """
+    if config.target_parameters is None:
+        return config
+    model = statistics.fingerprint["model"]
+    size, parameters = model["parameters_per_atomic_expert"], model["num_parameters"]
+    total = sum(block.num_experts * block.width for block in statistics.blocks.values())
+    removed = -(-(parameters - config.target_parameters) // size)
+    if not 0 < removed < total:
+        raise HeaprError(
+            f"target_parameters={config.target_parameters:,}: must lie between {parameters - total * size:,}, what is left "
+            f"without routed experts, and {parameters:,}, what the model has"
+        )
+    return config.replace(ratio=removed / total)

@@ -13,6 +13,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import progress
 from .compensation import compensate_experts
 from .selection import packed_rows
+from .stock import cut_to_stock, find_stock_layout, stock_width
 
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBloc
     if plan.config.layout == "variable":
         _cut_to_variable(model, plan, blocks)
     else:
-        from .stock import cut_to_stock
-
         cut_to_stock(model, plan, blocks)
     model.config.heapr_config = plan.config.to_dict()
     _forget_origin(model)
@@ -93,6 +92,8 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
         raise HeaprError(
             f"model={model_name(model)!r}: {offloaded[0]} is offloaded; load it without device_map to prune it in memory"
         )
+    if plan.config.layout != "variable":
+        find_stock_layout(model, blocks, stock_width(plan))  # a refusal must come before the first change
     return blocks
 
 

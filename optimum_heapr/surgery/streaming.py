@@ -4,7 +4,7 @@
 The model exists without storage only, on the meta device; it is cut like any other and says which tensors the result
 has, of which shape, in which file. transformers' own conversions between checkpoints and parameters are then run for
 one expert after another: read its tensors, convert, cut, convert back, write. The files are those that cutting in memory
-and `save_pretrained` give, byte for byte.
+and `save_pretrained` give, byte for byte; with compensation, up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..experts import ExpertBlock, find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
 from ..utils.tensor_files import TensorReader, write_tensors
-from .apply import cut_model
+from .apply import check_compensation, compensate_block, cut_model
 from .selection import packed_rows, padded_expert
 from .stock import stock_width, zero_pad
 
@@ -46,6 +46,7 @@ from .stock import stock_width, zero_pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..calibration.statistics import AtomicStatistics
     from ..planning.plan import PruningPlan
 
 
@@ -59,26 +60,31 @@ def stream_plan(
     plan: PruningPlan,
     folder: Path,
     max_shard_size: int | str = "5GB",
+    statistics: AtomicStatistics | None = None,
 ) -> None:
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
     Args:
         skeleton (`PreTrainedModel`): the unpruned model, from [`~optimum_heapr.surgery.skeleton.load_skeleton`]; it is cut in place.
         files (`Iterable[str]`): its safetensors files.
-        plan (`PruningPlan`): what stays.
+        plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
         folder (`Path`): an empty folder.
         max_shard_size (`int` or `str`): largest weight file, as for `save_pretrained`.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed if `plan.config.compensate`.
 
     Raises:
-        HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
+        HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or statistics for
+            compensation are missing.
     """
     source = SourceCheckpoint(skeleton, files)
     plan.check_shapes({block.path: (block.num_experts, block.width) for block in source.blocks})
     first_experts = [source.expert(block, 0) for block in source.blocks]
     check_same_model(plan.model, model_fingerprint(skeleton, first_experts), "plan")
 
+    check_compensation(plan, statistics)
+
     cut_model(skeleton, plan, source.blocks)
-    target = TargetCheckpoint(skeleton, source, plan)
+    target = TargetCheckpoint(skeleton, source, plan, statistics)
     skeleton.save_pretrained(folder, state_dict={})  # everything but weights
     split = target.split(max_shard_size)
     for file, names in progress(split.filename_to_tensors.items(), desc="Writing", unit="file"):
@@ -158,13 +164,20 @@ class TargetCheckpoint:
         skeleton (`PreTrainedModel`): the pruned model without storage.
         source (`SourceCheckpoint`): what it is made from.
         plan (`PruningPlan`): what stays.
+        statistics (`AtomicStatistics`, *optional*): what compensation needs.
 
     Attributes:
         tensors (`dict[str, torch.Tensor]`): by name, without storage, in the order of `save_pretrained`.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, source: SourceCheckpoint, plan: PruningPlan):
-        self.source, self.plan = source, plan
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        source: SourceCheckpoint,
+        plan: PruningPlan,
+        statistics: AtomicStatistics | None = None,
+    ):
+        self.source, self.plan, self.statistics = source, plan, statistics
         self.width = None if plan.config.layout == "variable" else stock_width(plan)
         self.blocks = {f"{block.path}.{name}": (block, name) for block in source.blocks for name in _PARAMETERS}
         state = skeleton.state_dict()
@@ -234,12 +247,21 @@ class TargetCheckpoint:
         block, name = self.blocks[parameter]
         alone = self.source.expert(block, expert, [name])
         kept = self.plan.kept[block.path][expert]
+        if name == "down_proj" and self.plan.config.compensate:
+            self._compensate(alone, expert, kept)
         if self.width is None:
             tensor = packed_rows(alone, name, 0, kept)
         else:
             tensor = padded_expert(alone, name, 0, kept, self.width).unsqueeze(0)
         made = self._revert(parameter, tensor, _StandIn({parameter: tensor.shape}, {block.path: [len(kept)]}))
         return {_EXPERT.sub(str(expert), key): value for key, value in made.items()}
+
+    def _compensate(self, alone: ExpertBlock, expert: int, kept: torch.Tensor) -> None:
+        alone.module.down_proj = alone.module.down_proj.clone()  # it may be the checkpoint itself
+        statistics = self.statistics.blocks[alone.path].of_expert(expert)
+        (errors,) = compensate_block(alone, [kept], statistics, self.plan.config.ridge)
+        report = self.plan.compensation.setdefault(alone.path, [(0.0, 0.0)] * len(self.plan.kept[alone.path]))
+        report[expert] = errors
 
     def _revert(self, parameter: str, tensor: torch.Tensor, model: _StandIn) -> dict[str, torch.Tensor]:
         """`revert_weight_conversion` for one parameter, or for one expert of it."""

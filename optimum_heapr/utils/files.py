@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -24,22 +25,17 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
         HeaprError: if the folder cannot be written to.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _parents(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise HeaprError(
-            f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own"
-        ) from error
-    os.close(handle)
-    temporary = Path(temporary)
-    try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.chmod(temporary, 0o666 & ~_current_umask())  # mkstemp makes files that only the owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+        temporary = Path(temporary)
+        try:
+            yield temporary
+            _flush_to_disk(temporary)
+            os.chmod(temporary, 0o666 & ~_current_umask())  # mkstemp makes files that only the owner can read
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -52,26 +48,51 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
     path = Path(path)
     check_output_folder(path, overwrite)
     path = path.resolve()  # a link to a folder, or `.`, cannot be renamed onto
+    with _parents(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            os.chmod(temporary, 0o777 & ~_current_umask())
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush_to_disk(file)
+            check_output_folder(path, overwrite)  # it may have been filled in the meantime
+            if path.is_dir() and any(path.iterdir()):
+                _replace_filled_folder(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the folders above `path` if need be; they go again if the block ends with an error.
+
+    Raises:
+        HeaprError: if they cannot be written to.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
+        _remove_empty(missing)
         raise HeaprError(
             f"output={str(path)!r}: cannot be written ({error.strerror}); name a folder you own"
         ) from error
     try:
-        os.chmod(temporary, 0o777 & ~_current_umask())
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
-        check_output_folder(path, overwrite)  # it may have been filled in the meantime
-        if path.is_dir() and any(path.iterdir()):
-            _replace_filled_folder(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # innermost first
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _replace_filled_folder(new: Path, path: Path) -> None:
@@ -138,13 +159,17 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    existing = path if path.is_dir() else path.parent
+    existing = path.parent
     while not existing.exists():
         existing = existing.parent
-    # The rename of a folder happens in its parent.
-    for folder in {existing, path.parent if path.parent.exists() else existing}:
-        if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
-            raise HeaprError(f"output={str(path)!r}: {str(folder)!r} is not writable; name a folder you own")
+    # Permissions alone do not tell: the superuser has them all, and some file systems take no files.
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise HeaprError(
+            f"output={str(path)!r}: {str(existing)!r} is not writable ({error.strerror}); name a folder you own"
+        ) from error
 
 
 def _flush_to_disk(path: Path) -> None:

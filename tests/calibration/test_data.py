@@ -239,9 +239,20 @@ def test_an_empty_dataset_is_refused(tmp_path, tokenizer):
     refused("dataset='Dataset': is empty", datasets.Dataset.from_dict({"input_ids": []}))
     for name in ("empty.jsonl", "empty.json", "empty.csv", "empty.txt", "empty.parquet"):
         (tmp_path / name).write_text("")
-        refused(
-            rf"dataset='.*{name}': (is empty|cannot be loaded|holds less than two tokens)", tmp_path / name, tokenizer
-        )
+        refused(rf"dataset='.*{name}': is empty; name one with text in it", tmp_path / name, tokenizer)
+    (tmp_path / "header.csv").write_text("text\n")
+    refused(r"dataset='.*header\.csv': cannot be loaded \(.*no data", tmp_path / "header.csv", tokenizer)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text("")
+    refused(r"dataset='.*folder': cannot be loaded", tmp_path / "folder", tokenizer)
+
+
+@pytest.mark.parametrize("content", ["\n", "\n\n", " ", "[]", "{}"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_file_with_nothing_in_it_is_refused(tmp_path, tokenizer, content, suffix):
+    (tmp_path / f"blank{suffix}").write_text(content)
+    match = r"dataset='.*blank\.jsonl?': (is empty|cannot be loaded|holds less)|text_column='text'"
+    refused(match, tmp_path / f"blank{suffix}", tokenizer)
 
 
 def test_a_dataset_of_empty_texts_is_refused(tokenizer):

@@ -2,6 +2,7 @@
 """A model, text and artefacts on disk, and the command line run inside this process: a new one costs seconds."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def run(capsys, monkeypatch):
             status = 0
         except SystemExit as exit:
             status = exit.code or 0
+        except KeyboardInterrupt:  # or it would end the test run
+            status = -signal.SIGINT
         return Result(status, *capsys.readouterr())
 
     return run

@@ -497,6 +497,14 @@ def test_a_wrong_output_is_found_before_the_work(run, inputs, tmp_path, monkeypa
         check(run(*arguments), arguments[0], named)
 
 
+def test_no_folders_above_the_output_are_left(run, inputs, tmp_path):
+    arguments, named = MISTAKES["apply_a_plan_of_a_sibling"](inputs, tmp_path)
+    before = listing(tmp_path)
+    arguments[arguments.index("-o") + 1] = tmp_path / "new" / "folder" / "out"
+    check(run(*arguments), arguments[0], named)
+    assert listing(tmp_path) == before
+
+
 def test_errors_of_a_fresh_process(inputs, tmp_path):
     """stderr as a shell sees it: no progress bars, no warnings, no tracebacks of the libraries around the line."""
     names = ["prune_a_dense_model", "model_without_weights", "model_with_truncated_weights", "broken_config"]

@@ -46,14 +46,16 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def test_steps_and_the_whole_give_the_same_model(inputs):
+def test_steps_and_the_whole_give_the_same_model(inputs, capsys):
     data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8, "--batch-size", 4)
     plan = ("--ratio", 0.5, "--criterion", "obs", "--compensate")
     statistics = ("--statistics", inputs / "statistics.safetensors")
     run("calibrate", "-m", inputs / "model", "-o", statistics[1], "--statistics", "gram", *data)
     run("plan", *statistics, "-o", inputs / "plan.safetensors", *plan)
     steps = ("-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "steps")
+    capsys.readouterr()
     run("apply", *steps, *statistics)
+    assert "compensation: mean relative squared error of" in capsys.readouterr().out
     run("prune", "-m", inputs / "model", "-o", inputs / "whole", *plan, *data)
     one, other = (load_file(inputs / name / "model.safetensors") for name in ("steps", "whole"))
     for name, weight in one.items():

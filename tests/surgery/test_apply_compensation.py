@@ -5,12 +5,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.pruner import apply_streaming
 from optimum_heapr.surgery.apply import compensate_block
 
 
@@ -23,7 +25,7 @@ def tiny_model(seed=0) -> Qwen3MoeForCausalLM:
         vocab_size=40,
         hidden_size=16,
         intermediate_size=24,
-        moe_intermediate_size=8,
+        moe_intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -103,7 +105,7 @@ def test_the_report_travels_with_the_plan(model, statistics, tmp_path):
 def test_nothing_removed_changes_nothing(model, statistics):
     changed = copy.deepcopy(model)
     for block in find_expert_blocks(changed):
-        errors = compensate_block(block, [torch.arange(8)] * 4, statistics.blocks[block.path], 0.01)
+        errors = compensate_block(block, [torch.arange(16)] * 4, statistics.blocks[block.path], 0.01)
         assert errors == [(0.0, 0.0)] * 4
     for name, weight in model.state_dict().items():
         assert torch.equal(changed.state_dict()[name], weight)
@@ -118,6 +120,28 @@ def test_statistics_from_a_file(model, statistics, tmp_path):
     expected = pruned(model, statistics, ratio=0.5, compensate=True).model
     for name, weight in expected.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("layout", ["variable", "uniform", "padded"])
+def test_cut_file_by_file(model, statistics, tmp_path, layout):
+    model.save_pretrained(tmp_path / "model")
+    plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.5, criterion="obs", compensate=True, layout=layout))
+    plan.save(tmp_path / "plan.safetensors")
+    apply_streaming(tmp_path / "model", tmp_path / "plan.safetensors", tmp_path / "out", statistics=statistics)
+    pruner = HeaprPruner(copy.deepcopy(model))
+    pruner.apply(plan, statistics)
+    pruner.save_pretrained(tmp_path / "expected")
+    streamed, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert streamed.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(streamed[name], weight, rtol=1e-4, atol=1e-5)
+    report = PruningPlan.load(tmp_path / "out" / "plan.safetensors").compensation
+    for path, experts in plan.compensation.items():
+        for pair, other in zip(report[path], experts, strict=True):
+            assert pair == pytest.approx(other, rel=1e-3, abs=1e-6)
+    with pytest.raises(HeaprError, match="compensate=True and statistics=None"):
+        apply_streaming(tmp_path / "model", plan, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_missing_statistics_are_refused_before_anything_is_cut(model, statistics, tmp_path):
@@ -135,7 +159,7 @@ def test_missing_statistics_are_refused_before_anything_is_cut(model, statistics
 def test_statistics_of_another_model_are_refused(model, statistics, data):
     plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.5, compensate=True))
     other = calibrate(tiny_model(seed=5), data, 4, gram=True)
-    with pytest.raises(HeaprError, match="weights"):
+    with pytest.raises(HeaprError, match="plan: made for a model with"):
         HeaprPruner(copy.deepcopy(model)).apply(plan, other)
 
 

@@ -141,6 +141,29 @@ def test_field_that_sizes_something_else_is_refused(layout):
     assert model.config.intermediate_size == 32
 
 
+@pytest.mark.parametrize(
+    "family, options, message",
+    [
+        (REFUSED, {"layout": "uniform"}, "sizes model.layers.0.mlp.shared_mlp"),
+        ("qwen3_moe", {"align_for": "vllm"}, "asks for multiples of 128"),
+        ("qwen3_moe", {"layout": "uniform", "tensor_parallel": 2, "ratio": 0.3}, "not a multiple of 16; nearest: 16"),
+    ],
+)
+def test_refused_before_anything_is_calibrated(family, options, message, monkeypatch):
+    monkeypatch.setattr(HeaprPruner, "calibrate", lambda *_: pytest.fail("was calibrated"))
+    with pytest.raises(HeaprError, match=message):
+        HeaprPruner(wide_model(family), config=HeaprConfig(**options)).prune()
+
+
+def test_refused_before_anything_is_compensated(monkeypatch):
+    """Compensation changes weights, so it must not begin where the layout will be refused."""
+    model = wide_model(REFUSED)
+    plan = layout_plan(model, "uniform")
+    plan.config = plan.config.replace(compensate=True)
+    with pytest.raises(HeaprError, match="shared_mlp"):
+        apply_plan(model, plan)
+
+
 def test_padded_to_the_original_width_suits_any_family():
     model = wide_model(REFUSED)
     plan = random_plan(model, layout="padded", ratio=0.2)

@@ -340,16 +340,28 @@ def test_an_existing_file_needs_overwrite(tmp_path):
 @pytest.mark.parametrize("check", [check_output_file, check_output_folder])
 def test_a_place_below_a_file_is_refused(tmp_path, check):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(HeaprError, match="is not writable; name a folder you own"):
+    with pytest.raises(HeaprError, match="is not writable .*; name a folder you own"):
         check(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("check", [check_output_file, check_output_folder])
 def test_a_folder_without_write_access_is_refused(tmp_path, check, monkeypatch):
     """The answer of the system is made up, as it lets root write everywhere."""
-    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
-    with pytest.raises(HeaprError, match=r"is not writable; name a folder you own"):
+
+    def denied(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    with pytest.raises(HeaprError, match=r"is not writable \(Permission denied\); name a folder you own"):
         check(tmp_path / "new")
+
+
+@pytest.mark.parametrize("check", [check_output_file, check_output_folder])
+def test_a_place_that_takes_no_files_is_refused_before_any_work(check):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a file system that takes no files")
+    with pytest.raises(HeaprError, match=r"'/proc' is not writable"):
+        check(Path("/proc/new"))
 
 
 # Artefacts
