@@ -63,13 +63,24 @@ class ExpertBlock:
     def atomic_norms(self) -> torch.Tensor:
         """Euclidean norm of each atomic expert's weights (gate row, up row, down column) in fp32, [E, I]."""
         import torch
+        from accelerate.utils import align_module_device
 
         norms = torch.empty(self.num_experts, self.width)
-        for expert in range(self.num_experts):
-            squares = self.gate_up_rows(expert).detach().float().square().sum((0, 2))
-            squares = squares + self.down_rows(expert).detach().float().square().sum(1)
-            norms[expert] = squares.sqrt()
+        with align_module_device(self.module):  # brings offloaded weights in
+            for expert in range(self.num_experts):
+                squares = self.gate_up_rows(expert).detach().float().square().sum((0, 2))
+                squares = squares + self.down_rows(expert).detach().float().square().sum(1)
+                norms[expert] = squares.sqrt()
         return norms
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts compute: for offloaded weights, which lie on the meta device, the device they are brought to."""
+        import torch
+
+        device = self.module.down_proj.device
+        hook = getattr(self.module, "_hf_hook", None)
+        return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
 def find_expert_blocks(model: nn.Module) -> list[ExpertBlock]:

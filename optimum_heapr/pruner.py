@@ -112,6 +112,7 @@ class HeaprPruner:
         resume: bool = False,
         save_every: int = 0,
         keep_state: bool = False,
+        checkpointing: bool = False,
     ) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
 
@@ -124,6 +125,8 @@ class HeaprPruner:
             resume (`bool`): go on from the file, if it exists; the statistics are those of an unbroken run.
             save_every (`int`): micro-batches between two savings; 0 saves only when interrupted.
             keep_state (`bool`): leave the file at the end, to be removed once the statistics are safe.
+            checkpointing (`bool`): compute each layer twice and keep less for the backward; always so for a model whose
+                weights `device_map` has offloaded.
 
         Returns:
             `AtomicStatistics`: also kept as `self.statistics`.
@@ -138,7 +141,7 @@ class HeaprPruner:
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
         self.statistics = calibrate(
-            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state
+            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
         )
         if state is not None and not keep_state:
             state.remove()

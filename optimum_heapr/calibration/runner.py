@@ -15,6 +15,7 @@ from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from .loss import summed_token_loss
+from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
 from .processes import add_over_processes, check_placement
 from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
@@ -36,6 +37,7 @@ def calibrate(
     gram: bool = False,
     skip_nonfinite: bool = False,
     state: StateFile | None = None,
+    checkpointing: bool = False,
 ) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of `model` on `data`.
 
@@ -50,6 +52,7 @@ def calibrate(
         skip_nonfinite (`bool`): leave out micro-batches whose loss or gradients are not finite, and list their samples in
             the fingerprint, instead of stopping.
         state (`StateFile`, *optional*): where the run is saved and goes on from. The caller removes it.
+        checkpointing (`bool`): keep only the inputs of the layers for the backward; always so for offloaded weights.
 
     Returns:
         `AtomicStatistics`: on the CPU.
@@ -84,7 +87,9 @@ def calibrate(
     }
 
     with (
+        measured_cost() as cost,
         frozen_in_evaluation_mode(model),
+        checkpointed_layers(model, checkpointing or has_offloaded_weights(model)),
         calibration_tap(model, blocks, gram) as accumulators,
         interruption(enabled=state is not None) as interrupted,
     ):
@@ -107,6 +112,7 @@ def calibrate(
             else:
                 done.loss += loss
                 done.targets += targets
+                cost.tokens += int(batches[index]["attention_mask"].sum())
             if skip_nonfinite:
                 for path, accumulator in accumulators.items():
                     accumulator.clear() if problem else accumulator.move_to(totals[path])
@@ -137,7 +143,7 @@ def calibrate(
         fingerprint["skipped"] = skipped
         fingerprint["data"]["num_samples"] -= len(skipped)
         fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
-    result = AtomicStatistics(statistics, fingerprint)
+    result = AtomicStatistics(statistics, fingerprint, cost)
     if accelerator.is_main_process:
         _warn_about_coverage(result)
     return result
@@ -162,9 +168,7 @@ def _measure(
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     token_mask = None if batch["attention_mask"].all() else mask.reshape(-1).bool()
     for block in blocks:
-        accumulators[block.path].token_mask = (
-            token_mask if token_mask is None else token_mask.to(block.module.down_proj.device)
-        )
+        accumulators[block.path].token_mask = token_mask if token_mask is None else token_mask.to(block.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     loss, targets = summed_token_loss(logits, ids, mask)
     del logits
@@ -183,7 +187,7 @@ def _measure(
 def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """No weight gradients, no dropout; both as before when the block ends."""
     training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         model.eval()
         model.requires_grad_(False)
@@ -191,8 +195,9 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        # By name: offloaded weights are other objects each time that they come and go.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
 
 
 def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
@@ -207,10 +212,10 @@ def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
     """
     needed: dict[torch.device, int] = {}
     for block in blocks:
-        device = block.module.down_proj.device
+        device = block.device
         needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width**2
     for device, size in needed.items():
-        available = _available_bytes(device)
+        available = available_bytes(device)
         logger.info(
             "Second-order statistics take %s bytes on %s, of %s available", f"{size:,}", device, f"{available:,}"
         )
@@ -220,14 +225,6 @@ def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
                 "are available; spread the model over more memory, or use a criterion and compensate=False that "
                 "statistics='vector' serves"
             )
-
-
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:

@@ -18,6 +18,7 @@ from ..utils.errors import HeaprError
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
+    from .memory import Cost
 
 
 FORMAT = "heapr_statistics"
@@ -102,10 +103,12 @@ class AtomicStatistics:
         blocks (`dict[str, BlockStatistics]`): by module path of the expert block, in the model's order.
         fingerprint (`dict`): what was measured: `model` (type, weights hash), `data` (hash of the token ids, number of
             samples and tokens, where they came from), `seed`, `seq_length`, and the `loss` per token in nats.
+        cost (`Cost`, *optional*): what the measuring took; it is not saved.
     """
 
     blocks: dict[str, BlockStatistics]
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
 
     @property
     def num_tokens(self) -> int:

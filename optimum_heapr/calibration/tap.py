@@ -232,9 +232,7 @@ def calibration_experts_forward(
 def new_accumulators(blocks: list[ExpertBlock], gram: bool = False) -> dict[str, BlockAccumulator]:
     """Sums that are zero, by block path, each on the device of its block."""
     return {
-        block.path: BlockAccumulator(
-            block.num_experts, block.width, block.module.down_proj.device, block.module.down_proj.dtype, gram
-        )
+        block.path: BlockAccumulator(block.num_experts, block.width, block.device, block.module.down_proj.dtype, gram)
         for block in blocks
     }
 

@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..utils.errors import HeaprError, did_you_mean
 from .base import (
     CALIBRATION_OPTIONS,
     HeaprSubcommand,
@@ -14,6 +22,13 @@ from .base import (
     model_options_from,
     source_names,
 )
+
+
+if TYPE_CHECKING:
+    from ..configuration import HeaprConfig
+
+
+MEMORY = ("auto", "plain", "offload")
 
 
 class CalibrateCommand(HeaprSubcommand):
@@ -31,12 +46,22 @@ class CalibrateCommand(HeaprSubcommand):
         parser.add_argument(
             "--resume", action="store_true", help="go on from OUTPUT.state, if it is there; also saved on Ctrl-C"
         )
+        parser.add_argument(
+            "--memory",
+            default="auto",
+            metavar="{" + ",".join(MEMORY) + "}",
+            help="plain: all weights at once; offload: what does not fit stays on the host or the disk, and layers are "
+            "computed twice; auto: as the estimate says (default: auto)",
+        )
         add_config_options(parser, CALIBRATION_OPTIONS)
 
     def execute(self) -> None:
         from ..utils.files import check_output_file
 
         config = config_from(self.args)
+        if self.args.memory not in MEMORY:
+            hint = did_you_mean(self.args.memory, MEMORY)
+            raise HeaprError(f"memory={self.args.memory!r}: must be one of {', '.join(MEMORY)}{hint}")
         check_output_is_not_input(self.args.output, self.args.model, self.args.config, *source_names(config))
         check_output_file(self.args.output, self.args.overwrite)
         from ..calibration.state import StateFile
@@ -46,11 +71,15 @@ class CalibrateCommand(HeaprSubcommand):
 
         saving = {"resume": self.args.resume, "save_every": self.args.save_every}
         state = StateFile(f"{self.args.output}.state", **saving) if any(saving.values()) else None
-        pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
-        if state is None:
-            statistics = pruner.calibrate()
-        else:
-            statistics = pruner.calibrate(state_path=f"{self.args.output}.state", keep_state=True, **saving)
+        run = {} if state is None else {"state_path": f"{self.args.output}.state", "keep_state": True, **saving}
+        options = model_options_from(self.args)
+        offload = self._offloads(config, options)
+        with _folder_beside(self.args.output) as folder:
+            if offload:
+                options = {"device_map": "auto", "offload_folder": folder, **options}
+            pruner = HeaprPruner.from_pretrained(self.args.model, config, **options)
+            statistics = pruner.calibrate(checkpointing=offload, **run)
+            del pruner
         if is_main_process():
             statistics.save(self.args.output)
         if state is not None:
@@ -58,4 +87,30 @@ class CalibrateCommand(HeaprSubcommand):
         end_processes()
         if is_main_process():
             print(statistics_table(statistics))
+            print(statistics.cost)
             print(f"Statistics written to {self.args.output}")
+
+    def _offloads(self, config: HeaprConfig, options: dict[str, Any]) -> bool:
+        """Prints what the run needs, and decides whether weights are offloaded."""
+        from ..calibration.memory import MemoryEstimate
+        from ..pruner import load_model
+        from ..utils.logging import is_main_process
+
+        if self.args.memory == "plain" or (self.args.memory == "auto" and {"device_map", "dequantize"} & set(options)):
+            return False  # where the weights go is said already
+        skeleton, _ = load_model(self.args.model, skeleton=True, **{**options, "device_map": None})
+        estimate = MemoryEstimate.of(skeleton, config)
+        offload = self.args.memory == "offload" or not estimate.fits
+        if is_main_process():
+            print(f"{'offload' if offload else 'plain'}: {estimate}", flush=True)
+        return offload
+
+
+@contextmanager
+def _folder_beside(output: str) -> Iterator[str]:
+    """A hidden folder for offloaded weights on the disk of the output, gone when the block ends; made when it is needed."""
+    folder = Path(f"{Path(output).parent / ('.' + Path(output).name)}.{os.getpid()}.offload")
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

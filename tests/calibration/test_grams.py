@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     blocks = find_expert_blocks(tiny_model())
     check_gram_memory(blocks)
     needed = 2 * 2 * 4 * 4 * 8 * 8  # blocks, matrices, bytes, experts, I, I
-    monkeypatch.setattr(runner, "_available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: needed - 1)
     with pytest.raises(HeaprError, match=f"statistics='gram'.*{needed:,}.*{needed - 1:,}.*statistics='vector'"):
         check_gram_memory(blocks)
 

@@ -1,0 +1,161 @@
+# Licensed under the Apache License, Version 2.0
+"""What a calibration takes, and how a model that does not fit is calibrated with its weights offloaded."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..experts import find_expert_blocks
+
+
+if TYPE_CHECKING:
+    from ..configuration import HeaprConfig
+
+
+@dataclass
+class Cost:
+    """What a calibration took, on this process.
+
+    Attributes:
+        tokens (`int`): tokens that were measured, padding not counted.
+        seconds (`float`): time for them.
+        peak_bytes (`int`): most memory in use: of the accelerator if there is one, else of the process since its start.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def __str__(self) -> str:
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{speed:,.0f} tokens/s, at most {self.peak_bytes / 2**30:.2f} GiB of memory"
+
+
+@contextmanager
+def measured_cost() -> Iterator[Cost]:
+    """Measures time and memory until the block ends; the tokens are the caller's to add."""
+    cost, began = Cost(), time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    yield cost
+    cost.seconds = time.perf_counter() - began
+    if torch.cuda.is_available():
+        cost.peak_bytes = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on every system
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        cost.peak_bytes = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@dataclass
+class MemoryEstimate:
+    """What a calibration will need at once, before anything is loaded.
+
+    Attributes:
+        weights (`int`): bytes of the weights.
+        statistics (`int`): bytes of the sums.
+        activations (`int`): bytes that forward and backward of one micro-batch take, roughly: what a layer keeps depends
+            on the attention and on the kernels.
+        available (`int`): bytes there are.
+        device (`torch.device`): where.
+    """
+
+    weights: int
+    statistics: int
+    activations: int
+    available: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, config: HeaprConfig) -> MemoryEstimate:
+        """Estimates the calibration of a model, which may be without storage.
+
+        Args:
+            model (`PreTrainedModel`): only shapes and dtypes are read.
+            config (`HeaprConfig`): its calibration part is used.
+        """
+        blocks = find_expert_blocks(model)
+        text = model.config.get_text_config()
+        atoms = sum(block.num_experts * block.width for block in blocks)
+        sums = 3 * atoms + (2 * sum(b.num_experts * b.width**2 for b in blocks) if config.needs_grams else 0)
+        itemsize = blocks[0].module.down_proj.dtype.itemsize
+        tokens, top_k = config.batch_size * config.seq_length, getattr(text, "num_experts_per_tok", None) or 1
+        routed = top_k * (2 * blocks[0].hidden_size + 4 * max(block.width for block in blocks))
+        per_token = text.num_hidden_layers * (16 * blocks[0].hidden_size + routed) + 2 * text.vocab_size
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        return cls(
+            weights=sum(parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters()),
+            statistics=4 * sums * (2 if config.skip_nonfinite else 1),
+            activations=tokens * per_token * itemsize,
+            available=available_bytes(device),
+            device=device,
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tenth of the memory would be left."""
+        return self.weights + self.statistics + self.activations <= 0.9 * self.available
+
+    def __str__(self) -> str:
+        sizes = (self.weights, self.statistics, self.activations, self.available)
+        weights, sums, activations, available = (f"{size / 2**30:.2f} GiB" for size in sizes)
+        return (
+            f"needs {weights} for weights, {sums} for statistics and about {activations} for activations, of {available} "
+            f"on {self.device}"
+        )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def has_offloaded_weights(model: torch.nn.Module) -> bool:
+    """Whether weights lie elsewhere than on the device that computes, and are brought in layer by layer."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@contextmanager
+def checkpointed_layers(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
+    """Keeps only the inputs of the decoder layers for the backward, which computes the rest again.
+
+    Weights that are brought in for a layer can then be dropped behind it: what the backward needs of them would otherwise
+    keep them all. The second forward runs to its end, as the hook that drops them comes last. The model is to be in
+    evaluation mode; its layers, but nothing in them, are put into training mode, without which they do not checkpoint.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = (
+        [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if enabled else []
+    )
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, early_stop=False)
+    before = [{name: layer.__dict__.get(name) for name in _SWITCHES} for layer in layers]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, checkpoint, True
+        yield
+    finally:
+        for layer, values in zip(layers, before):
+            for name, value in values.items():
+                if value is None:
+                    layer.__dict__.pop(name, None)
+                else:
+                    layer.__dict__[name] = value
+
+
+_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
