@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -94,11 +95,12 @@ class MemoryEstimate:
         device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share the memory of the host
         return cls(
             weights=sum(parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters()),
             statistics=4 * sums * (2 if config.skip_nonfinite else 1),
             activations=tokens * per_token * itemsize,
-            available=available_bytes(device),
+            available=available_bytes(device) // (1 if device.type == "cuda" else processes_here),
             device=device,
         )
 

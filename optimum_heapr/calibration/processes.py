@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
     from .state import Progress
 
 
+PATIENCE = timedelta(days=1)
+"""How long a process that is done waits for the others. Shares may take hours longer than one another: hosts differ, and a
+resumed process may have more left. One that died does not take this long to be noticed: its connection is closed, or the
+launcher ends the run."""
+
+
+def start_processes() -> Accelerator:
+    """Connects the processes of this run, if there are several."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
 def check_placement(model: torch.nn.Module, num_processes: int) -> None:
     """Refuses a model whose parts are spread over devices by each of several processes.
 
@@ -28,7 +42,7 @@ def check_placement(model: torch.nn.Module, num_processes: int) -> None:
     if num_processes > 1 and len(devices) > 1:
         raise HeaprError(
             f"device_map: spreads the model over {', '.join(sorted(devices))}, and each of {num_processes} processes would "
-            "do so; launch one process, or leave device_map out"
+            "do so; launch one process, or leave device_map out (--memory plain)"
         )
 
 

@@ -16,7 +16,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from .loss import summed_token_loss
 from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
-from .processes import add_over_processes, check_placement
+from .processes import add_over_processes, check_placement, start_processes
 from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
@@ -61,10 +61,8 @@ def calibrate(
         HeaprError: if the model has no prunable experts or no embedding for a token id, the second-order statistics do
             not fit into memory, a loss or gradient is not finite, or the state is of another run.
     """
-    from accelerate import Accelerator
-
     blocks = find_expert_blocks(model)
-    accelerator = Accelerator()
+    accelerator = start_processes()
     check_placement(model, accelerator.num_processes)
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
@@ -122,12 +120,30 @@ def calibrate(
             interrupted.act()
         if state is not None:
             state.save(done, totals)
+        interrupted.act()
 
     statistics = {block.path: _collect(block, totals[block.path]) for block in blocks}
     total_loss, total_targets, skipped = done.loss, done.targets, done.skipped
     if accelerator.num_processes > 1:
         statistics, total_loss, total_targets, skipped = add_over_processes(accelerator, statistics, done)
-    if not total_targets:
+    result = _result(model, blocks, data, statistics, total_loss, total_targets, skipped)
+    result.cost = cost
+    if accelerator.is_main_process:
+        _warn_about_coverage(result)
+    return result
+
+
+def _result(
+    model: torch.nn.Module,
+    blocks: list[ExpertBlock],
+    data: CalibrationData,
+    statistics: dict[str, BlockStatistics],
+    loss: float,
+    targets: int,
+    skipped: list[int],
+) -> AtomicStatistics:
+    """The statistics of all processes with what they were measured on."""
+    if not targets:
         raise HeaprError("skip_nonfinite=True: every micro-batch was left out; load the model in bfloat16 or float32")
     for path, block in statistics.items():
         if not torch.isfinite(block.gradient_sq_sum).all():
@@ -137,16 +153,13 @@ def calibrate(
         "data": data.fingerprint,
         "seed": data.seed,
         "seq_length": data.seq_length,
-        "loss": total_loss / total_targets,
+        "loss": loss / targets,
     }
     if skipped:
         fingerprint["skipped"] = skipped
         fingerprint["data"]["num_samples"] -= len(skipped)
         fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
-    result = AtomicStatistics(statistics, fingerprint, cost)
-    if accelerator.is_main_process:
-        _warn_about_coverage(result)
-    return result
+    return AtomicStatistics(statistics, fingerprint)
 
 
 _QUANTITIES = {"gradient_sq_sum": "gradients", "activation_sq_sum": "activations", "output_norm_sum": "outputs"}

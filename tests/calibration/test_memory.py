@@ -104,6 +104,8 @@ def test_the_estimate(monkeypatch):
     assert estimate.fits
     monkeypatch.setattr(memory, "available_bytes", lambda device: estimate.weights)
     assert not MemoryEstimate.of(model, config).fits
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert MemoryEstimate.of(model, config).available == estimate.weights // 2
     assert "GiB for weights, 0.00 GiB for statistics and about" in str(estimate)
 
 

@@ -88,6 +88,23 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert not (tmp_path / "state").exists(), "the micro-batch was not over"
 
 
+def test_ctrl_c_while_the_last_state_is_written(tmp_path, monkeypatch, unbroken):
+    save = StateFile.save
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(self, *arguments)
+
+    data = calibration_data(*LENGTHS)
+    monkeypatch.setattr(StateFile, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_model(), data, state=StateFile(tmp_path / "state"))
+    monkeypatch.undo()
+    assert (
+        file_of(calibrate(tiny_model(), data, state=StateFile(tmp_path / "state", True)), tmp_path / "x") == unbroken
+    )
+
+
 def test_second_order_statistics_and_what_was_left_out_go_on(tmp_path):
     data = calibration_data(*LENGTHS)
     model = tiny_model()
