@@ -80,6 +80,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
     },
+    # This package's own port, with a dense first layer and shared experts.
+    "deepseek": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+    },
     "llama": {},  # dense: for what has to be refused
 }
 
@@ -90,7 +99,7 @@ def tiny_model(
     """A model with a language-model head and random weights, in evaluation mode: 2 routed layers of 6 experts.
 
     Args:
-        model_type (`str`): `qwen2_moe`, `qwen3_moe`, `mixtral`, `gpt_oss`, `deepseek_v2`, or the dense `llama`.
+        model_type (`str`): `qwen2_moe`, `qwen3_moe`, `mixtral`, `gpt_oss`, `deepseek`, `deepseek_v2`, or the dense `llama`.
         seed (`int`): of the weights; equal seeds give equal weights.
         dtype (`torch.dtype`): of the weights. float64 comes with the experts implementation `eager`, as the grouped
             kernel of torch has no float64.

@@ -8,6 +8,7 @@ run here says so in a comment just above it: `<!-- not run: reason -->`.
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def run_command(line: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if snippets(p, ("python", "bash", "yaml"))], ids=page_name)
 def test_snippets_run(page, tmp_path, monkeypatch):
+    for recipe in page.parent.glob("*.yaml"):  # a page of recipes is read beside them
+        shutil.copy(recipe, tmp_path)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "__main__"}
     for kind, code in snippets(page, ("python", "bash", "yaml")):

@@ -18,6 +18,10 @@ from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 HOOK_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook")
 
 
+# Tokens that the loop gathers at once. Few: what is gathered should still be in the cache when it is used.
+ROWS_AT_ONCE = 256
+
+
 def storage_order(widths: list[int]) -> list[int]:
     """Experts in the order in which `AtomicExperts` stores them: from wide to narrow, equal ones by number.
 
@@ -103,7 +107,7 @@ class AtomicExperts(nn.Module):
 def eager_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """One expert after another, each on its own tokens. Only small tensors are made: rows of one expert at a time."""
+    """One expert after another, each on its own tokens; those with few tokens share a gather and a scatter."""
     tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
     widths = [self.widths[expert] for expert in self.order]
     gate_up_weights = self.gate_up_proj.split([2 * width for width in widths])
@@ -111,19 +115,38 @@ def eager_atomic_experts_forward(
     gate_up_biases = self.gate_up_proj_bias.split([2 * width for width in widths]) if self.has_bias else None
 
     output = torch.zeros_like(hidden_states)
-    for slot, (own, weight) in enumerate(zip(tokens.split(counts), weights.split(counts))):
-        if counts[slot] == 0:
-            continue
-        weight = weight.unsqueeze(-1)
-        if widths[slot]:
-            bias = gate_up_biases[slot] if self.has_bias else None
-            gate_up = F.linear(hidden_states[own], gate_up_weights[slot], bias)
+    row = 0
+    if not self.has_bias:
+        counts = counts[: sum(width > 0 for width in widths)]  # empty experts are stored last, and give nothing
+    for slots in _runs(counts):
+        run = slice(row, row + sum(counts[slot] for slot in slots))
+        row = run.stop
+        parts = [counts[slot] for slot in slots]
+        partials = []
+        for slot, rows, weight in zip(slots, hidden_states[tokens[run]].split(parts), weights[run].split(parts)):
+            weight = weight.unsqueeze(-1)
+            gate_up = F.linear(rows, gate_up_weights[slot], gate_up_biases[slot] if self.has_bias else None)
             # The router weight, of any dtype, goes to the activation, which is narrower than the output it would scale.
-            activation = (self._apply_gate(gate_up) * weight).to(gate_up.dtype)
-            output.index_add_(0, own, (activation @ down_weights[slot]).to(output.dtype))
-        if self.has_bias:
-            output.index_add_(0, own, (weight * self.down_proj_bias[self.order[slot]]).to(output.dtype))
+            activation = self._apply_gate(gate_up) if widths[slot] else gate_up
+            partial = (activation * weight).to(gate_up.dtype) @ down_weights[slot]
+            partials.append(partial + weight * self.down_proj_bias[self.order[slot]] if self.has_bias else partial)
+        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
+        output.index_add_(0, tokens[run], partial.to(output.dtype))
     return output
+
+
+def _runs(counts: list[int]) -> Iterator[list[int]]:
+    """Slots that have tokens, in order, together while they have no more than `ROWS_AT_ONCE`."""
+    run, rows = [], 0
+    for slot, count in enumerate(counts):
+        if run and rows + count > ROWS_AT_ONCE:
+            yield run
+            run, rows = [], 0
+        if count:
+            run.append(slot)
+            rows += count
+    if run:
+        yield run
 
 
 @torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer

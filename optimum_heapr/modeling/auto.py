@@ -151,18 +151,23 @@ class _Configurations(dict):
 
 def _configuration_class(model_type: str) -> type:
     if model_type == "deepseek":
-        from .configuration_deepseek import DeepseekConfig as config_class
+        from .configuration_deepseek import DeepseekConfig
 
-        config_class._on_use = _register_deepseek
-        return config_class
-    if model_type == "heapr_deepseek":
+        DeepseekConfig._on_use = _register_deepseek
+        return DeepseekConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return pruned_configuration(CONFIG_MAPPING[model_type.removeprefix("heapr_")])
+
+
+def pruned_configuration(base: type) -> type:
+    """The configuration class of pruned models whose unpruned ones have configurations of class `base`."""
+    if base.model_type == "deepseek" and not base.__module__.startswith("transformers."):
         from .configuration_heapr_deepseek import HeaprDeepseekConfig as config_class
     else:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
         from .configuration_heapr import pruned_config_class
 
-        config_class = pruned_config_class(CONFIG_MAPPING[model_type.removeprefix("heapr_")])
+        config_class = pruned_config_class(base)
     config_class._on_use = register_model_class
     return config_class
 
@@ -174,7 +179,7 @@ def register_model_class(config_class: type) -> type:
     from .modeling_heapr import AUTO_CLASSES, auto_class_name, pruned_model_class
 
     base_config = next(base for base in config_class.__mro__[1:] if hasattr(base, "model_type"))
-    if base_config.model_type == "deepseek":
+    if config_class.__name__ == "HeaprDeepseekConfig":
         from .modeling_heapr_deepseek import HeaprDeepseekForCausalLM as model_class
 
         name = "AutoModelForCausalLM"

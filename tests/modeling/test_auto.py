@@ -32,7 +32,7 @@ def pruned(tmp_path_factory):
     from optimum_heapr.calibration.runner import calibrate
 
     made = {}
-    for model_type in ("qwen2_moe", "gpt_oss"):
+    for model_type in ("qwen2_moe", "gpt_oss", "deepseek"):
         pruner = HeaprPruner(tiny_model(model_type), config=HeaprConfig(ratio=0.4))
         pruner.statistics = calibrate(pruner.model, calibration_data(24, 24))
         pruner.prune()
@@ -52,7 +52,7 @@ def test_configuration_alone(pruned):
     assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss", "deepseek"])
 def test_from_config_initialises(pruned, model_type):
     """Finite numbers of the usual size, not what memory happened to hold."""
     config = AutoConfig.from_pretrained(pruned[model_type][0])
@@ -114,7 +114,7 @@ def test_unknown_types_are_still_unknown():
 def test_installed_classes_are_used_with_trust_remote_code(pruned):
     folder, expected = pruned["qwen2_moe"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__ == "optimum_heapr.modeling.modeling_heapr"
+    assert type(model).__module__.startswith("optimum_heapr.modeling.modeling_heapr")
     assert torch.equal(logits(model), expected)
 
 
@@ -203,5 +203,5 @@ def test_without_the_package(pruned, tmp_path):
             saved = folder.with_name(folder.name + suffix)
             assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}
             model = AutoModelForCausalLM.from_pretrained(saved)
-            assert type(model).__module__ == "optimum_heapr.modeling.modeling_heapr"
+            assert type(model).__module__.startswith("optimum_heapr.modeling.modeling_heapr")
             assert torch.equal(logits(model), expected)

@@ -16,7 +16,7 @@ from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
 
 
-FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2")
+FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek", "deepseek_v2")
 IDS = random_ids(3, 20)
 EVERYTHING = torch.empty(0, dtype=torch.int64)
 
@@ -162,7 +162,7 @@ def test_copies_and_pickles(pruner, tmp_path):
             assert torch.equal(logits(load(tmp_path / "twin")), logits(pruner.model))
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek"])
 def test_tied_embeddings(model_type, tmp_path):
     pruner = make_pruner(tiny_model(model_type, tie_word_embeddings=True))
     pruner.save_pretrained(tmp_path)
@@ -215,7 +215,7 @@ def test_tokenizer_and_generation_config_are_saved(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek"])
 def test_lora_on_attention(model_type, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
