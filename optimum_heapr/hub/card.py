@@ -220,17 +220,16 @@ def _measurements(results: Sequence[EvalResult]) -> str:
 
 
 def _recipe(plan: PruningPlan) -> str:
-    import torch
-    import transformers
-    import yaml
+    from importlib.metadata import version
 
-    from .. import __version__
+    import yaml
 
     options = {name: value for name, value in plan.config.to_dict().items() if value is not None}
     return (
         f"```yaml\n{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}```\n\n"
         "Saved as `recipe.yaml`, it is what `optimum-cli heapr prune --config recipe.yaml` reads.\n\n"
-        f"optimum-heapr {__version__}, transformers {transformers.__version__}, torch {torch.__version__}."
+        + ", ".join(f"{package} {version(package)}" for package in ("optimum-heapr", "transformers", "torch"))
+        + "."
     )
 
 

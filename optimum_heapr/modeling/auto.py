@@ -167,6 +167,18 @@ def _configuration_class(model_type: str) -> type:
     return config_class
 
 
+def pruned_configuration_class(base: type) -> type:
+    """The pruned class of a configuration class, from the module that a checkpoint takes along for it."""
+    from .configuration_deepseek import DeepseekConfig
+    from .configuration_heapr import pruned_config_class
+
+    if base is DeepseekConfig:  # transformers cannot make it where this package is not
+        from .configuration_heapr_deepseek import HeaprDeepseekConfig
+
+        return HeaprDeepseekConfig
+    return pruned_config_class(base)
+
+
 def register_model_class(config_class: type) -> type:
     """Makes and registers the model class of a pruned configuration class; returns it."""
     import transformers

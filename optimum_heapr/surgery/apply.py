@@ -63,15 +63,14 @@ def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBloc
 
 
 def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
-    from ..modeling.auto import register_model_class
-    from ..modeling.configuration_heapr import pruned_config_class
+    from ..modeling.auto import pruned_configuration_class, register_model_class
     from ..modeling.conversion import register_conversions
 
     for block in progress(blocks, desc="Pruning", unit="layer"):
         model.set_submodule(block.path, cut_block(block, plan.kept[block.path]))
 
     config = model.config
-    config.__class__ = pruned_config_class(type(config))
+    config.__class__ = pruned_configuration_class(type(config))
     vars(config).pop("model_type", None)  # a loaded configuration has its own, which would hide that of the class
     config.expert_widths = plan.widths
     model.__class__ = register_model_class(type(config))
