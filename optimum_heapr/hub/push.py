@@ -93,7 +93,7 @@ def push_folder(
         )
 
 
-def check_login(repo_id: str, token: str | bool | None = None) -> None:
+def check_login(repo_id: str) -> None:
     """Refuses a malformed name or a missing token before any work is done for the push.
 
     Raises:
@@ -104,7 +104,7 @@ def check_login(repo_id: str, token: str | bool | None = None) -> None:
 
     with hub_errors(repo_id):
         validate_repo_id(repo_id)
-        HfApi(token=token).whoami()
+        HfApi().whoami()
 
 
 @contextmanager

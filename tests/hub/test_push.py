@@ -3,6 +3,7 @@
 
 import pytest
 
+
 FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek", "gpt_oss")
 OPTIONS = (*FAMILIES, "uniform")
 
@@ -16,10 +17,11 @@ from tests.modeling.test_families import make_model
 from tests.surgery.stock_models import logits_of, wide_model
 from datasets import Dataset
 
-def pruner_of(family, layout="variable"):
+def pruner_of(family, ratio=0.25):
     model = wide_model("qwen3_moe") if family == "uniform" else make_model(family)
     model.generation_config.update(top_k=7, do_sample=True)
-    config = HeaprConfig(ratio=0.25, layout="uniform" if family == "uniform" else "variable", num_samples=4, seq_length=24)
+    layout = "uniform" if family == "uniform" else "variable"
+    config = HeaprConfig(ratio=ratio, layout=layout, num_samples=4, seq_length=24)
     pruner = HeaprPruner(model, tiny_tokenizer(), config)
     generator = torch.Generator().manual_seed(1)
     pruner.calibrate(Dataset.from_dict({"input_ids": torch.randint(3, 96, (4, 24), generator=generator).tolist()}))
@@ -147,13 +149,15 @@ pruner = HeaprPruner.from_pretrained("me/base", config, token="hf_writer")
 pruner.prune()
 pruner.save_pretrained("memory", push_to_hub=True, repo_id="me/memory", private=True)
 apply_streaming("me/base", pruner.applied_plan, "stream", token="hf_writer")
-from optimum.commands.optimum_cli import main
-sys.argv = ["optimum-cli", "heapr", "apply", "-m", "me/base", "-p", "memory/plan.safetensors", "-o", "cli"]
-sys.argv += ["--push-to-hub", "me/cli", "--private"]
-main()
-sys.argv = ["optimum-cli", "heapr", "prune", "-m", "me/base", "--dataset", "text.jsonl", "--num-samples", "4"]
-sys.argv += ["--seq-length", "24", "-o", "pruned", "--push-to-hub", "me/pruned"]
-main()
+import argparse
+from optimum_heapr.cli import HeaprCommand
+parser = argparse.ArgumentParser()
+HeaprCommand(parser.add_subparsers())
+def run(line):
+    args = parser.parse_args(["heapr", *line.split()])
+    args.func(args).run()
+run("apply -m me/base -p memory/plan.safetensors -o cli --push-to-hub me/cli --private")
+run("prune -m me/base --dataset text.jsonl --num-samples 4 --seq-length 24 -o pruned --push-to-hub me/pruned")
 from huggingface_hub import ModelCard
 card = ModelCard.load("me/memory")
 card.validate()
@@ -190,16 +194,18 @@ def refusal(function, *arguments, **options):
     except HeaprError as error:
         return str(error)
 pruner = pruner_of("qwen3_moe")
+token = os.environ.pop("HF_TOKEN")
 answer({
-    "anonymous": refusal(pruner.push_to_hub, "me/refused", token=False),
-    "login": refusal(check_login, "me/refused", False),
+    "anonymous": refusal(pruner.push_to_hub, "me/refused"),
+    "login": refusal(check_login, "me/refused"),
+    **(os.environ.update(HF_TOKEN=token) or {}),
     "unknown token": refusal(pruner.push_to_hub, "me/refused", token="hf_wrong"),
     "read token": refusal(pruner.push_to_hub, "me/refused", token="hf_reader"),
     "another's": refusal(pruner.push_to_hub, "somebody/refused"),
     "malformed": refusal(pruner.push_to_hub, "a/b/c"),
     "conflict": refusal(pruner.push_to_hub, "me/busy"),
     "hidden": refusal(pruner.push_to_hub, "me/hidden"),
-    "broken": refusal(pruner.push_to_hub, "me/broken"),
+    "broken": refusal(pruner_of("qwen3_moe", 0.4).push_to_hub, "me/broken"),
     "missing": refusal(HeaprPruner.from_pretrained, "me/missing"),
     "missing revision": refusal(HeaprPruner.from_pretrained, "me/busy", revision="nowhere"),
     "not pruned": refusal(HeaprConfig.from_pretrained, "me/missing"),
