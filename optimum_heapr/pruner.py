@@ -90,7 +90,7 @@ class HeaprPruner:
         """
         loaded, tokenizer = load_model(model, **model_options)
         pruner = cls(loaded, tokenizer, config)
-        pruner.base = BaseModel.of(loaded, **_hub_options(model_options))
+        pruner.base = BaseModel.of(loaded, _hub_options(model_options))
         return pruner
 
     def check(self, config: HeaprConfig | None = None) -> None:
@@ -287,7 +287,7 @@ def apply_streaming(
     with replace_folder(folder, overwrite) as temporary:
         skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
-        base = BaseModel.of(skeleton, **_hub_options(model_options))
+        base = BaseModel.of(skeleton, _hub_options(model_options))
         stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
         _save_companions(temporary, skeleton, tokenizer, plan, base)
     return folder

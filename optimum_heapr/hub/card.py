@@ -45,32 +45,35 @@ class BaseModel:
 
     Attributes:
         name (`str`): its name on the Hub, or that of its folder, or its class.
-        commit (`str`, *optional*): the commit on the Hub that was loaded; `None` for other models.
+        on_hub (`bool`): whether that is a name on the Hub.
+        commit (`str`, *optional*): the commit there that was loaded, if that is known.
         metadata (`dict`): of its own card: licence and language.
     """
 
     name: str
+    on_hub: bool = False
     commit: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, **hub_options: Any) -> BaseModel:
+    def of(cls, model: PreTrainedModel, hub_options: dict[str, Any] | None = None) -> BaseModel:
         """Finds out where a model was loaded from, and reads the card there if there is one.
 
         Args:
             model (`PreTrainedModel`): any model; only its configuration is looked at.
-            hub_options: `token` and `cache_dir`, as it was loaded with.
+            hub_options (`dict`, *optional*): `revision`, `token`, `cache_dir`, `subfolder` as it was loaded with, if known.
         """
         source = getattr(model.config, "_name_or_path", "")
         if source == str(demo_model_path()):
             return cls(DEMO_MODEL)
         if source and Path(source).is_dir():
-            return cls(Path(source).resolve().name, None, _carried_over(Path(source) / CARD_NAME))
-        commit = getattr(model.config, "_commit_hash", None)
-        if not source or commit is None:  # made in code, or its folder has gone
+            return cls(Path(source).resolve().name, metadata=_carried_over(Path(source) / CARD_NAME))
+        commit = _cached_commit(source, hub_options or {})
+        if commit is None:  # made in code, or its folder has gone
             return cls(type(model).__name__.removeprefix("Heapr"))
-        options = {name: hub_options[name] for name in ("token", "cache_dir") if name in hub_options}
-        base = cls(source, commit, _carried_over(_download_card(source, commit, options)))
+        card = _download_card(source, commit, hub_options or {})
+        # Without the options it may have been another revision that was loaded.
+        base = cls(source, True, None if hub_options is None else commit, _carried_over(card))
         link = base.metadata.get("license_link")
         if link and "://" not in link:  # relative to the base model's repository
             base.metadata["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}"
@@ -109,7 +112,7 @@ def model_card(
     auto_class = auto_class_name(type(model.config))
     name = f"{base.name.split('/')[-1]}-heapr-{plan.ratio:.0%}".replace("%", "")
     data = ModelCardData(
-        base_model=base.name if base.commit else None,
+        base_model=base.name if base.on_hub else None,
         library_name="transformers",
         pipeline_tag=_PIPELINES[auto_class],
         tags=list(TAGS),
@@ -157,7 +160,8 @@ def perplexity_result(
 
 def _summary(model: PreTrainedModel, plan: PruningPlan, base: BaseModel) -> str:
     before, after = plan.model["num_parameters"], model.num_parameters()
-    origin = f"[{base.name}](https://huggingface.co/{base.name}) at `{base.commit}`" if base.commit else base.name
+    origin = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else base.name
+    origin += f" at `{base.commit}`" if base.commit else ""
     data = plan.data
     calibration = (
         f" Importance was measured on {data['num_tokens']:,} tokens in {data['num_samples']:,} samples of "
@@ -280,11 +284,28 @@ def _carried_over(card: Path | None) -> dict[str, Any]:
     return {key: metadata[key] for key in _CARRIED_OVER if metadata.get(key)}
 
 
+def _cached_commit(name: str, hub_options: dict[str, Any]) -> str | None:
+    """The commit of a repository whose configuration is in the cache, as it is for every model that was loaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder, options = hub_options.get("subfolder") or "", _given(hub_options, "revision", "cache_dir")
+    try:
+        path = try_to_load_from_cache(name, (Path(folder) / "config.json").as_posix(), **options)
+    except HFValidationError:  # a path, or nothing
+        return None
+    return Path(path).parents[len(Path(folder).parts)].name if isinstance(path, str) else None
+
+
+def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
 def _download_card(name: str, commit: str, hub_options: dict[str, Any]) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     try:
-        return Path(hf_hub_download(name, CARD_NAME, revision=commit, **hub_options))
+        return Path(hf_hub_download(name, CARD_NAME, revision=commit, **_given(hub_options, "token", "cache_dir")))
     except (EntryNotFoundError, HTTPError, OSError):  # no card, or no network for a model in the cache
         return None
