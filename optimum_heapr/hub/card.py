@@ -259,9 +259,10 @@ def _limits(plan: PruningPlan, was_measured: bool) -> str:
 def _hub_datasets(plan: PruningPlan) -> list[str] | None:
     """The calibration text, if it has a name on the Hub."""
     source = plan.data.get("source", "")
-    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source == plan.config.dataset
-    is_file = Path(source).suffix in _FILE_BUILDERS or os.path.exists(source)
-    if not is_name or is_file or source == DEMO_MODEL or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    # One word may be the class of data that was handed over; it is a name if the recipe has it, too.
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and ("/" in source or source == plan.config.dataset)
+    is_local = Path(source).suffix in _FILE_BUILDERS or os.path.exists(source)
+    if not is_name or is_local or source == DEMO_MODEL:
         return None
     return [source]
 
