@@ -9,6 +9,8 @@ Each step takes the artefact of the one before and can be run on its own, today 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
+from .hub.card import BaseModel, write_card
+from .hub.push import PUSH_OPTIONS, push_folder
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PLAN_NAME, PruningPlan
 from .surgery.apply import apply_plan
@@ -29,6 +33,7 @@ from .utils.quantized import unquantized_loading
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from huggingface_hub import CommitInfo, EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -67,6 +72,7 @@ class HeaprPruner:
         self.config = config or HeaprConfig()
         self.statistics: AtomicStatistics | None = None
         self.applied_plan: PruningPlan | None = None
+        self.base: BaseModel | None = None
 
     @classmethod
     def from_pretrained(
@@ -84,7 +90,9 @@ class HeaprPruner:
             HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned.
         """
         loaded, tokenizer = load_model(model, **model_options)
-        return cls(loaded, tokenizer, config)
+        pruner = cls(loaded, tokenizer, config)
+        pruner.base = BaseModel.of(loaded, _hub_options(model_options))
+        return pruner
 
     def check(self, config: HeaprConfig | None = None) -> None:
         """Refuses a layout, an alignment or a uniform ratio that this model cannot have, before it is calibrated.
@@ -201,27 +209,70 @@ class HeaprPruner:
             self.calibrate(config)
         return self.apply(self.plan(**changes))
 
-    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False, **save_options: Any) -> Path:
-        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json` and the plan.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        overwrite: bool = False,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        results: Sequence[EvalResult] = (),
+        **save_options: Any,
+    ) -> Path:
+        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json`, the plan and a model card.
 
         Args:
             folder (`str`): appears whole or not at all.
             overwrite (`bool`): replace a folder that is not empty.
+            push_to_hub (`bool`): upload the folder as well, to `repo_id`.
+            repo_id (`str`, *optional*): defaults to the name of the folder.
+            results (`Sequence[EvalResult]`): what was measured, for the card; see
+                [`~optimum_heapr.hub.card.perplexity_result`].
             save_options: passed to the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False`
-                stores the packed tensors, which load faster.
+                stores the packed tensors, which load faster. With `push_to_hub` also the options of
+                [`~HeaprPruner.push_to_hub`].
 
         Raises:
-            HeaprError: if nothing was pruned yet, or the folder cannot be written or is not empty.
+            HeaprError: if nothing was pruned yet, the folder cannot be written or is not empty, or the Hub refuses.
         """
+        push_options = {name: save_options.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in save_options}
         if self.applied_plan is None:
             raise HeaprError("model: was not pruned yet; call prune() or apply() first")
         folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
             self.model.save_pretrained(temporary, **save_options)
-            _save_companions(temporary, self.tokenizer, self.applied_plan)
+            base = self.base or BaseModel.of(self.model)
+            _save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, results)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
+        if push_to_hub:
+            push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        with_statistics: bool = False,
+        **save_options: Any,
+    ) -> CommitInfo:
+        """Uploads what [`~HeaprPruner.save_pretrained`] writes, in one commit.
+
+        Args:
+            repo_id, private, token, revision, commit_message, create_pr, with_statistics: as for
+                [`~optimum_heapr.hub.push.push_folder`].
+            save_options: as for [`~HeaprPruner.save_pretrained`], e.g. `results`, `max_shard_size`.
+
+        Raises:
+            HeaprError: if nothing was pruned yet, or the Hub refuses; then the repository holds what it held before.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            options = (private, token, revision, commit_message, create_pr, with_statistics)
+            return push_folder(folder, repo_id, *options)
 
 
 def apply_streaming(
@@ -260,17 +311,26 @@ def apply_streaming(
     with replace_folder(folder, overwrite) as temporary:
         skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **_hub_options(model_options))
+        base = BaseModel.of(skeleton, _hub_options(model_options))
         stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
-        _save_companions(temporary, tokenizer, plan)
+        _save_companions(temporary, skeleton, tokenizer, plan, base)
     return folder
 
 
-def _save_companions(folder: Path, tokenizer: PreTrainedTokenizerBase | None, plan: PruningPlan) -> None:
+def _save_companions(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: PruningPlan,
+    base: BaseModel,
+    results: Sequence[EvalResult] = (),
+) -> None:
     """Writes what stands beside the weights of a pruned model."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     plan.config.save_pretrained(folder)
     plan.save(folder / PLAN_NAME)
+    write_card(folder, model, plan, base, results)
 
 
 def _hub_options(model_options: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ LAYERS = (
     "planning",
     "surgery",
     "evaluation",
+    "hub",
     "pruner",
     "cli",
 )

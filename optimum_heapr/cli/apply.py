@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ..utils.errors import HeaprError
 from .base import HeaprSubcommand, add_model_options, check_output_is_not_input, model_options_from
 
 
@@ -29,6 +30,7 @@ class ApplyCommand(HeaprSubcommand):
         args = self.args
         check_output_is_not_input(args.output, args.model, args.plan, args.statistics)
         check_output_folder(args.output, args.overwrite)
+        check_push(args)
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner, apply_streaming
         from .tables import plan_table
@@ -45,6 +47,7 @@ class ApplyCommand(HeaprSubcommand):
             )
         print(plan_table(plan))
         print(f"Pruned model written to {args.output}")
+        push(args)
 
 
 def add_output_options(parser, required: bool = True) -> None:
@@ -55,6 +58,33 @@ def add_output_options(parser, required: bool = True) -> None:
     parser.add_argument(
         "--packed", action="store_true", help="store packed tensors, which load faster, not one an expert"
     )
+
+    hub = parser.add_argument_group("Hub options")
+    hub.add_argument("--push-to-hub", metavar="REPO", help="upload the pruned model as well, in one commit")
+    hub.add_argument("--private", action="store_true", help="make the repository private, if it is made")
+
+
+def check_push(args) -> None:
+    """Refuses a push that cannot work before any work is done for it.
+
+    Raises:
+        HeaprError: if nobody is logged in, the name is malformed, or `--private` is alone.
+    """
+    if args.push_to_hub:
+        from ..hub.push import check_login
+
+        check_login(args.push_to_hub)
+    elif args.private:
+        raise HeaprError("private=True: is about a repository on the Hub; name one with --push-to-hub")
+
+
+def push(args) -> None:
+    """Uploads the output, if that was asked for."""
+    if args.push_to_hub:
+        from ..hub.push import push_folder
+
+        commit = push_folder(args.output, args.push_to_hub, private=args.private or None)
+        print(f"Pushed to the Hub: {commit}")
 
 
 def save_options_from(args) -> dict:

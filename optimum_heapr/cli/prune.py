@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..utils.errors import HeaprError
-from .apply import add_output_options, save_options_from
+from .apply import add_output_options, check_push, push, save_options_from
 from .base import (
     CALIBRATION_OPTIONS,
     PLANNING_OPTIONS,
@@ -44,6 +44,7 @@ class PruneCommand(HeaprSubcommand):
                 self.args.output, self.args.model, self.args.statistics, self.args.config, *source_names(config)
             )
             check_output_folder(self.args.output, self.args.overwrite)
+            check_push(self.args)
         from ..calibration.statistics import AtomicStatistics
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
@@ -64,3 +65,4 @@ class PruneCommand(HeaprSubcommand):
             for line in compensation_lines(plan):
                 print(line)
             print(f"Pruned model written to {self.args.output}")
+            push(self.args)

@@ -37,6 +37,7 @@ class PruningPlan:
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block path.
         compensation (`dict[str, list[tuple[float, float]]]`): by block path, for each expert the relative squared error of
             its output on the calibration tokens, without and with compensation; empty until it is applied with it.
+        data (`dict`): fingerprint of the calibration text, if there was any.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -46,6 +47,7 @@ class PruningPlan:
     loss_increase: dict[str, float]
     unreached: dict[str, list[int]]
     compensation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:
@@ -71,6 +73,7 @@ class PruningPlan:
                 for path, block in statistics.blocks.items()
             },
             unreached=statistics.unreached,
+            data=statistics.fingerprint["data"],
         )
 
     @property
@@ -120,6 +123,7 @@ class PruningPlan:
             "loss_increase": self.loss_increase,
             "unreached": self.unreached,
             "compensation": self.compensation,
+            "data": self.data,
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -144,6 +148,7 @@ class PruningPlan:
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
                 compensation=document.get("compensation", {}),
+                data=document.get("data", {}),
             )
             plan.check()
         except (KeyError, RuntimeError, TypeError) as error:

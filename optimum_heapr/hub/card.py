@@ -1,0 +1,312 @@
+# Licensed under the Apache License, Version 2.0
+"""The model card of a pruned model: what was done, to what, with what, and how to load the result.
+
+It says what the plan, the statistics and the checkpoint say, and nothing else: the licence is the base model's or left out,
+and figures are those that were measured and handed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.data import _FILE_BUILDERS
+from ..demo import DEMO_MODEL, demo_model_path
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+    from transformers import PreTrainedModel
+
+    from ..planning.plan import PruningPlan
+
+
+CARD_NAME = "README.md"
+PLACEHOLDER = "path/to/this/model"
+"""Stands for the model's name until it is pushed and has one."""
+
+TAGS = ["moe", "pruning", "heapr", "optimum-heapr"]
+_CARRIED_OVER = ("license", "license_name", "license_link", "language")
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
+
+
+@dataclass
+class BaseModel:
+    """
+    The model that was pruned.
+
+    Attributes:
+        name (`str`): its name on the Hub, or that of its folder, or its class.
+        on_hub (`bool`): whether that is a name on the Hub.
+        commit (`str`, *optional*): the commit there that was loaded, if that is known.
+        metadata (`dict`): of its own card: licence and language.
+    """
+
+    name: str
+    on_hub: bool = False
+    commit: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, hub_options: dict[str, Any] | None = None) -> BaseModel:
+        """Finds out where a model was loaded from, and reads the card there if there is one.
+
+        Args:
+            model (`PreTrainedModel`): any model; only its configuration is looked at.
+            hub_options (`dict`, *optional*): `revision`, `token`, `cache_dir`, `subfolder` as it was loaded with, if known.
+        """
+        source = getattr(model.config, "_name_or_path", "")
+        if source == str(demo_model_path()):
+            return cls(DEMO_MODEL)
+        if source and Path(source).is_dir():
+            return cls(Path(source).resolve().name, metadata=_carried_over(Path(source) / CARD_NAME))
+        commit = _cached_commit(source, hub_options or {})
+        if commit is None:  # made in code, or its folder has gone
+            return cls(type(model).__name__.removeprefix("Heapr"))
+        card = _download_card(source, commit, hub_options or {})
+        # Without the options it may have been another revision that was loaded.
+        base = cls(source, True, None if hub_options is None else commit, _carried_over(card))
+        link = base.metadata.get("license_link")
+        if link and "://" not in link:  # relative to the base model's repository
+            base.metadata["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}"
+        return base
+
+
+def write_card(
+    folder: Path, model: PreTrainedModel, plan: PruningPlan, base: BaseModel, results: Sequence[EvalResult] = ()
+) -> None:
+    """Writes `README.md` beside a pruned model that was saved into `folder`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = model_card(model, plan, base, results, has_code="auto_map" in config)
+    (folder / CARD_NAME).write_text(str(card), encoding="utf-8")
+
+
+def model_card(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    base: BaseModel,
+    results: Sequence[EvalResult] = (),
+    has_code: bool = True,
+) -> ModelCard:
+    """The card of a pruned model. Deterministic: the ways to prune a model give the same card.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model, with or without storage.
+        plan (`PruningPlan`): what it was cut by.
+        base (`BaseModel`): what it was before.
+        results (`Sequence[EvalResult]`): what was measured; see [`perplexity_result`].
+        has_code (`bool`): whether the checkpoint brings its own modeling files, or is of a stock architecture.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from ..modeling.modeling_heapr import auto_class_name
+
+    auto_class = auto_class_name(type(model.config))
+    name = f"{base.name.split('/')[-1]}-heapr-{plan.ratio:.0%}".replace("%", "")
+    data = ModelCardData(
+        base_model=base.name if base.on_hub else None,
+        library_name="transformers",
+        pipeline_tag=_PIPELINES[auto_class],
+        tags=list(TAGS),
+        datasets=_hub_datasets(plan),
+        model_name=name if results else None,
+        eval_results=list(results) or None,
+        **base.metadata,
+    )
+    body = "\n\n".join(
+        [
+            f"# {base.name} without {plan.ratio:.1%} of its routed atomic experts",
+            _summary(model, plan, base),
+            "## Use it\n\n" + _usage(auto_class, has_code),
+            "## What was removed\n\n" + _layers(plan),
+            *(["## Measured\n\n" + _measurements(results)] if results else []),
+            "## Recipe\n\n" + _recipe(plan),
+            "## Limits\n\n" + _limits(plan, bool(results)),
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def perplexity_result(
+    measured: dict[str, float], dataset: str, dataset_config: str | None = None, split: str = "test"
+) -> EvalResult:
+    """An entry for the card's `model-index` from what `evaluate_perplexity` returned.
+
+    Args:
+        measured (`dict[str, float]`): of [`~optimum_heapr.evaluation.perplexity.evaluate_perplexity`].
+        dataset, dataset_config, split (`str`): the text it was measured on.
+    """
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_config=dataset_config,
+        dataset_split=split,
+        metric_type="perplexity",
+        metric_name=f"perplexity over {measured['num_tokens']:,.0f} tokens",
+        metric_value=measured["perplexity"],
+    )
+
+
+def _summary(model: PreTrainedModel, plan: PruningPlan, base: BaseModel) -> str:
+    before, after = plan.model["num_parameters"], model.num_parameters()
+    origin = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else base.name
+    origin += f" at `{base.commit}`" if base.commit else ""
+    data = plan.data
+    calibration = (
+        f" Importance was measured on {data['num_tokens']:,} tokens in {data['num_samples']:,} samples of "
+        f"`{_public_name(data['source'])}`."
+        if data
+        else ""
+    )
+    return (
+        f"Pruned from {origin} with [HEAPr](https://arxiv.org/abs/2509.22299) by optimum-heapr: atomic experts, single "
+        f"neurons of single experts, were removed. Nothing was trained.{calibration}\n\n"
+        "| | before | after | removed |\n"
+        "|---|---:|---:|---:|\n"
+        f"| routed atomic experts | {plan.total:,} | {plan.total - plan.removed:,} | {plan.ratio:.2%} |\n"
+        f"| parameters | {before:,} | {after:,} | {1 - after / before:.2%} |"
+    )
+
+
+def _usage(auto_class: str, has_code: bool) -> str:
+    load = f'model = {auto_class}.from_pretrained("{PLACEHOLDER}", dtype="auto"'
+    imports = f"from transformers import {auto_class}\n\n"
+    if not has_code:
+        return f"The architecture is that of the base model, so whatever runs it runs this:\n\n{_python(imports + load + ')')}"
+    return (
+        "Experts have widths of their own. With `optimum-heapr` installed:\n\n"
+        f"{_python('import optimum_heapr  # makes transformers know the model' + chr(10) + imports + load + ')')}\n\n"
+        "or without it, by the code in this repository:\n\n"
+        f"{_python(imports + load + ', trust_remote_code=True)')}"
+    )
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def _layers(plan: PruningPlan) -> str:
+    rows = ["| block | experts | width before | kept | narrowest | widest | empty | unreached |"]
+    rows += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for path, widths in plan.widths.items():
+        width, unreached = plan.original_width[path], len(plan.unreached.get(path, []))
+        share = sum(widths) / (len(widths) * width)
+        counts = (len(widths), width, f"{share:.1%}", min(widths), max(widths), widths.count(0), unreached)
+        rows.append(f"| `{path}` | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(rows) + (
+        "\n\n`kept`: share of the atomic experts of the layer that stay. `unreached`: experts that no calibration token "
+        f"was routed to. Which atomic experts stayed is in `plan.safetensors`.\n\nEstimated increase of the loss: "
+        f"{plan.estimated_loss_increase:.4f} nats a token, from the calibration statistics (second order, blocks added "
+        "up); an estimate, not a measurement."
+    )
+
+
+def _measurements(results: Sequence[EvalResult]) -> str:
+    rows = ["| dataset | split | metric | value |", "|---|---|---|---:|"]
+    for result in results:
+        dataset = f"{result.dataset_name} {result.dataset_config or ''}".strip()
+        value = f"{result.metric_value:.4f}" if isinstance(result.metric_value, float) else result.metric_value
+        rows.append(
+            f"| {dataset} | {result.dataset_split or ''} | {result.metric_name or result.metric_type} | {value} |"
+        )
+    return "\n".join(rows)
+
+
+def _recipe(plan: PruningPlan) -> str:
+    from importlib.metadata import version
+
+    import yaml
+
+    options = {name: value for name, value in plan.config.to_dict().items() if value is not None}
+    return (
+        f"```yaml\n{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}```\n\n"
+        "Saved as `recipe.yaml`, it is what `optimum-cli heapr prune --config recipe.yaml` reads.\n\n"
+        + ", ".join(f"{package} {version(package)}" for package in ("optimum-heapr", "transformers", "torch"))
+        + "."
+    )
+
+
+def _limits(plan: PruningPlan, was_measured: bool) -> str:
+    unreached = sum(map(len, plan.unreached.values()))
+    lines = [
+        "Importance was measured on the calibration text. What that text does not contain, such as other languages or "
+        "tasks, may have lost more than its perplexity shows; measure what you need before you rely on it.",
+        "The limits and biases of the base model are still there.",
+    ]
+    if not was_measured:
+        lines.insert(0, "The quality of this model was not measured when this card was written.")
+    if unreached:
+        fate = "stayed as they were" if plan.config.protect_unreached else "were ranked without having been measured"
+        lines.append(f"No calibration token reached {unreached} experts; they {fate}.")
+    if plan.config.compensate:
+        lines.append("What stays of the down projections was changed in closed form to make up for what was removed.")
+    if plan.config.layout == "padded":
+        lines.append("Experts are zero-padded to one width: the zeros take memory and do nothing.")
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _hub_datasets(plan: PruningPlan) -> list[str] | None:
+    """The calibration text, if it has a name on the Hub."""
+    source = plan.data.get("source", "")
+    # One word may be the class of data that was handed over; it is a name if the recipe has it, too.
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and ("/" in source or source == plan.config.dataset)
+    is_local = Path(source).suffix in _FILE_BUILDERS or os.path.exists(source)
+    if not is_name or is_local or source == DEMO_MODEL:
+        return None
+    return [source]
+
+
+def _public_name(source: str) -> str:
+    """A name as it is; of a path the end, as the folders above it are nobody's business."""
+    return Path(source).name if os.path.isabs(source) or os.path.exists(source) else source
+
+
+def _carried_over(card: Path | None) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    if card is None or not card.is_file():
+        return {}
+    try:
+        metadata = metadata_load(card) or {}
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError):  # a card that nobody can read says nothing
+        return {}
+    return {key: metadata[key] for key in _CARRIED_OVER if metadata.get(key)}
+
+
+def _cached_commit(name: str, hub_options: dict[str, Any]) -> str | None:
+    """The commit of a repository whose configuration is in the cache, as it is for every model that was loaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder, options = hub_options.get("subfolder") or "", _given(hub_options, "revision", "cache_dir")
+    try:
+        path = try_to_load_from_cache(name, (Path(folder) / "config.json").as_posix(), **options)
+    except HFValidationError:  # a path, or nothing
+        return None
+    return Path(path).parents[len(Path(folder).parts)].name if isinstance(path, str) else None
+
+
+def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _download_card(name: str, commit: str, hub_options: dict[str, Any]) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    try:
+        return Path(hf_hub_download(name, CARD_NAME, revision=commit, **_given(hub_options, "token", "cache_dir")))
+    except (EntryNotFoundError, HTTPError, OSError):  # no card, or no network for a model in the cache
+        return None

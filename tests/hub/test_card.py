@@ -1,0 +1,142 @@
+# Licensed under the Apache License, Version 2.0
+"""The model card says what was done and what was measured, in the form that the Hub takes, and invents nothing."""
+
+import functools
+import importlib.metadata
+from dataclasses import replace
+
+import pytest
+import yaml
+from datasets import Dataset
+from huggingface_hub import ModelCard
+
+from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.hub.card import BaseModel, model_card, perplexity_result, write_card
+from optimum_heapr.pruner import apply_streaming
+from tests.helpers import random_ids, tiny_model, tiny_tokenizer
+
+
+BASE = BaseModel("owner/base", True, "0" * 40, {"license": "apache-2.0", "language": ["en"]})
+
+
+@functools.cache
+def pruner() -> HeaprPruner:
+    pruner = HeaprPruner(tiny_model(), tiny_tokenizer(), HeaprConfig(ratio=0.25, num_samples=4, seq_length=24))
+    pruner.calibrate(Dataset.from_dict({"input_ids": random_ids(4, 24).tolist()}))
+    pruner.prune()
+    return pruner
+
+
+def card(base: BaseModel = BASE, results=(), source: str | None = None, **changes) -> ModelCard:
+    plan = pruner().applied_plan
+    if source:
+        plan = replace(plan, data={**plan.data, "source": source})
+    plan = replace(plan, config=plan.config.replace(**changes))
+    return ModelCard(str(model_card(pruner().model, plan, base, results)))
+
+
+def test_metadata():
+    assert card().data.to_dict() == {
+        "base_model": "owner/base",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "pruning", "heapr", "optimum-heapr"],
+        "license": "apache-2.0",
+        "language": ["en"],
+    }
+
+
+@pytest.mark.parametrize(
+    "source, names",
+    [
+        ("owner/text", ["owner/text"]),
+        ("wikitext", ["wikitext"]),
+        ("demo", None),
+        ("Dataset", None),
+        ("/somewhere/text.jsonl", None),
+        ("folder/text.jsonl", None),
+        ("./folder", None),
+    ],
+)
+def test_datasets_are_names_on_the_hub(source, names):
+    found = card(source=source, dataset=None if source == "Dataset" else source)
+    assert found.data.to_dict().get("datasets") == names
+    assert "/somewhere/" not in found.text.split("## Recipe")[0]
+
+
+def test_nothing_is_invented():
+    """No base model on the Hub, no licence, no figures: none of them in the card."""
+    found = card(BaseModel("folder"))
+    assert not {"base_model", "license", "model-index", "datasets"} & set(found.data.to_dict())
+    assert "was not measured" in found.text and "## Measured" not in found.text
+
+
+def test_measured_figures_become_the_model_index():
+    measured = {"perplexity": 12.5, "loss": 2.5, "loss_standard_error": 0.1, "num_tokens": 1000}
+    found = card(results=[perplexity_result(measured, "owner/text", "plain")])
+    (index,) = found.data.to_dict()["model-index"]
+    (result,) = index["results"]
+    assert index["name"] == "base-heapr-25"
+    assert result["dataset"] == {"name": "owner/text", "type": "owner/text", "config": "plain", "split": "test"}
+    assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 12.5
+    assert "| owner/text plain | test | perplexity over 1,000 tokens | 12.5000 |" in found.text
+    assert "was not measured" not in found.text
+    assert found.data.eval_results[0].metric_value == 12.5
+
+
+def test_body():
+    plan, text = pruner().applied_plan, card().text
+    assert f"| routed atomic experts | 144 | {144 - plan.removed} | {plan.ratio:.2%} |" in text
+    parameters = pruner().model.num_parameters()
+    assert f"| {plan.model['num_parameters']:,} | {parameters:,} | {plan.parameter_ratio:.2%} |" in text
+    for path, widths in plan.widths.items():
+        assert f"| `{path}` | 6 | 12 | {sum(widths) / 72:.1%} | {min(widths)} | {max(widths)} |" in text
+    assert HeaprConfig.from_dict(yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])) == plan.config
+    for package in ("optimum-heapr", "transformers", "torch"):
+        assert f"{package} {importlib.metadata.version(package)}" in text
+    assert "96 tokens in 4 samples" in text
+
+
+def test_unreached_experts_are_named():
+    plan = replace(pruner().applied_plan, unreached={"model.layers.1.mlp.experts": [2, 3]})
+    text = str(model_card(pruner().model, plan, BASE))
+    assert "reached 2 experts; they were ranked without having been measured" in text
+    protected = replace(plan, config=plan.config.replace(protect_unreached=True))
+    assert "they stayed as they were" in str(model_card(pruner().model, protected, BASE))
+
+
+def test_loading_instructions_follow_the_checkpoint():
+    variable = str(model_card(pruner().model, pruner().applied_plan, BASE, has_code=True))
+    stock = str(model_card(pruner().model, pruner().applied_plan, BASE, has_code=False))
+    assert "import optimum_heapr" in variable and "trust_remote_code=True" in variable
+    assert "import optimum_heapr" not in stock and "trust_remote_code" not in stock
+
+
+@pytest.mark.parametrize("text", ["", "No metadata.", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
+def test_a_base_card_that_says_nothing(text, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(text)
+    base = HeaprPruner.from_pretrained(tmp_path).base
+    assert base == BaseModel(tmp_path.name)
+
+
+def test_a_local_base_gives_its_licence(tmp_path):
+    """By both ways to prune; and the card of a folder names the folder, not what is above it."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\nA model.\n")
+    loaded = HeaprPruner.from_pretrained(tmp_path / "model")
+    loaded.apply(pruner().applied_plan)
+    loaded.save_pretrained(tmp_path / "memory")
+    apply_streaming(tmp_path / "model", pruner().applied_plan, tmp_path / "stream")
+    found = ModelCard.load(tmp_path / "memory" / "README.md")
+    assert found.data.license == "mit" and "mine" not in found.data.tags and found.data.base_model is None
+    assert str(found) == (tmp_path / "stream" / "README.md").read_text() and str(tmp_path) not in str(found)
+
+
+def test_the_hub_takes_it(hub, run_python, tmp_path):
+    measured = {"perplexity": 12.5, "loss": 2.5, "loss_standard_error": 0.1, "num_tokens": 1000}
+    pruner().model.save_pretrained(tmp_path)
+    write_card(tmp_path, pruner().model, pruner().applied_plan, BASE, [perplexity_result(measured, "owner/text")])
+    code = "from huggingface_hub import ModelCard\nModelCard.load(sys.argv[1]).validate()\nanswer(True)"
+    assert run_python(code, tmp_path / "README.md")
+    assert hub.requests[-1] == ("POST", "/api/validate-yaml")
