@@ -20,6 +20,7 @@ from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PLAN_NAME, PruningPlan
+from .planning.protection import protected_experts
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
@@ -86,7 +87,7 @@ class HeaprPruner:
         return cls(loaded, tokenizer, config)
 
     def check(self, config: HeaprConfig | None = None) -> None:
-        """Refuses a layout, an alignment or a uniform ratio that this model cannot have, before it is calibrated.
+        """Refuses a layout, an alignment, a uniform ratio or a protection that this model cannot have, before calibration.
 
         Args:
             config (`HeaprConfig`, *optional*): defaults to `self.config`.
@@ -98,6 +99,7 @@ class HeaprPruner:
 
         config, blocks = config or self.config, find_expert_blocks(self.model)
         effective_multiple(config, [block.width for block in blocks])
+        protected_experts(config, {block.path: block.num_experts for block in blocks})
         if config.allocation == "uniform":
             for width in {block.width for block in blocks}:
                 check_uniform_width(config, width)

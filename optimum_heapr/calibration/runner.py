@@ -15,7 +15,7 @@ from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from .loss import summed_token_loss
-from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
+from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint, storage_of
 from .tap import BlockAccumulator, calibration_tap
 
 
@@ -97,6 +97,7 @@ def calibrate(
         statistics,
         {
             "model": model_fingerprint(model, blocks),
+            "storage": storage_of(model, blocks),
             "data": data.fingerprint,
             "seed": data.seed,
             "seq_length": data.seq_length,

@@ -101,7 +101,8 @@ class AtomicStatistics:
     Attributes:
         blocks (`dict[str, BlockStatistics]`): by module path of the expert block, in the model's order.
         fingerprint (`dict`): what was measured: `model` (type, weights hash), `data` (hash of the token ids, number of
-            samples and tokens, where they came from), `seed`, `seq_length`, and the `loss` per token in nats.
+            samples and tokens, where they came from), `storage` (bytes of its weights), `seed`, `seq_length`, and the
+            `loss` per token in nats.
     """
 
     blocks: dict[str, BlockStatistics]
@@ -224,6 +225,19 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
         "shapes": names.hexdigest()[:16],
         "experts": _hash_of_values(block.down_rows(0) for block in blocks),
         "weights": _hash_of_values(model.parameters()),
+    }
+
+
+def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, int]:
+    """Bytes of all weights, tied ones once, and of one atomic expert, in the dtypes in which they are loaded.
+
+    Not part of what identifies a model: the same one may be loaded in another dtype.
+    """
+    first = blocks[0]
+    biases = 2 if first.module.has_bias else 0
+    return {
+        "num_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "bytes_per_atomic_expert": (3 * first.hidden_size + biases) * first.module.down_proj.element_size(),
     }
 
 
