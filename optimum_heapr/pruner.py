@@ -16,6 +16,7 @@ from .calibration.data import load_calibration_data
 from .calibration.runner import calibrate
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
+from .criteria.obs import store_removal_curves
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
 from .planning.alignment import check_uniform_width, effective_multiple
@@ -109,6 +110,8 @@ class HeaprPruner:
     def calibrate(self, dataset: HeaprConfig | Dataset | str | None = None) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
 
+        With criterion `obs` the removal curves are computed as well, so that each plan is a look-up.
+
         Args:
             dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used in place of
                 `self.config`, or data in place of `config.dataset`: a local path, a name on the Hub, or a
@@ -123,6 +126,8 @@ class HeaprPruner:
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
         self.statistics = calibrate(self.model, data, config.batch_size, config.needs_grams)
+        if config.criterion == "obs":
+            store_removal_curves(self.statistics, config.ridge)
         return self.statistics
 
     def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:
@@ -141,7 +146,10 @@ class HeaprPruner:
         if not isinstance(statistics, AtomicStatistics):
             statistics = AtomicStatistics.load(statistics)
         statistics.check_model(self.model, find_expert_blocks(self.model))
-        return PruningPlan.build(statistics, self.config.replace(**changes))
+        config = self.config.replace(**changes)
+        if config.criterion == "obs":
+            store_removal_curves(statistics, config.ridge)  # the next ratio is a look-up, also in what is saved
+        return PruningPlan.build(statistics, config)
 
     def apply(
         self, plan: PruningPlan | str | os.PathLike, statistics: AtomicStatistics | str | os.PathLike | None = None
@@ -198,7 +206,7 @@ class HeaprPruner:
             self.model.save_pretrained(temporary, **save_options)
             _save_companions(temporary, self.tokenizer, self.applied_plan)
             if self.statistics is not None:
-                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
+                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
         return folder
 
 

@@ -166,7 +166,7 @@ def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
 
 
 def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
-    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if part.name != "weight_norm"}
+    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
     return BlockStatistics(
         weight_norm=block.atomic_norms(),
         **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},

@@ -39,6 +39,10 @@ class BlockStatistics:
         output_norm_sum (`torch.Tensor`, *optional*): sum of router weight times norm of the expert's output, [E].
         activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
         gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
+        removal_order (`torch.Tensor`, *optional*): of criterion `obs`, which atomic expert each step removes, [E, I]
+            int32; made from the matrices, and the same as from them.
+        removal_cost (`torch.Tensor`, *optional*): what each of these steps costs, [E, I] float64.
+        removal_ridge (`torch.Tensor`, *optional*): the ridge of each expert that they were computed with, [E].
     """
 
     activation_sq_sum: torch.Tensor
@@ -49,6 +53,9 @@ class BlockStatistics:
     output_norm_sum: torch.Tensor | None = None
     activation_gram_sum: torch.Tensor | None = None
     gradient_gram_sum: torch.Tensor | None = None
+    removal_order: torch.Tensor | None = None
+    removal_cost: torch.Tensor | None = None
+    removal_ridge: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -75,6 +82,11 @@ class BlockStatistics:
     def has_grams(self) -> bool:
         """Whether the second-order statistics, I x I for each expert, were measured."""
         return self.activation_gram_sum is not None and self.gradient_gram_sum is not None
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether the removal curves of criterion `obs` were computed."""
+        return all(part is not None for part in (self.removal_order, self.removal_cost, self.removal_ridge))
 
     def of_expert(self, expert: int) -> BlockStatistics:
         """The statistics of a block that holds one expert of this one alone."""
@@ -139,7 +151,8 @@ class AtomicStatistics:
 
         Args:
             path (`str`): the file.
-            grams (`bool`): with the second-order statistics, if they were measured; they are most of the file.
+            grams (`bool`): with the second-order statistics, if they were measured; they are most of the file. Removal
+                curves are always written if there are any: without matrices these serve criterion `obs`.
         """
         tensors = {
             f"{block_path}.{part.name}": getattr(block, part.name)
@@ -186,7 +199,7 @@ class AtomicStatistics:
             experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
                 tensor = getattr(block, part.name)
-                if part.name in ("token_count", "output_norm_sum"):
+                if part.name in ("token_count", "output_norm_sum", "removal_ridge"):
                     expected = (experts,)
                 else:
                     expected = (experts, width, width) if "_gram_" in part.name else (experts, width)
@@ -195,6 +208,11 @@ class AtomicStatistics:
                         f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
+            if block.has_curves and not (block.removal_order.sort(dim=1).values == torch.arange(width)).all():
+                raise HeaprError(
+                    f"statistics={str(path)!r}: {block_path}.removal_order must name each of {width} atomic experts once; "
+                    "calibrate again"
+                )
 
     def check_model(self, model: torch.nn.Module, blocks: Iterable[ExpertBlock]) -> None:
         """Refuses statistics of another model.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ..utils.errors import HeaprError
 from .base import (
     CALIBRATION_OPTIONS,
     HeaprSubcommand,
@@ -23,13 +24,25 @@ class CalibrateCommand(HeaprSubcommand):
         add_model_options(parser)
         parser.add_argument("-o", "--output", default="statistics.safetensors", help="statistics file to write")
         parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-        add_config_options(parser, CALIBRATION_OPTIONS)
+        parser.add_argument(
+            "--no-grams",
+            action="store_true",
+            help="leave the matrices out of the file: the removal curves of --criterion obs serve every ratio, but "
+            "compensation needs the matrices",
+        )
+        # With criterion obs the order of removal is computed here, once for all plans.
+        add_config_options(parser, (*CALIBRATION_OPTIONS, "criterion", "ridge"))
 
     def execute(self) -> None:
         from ..utils.files import check_output_file
 
         config = config_from(self.args)
         check_output_is_not_input(self.args.output, self.args.model, self.args.config, config.dataset)
+        if self.args.no_grams and config.criterion != "obs":
+            raise HeaprError(
+                f"--no-grams: with criterion={config.criterion!r} nothing would be made of the matrices; add --criterion obs, "
+                "or measure none with --statistics vector"
+            )
         check_output_file(self.args.output, self.args.overwrite)
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
@@ -38,6 +51,6 @@ class CalibrateCommand(HeaprSubcommand):
         pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
         statistics = pruner.calibrate()
         if is_main_process():
-            statistics.save(self.args.output)
+            statistics.save(self.args.output, grams=not self.args.no_grams)
             print(statistics_table(statistics))
             print(f"Statistics written to {self.args.output}")
