@@ -19,6 +19,7 @@ from typing import Any
 
 from .utils.errors import HeaprError, did_you_mean
 from .utils.files import write_json
+from .utils.sizes import parse_size
 
 
 CONFIG_NAME = "heapr_config.json"
@@ -46,6 +47,10 @@ class HeaprConfig:
         target_parameters (`int`, *optional*):
             Parameters of the pruned model, all of them counted; takes the place of `ratio`. What widths cannot hit
             exactly is left above it.
+        target_size (`str` or `int`, *optional*):
+            Bytes of the weights of the pruned model, a number or e.g. `"12GB"` or `"11.5GiB"`; takes the place of
+            `ratio`. Weights count in the dtype that they had in calibration; the headers of the files, and the zeros
+            of the layout `padded`, come on top.
         criterion (`str`, *optional*, defaults to `"heapr"`):
             What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
             `reap` and `frequency`, which rank whole experts. See `docs/source/concepts/criteria.md`.
@@ -66,6 +71,10 @@ class HeaprConfig:
             Atomic experts that every expert keeps at least; 0 lets a whole expert go.
         protect_unreached (`bool`, *optional*, defaults to `False`):
             Keep the experts that no calibration token reached as they are.
+        protect (`str` or `list[str]`, *optional*):
+            Layers or experts that are kept as they are, by the path of the expert block, with `*` for any part of it and
+            numbers of experts after a colon: `"model.layers.0.* model.layers.5.mlp.experts:3,7"`. With the allocation
+            `layer`, the share of a layer comes from its other experts, and a layer protected whole gives none.
         layout (`str`, *optional*, defaults to `"variable"`):
             How the pruned experts are stored: `variable` widths, which need this package or `trust_remote_code`, or the
             original architecture with experts of one width, `uniform`, or with experts zero-`padded` to the widest.
@@ -107,6 +116,7 @@ class HeaprConfig:
 
     ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
     target_parameters: int | None = _option(None, "parameters that the pruned model may have; in place of ratio")
+    target_size: str | None = _option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
     criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
     reduction: str = _option(
         "mean",
@@ -125,6 +135,9 @@ class HeaprConfig:
     width_multiple: int = _option(1, "widths are multiples of this, chosen by importance")
     min_width: int = _option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = _option(False, "keep the experts that no calibration token reached as they are")
+    protect: str | None = _option(
+        None, "expert blocks kept as they are, e.g. 'model.layers.0.*', or experts of them: 'model.layers.5.*:3,7'"
+    )
     layout: str = _option(
         "variable", "variable widths, or the original architecture: one uniform width, or zero-padded", LAYOUTS
     )
@@ -148,6 +161,10 @@ class HeaprConfig:
     seed: int = _option(0, "seed of the choice of samples and of the random criterion")
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_size, int) and not isinstance(self.target_size, bool):
+            self.target_size = str(self.target_size)
+        if isinstance(self.protect, (list, tuple)) and all(isinstance(pattern, str) for pattern in self.protect):
+            self.protect = " ".join(self.protect)
         for name, kind in _field_types().items():
             setattr(self, name, _checked_type(name, getattr(self, name), kind))
         for option in dataclasses.fields(self):
@@ -161,6 +178,15 @@ class HeaprConfig:
             )
         if self.target_parameters is not None:
             self._check_least("target_parameters", 1)
+        if self.target_size is not None:
+            if self.target_parameters is not None:
+                raise HeaprError(
+                    f"target_size={self.target_size!r}: target_parameters={self.target_parameters} is given as well; leave "
+                    "one out"
+                )
+            parse_size("target_size", self.target_size)
+        if self.protect is not None and not self.protect.split():
+            raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
         if self.statistics == "vector" and (self.criterion == "obs" or self.compensate):
             raise HeaprError(
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "

@@ -19,12 +19,14 @@ from .calibration.runner import calibrate
 from .calibration.state import StateFile
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
+from .criteria.obs import store_removal_curves
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
 from .hub.card import BaseModel, write_card
 from .hub.push import PUSH_OPTIONS, push_folder
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PLAN_NAME, PruningPlan
+from .planning.protection import protected_experts
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
@@ -95,7 +97,7 @@ class HeaprPruner:
         return pruner
 
     def check(self, config: HeaprConfig | None = None) -> None:
-        """Refuses a layout, an alignment or a uniform ratio that this model cannot have, before it is calibrated.
+        """Refuses a layout, an alignment, a uniform ratio or a protection that this model cannot have, before calibration.
 
         Args:
             config (`HeaprConfig`, *optional*): defaults to `self.config`.
@@ -107,6 +109,7 @@ class HeaprPruner:
 
         config, blocks = config or self.config, find_expert_blocks(self.model)
         effective_multiple(config, [block.width for block in blocks])
+        protected_experts(config, {block.path: block.num_experts for block in blocks})
         if config.allocation == "uniform":
             for width in {block.width for block in blocks}:
                 check_uniform_width(config, width)
@@ -123,6 +126,8 @@ class HeaprPruner:
         checkpointing: bool = False,
     ) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
+
+        With criterion `obs` the removal curves are computed as well, so that each plan is a look-up.
 
         Args:
             dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used in place of
@@ -151,6 +156,8 @@ class HeaprPruner:
         self.statistics = calibrate(
             self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
         )
+        if config.criterion == "obs":
+            store_removal_curves(self.statistics, config.ridge)
         if state is not None and not keep_state:
             state.remove()
         return self.statistics
@@ -171,7 +178,10 @@ class HeaprPruner:
         if not isinstance(statistics, AtomicStatistics):
             statistics = AtomicStatistics.load(statistics)
         statistics.check_model(self.model, find_expert_blocks(self.model))
-        return PruningPlan.build(statistics, self.config.replace(**changes))
+        config = self.config.replace(**changes)
+        if config.criterion == "obs":
+            store_removal_curves(statistics, config.ridge)  # the next ratio is a look-up, also in what is saved
+        return PruningPlan.build(statistics, config)
 
     def apply(
         self, plan: PruningPlan | str | os.PathLike, statistics: AtomicStatistics | str | os.PathLike | None = None
@@ -243,7 +253,7 @@ class HeaprPruner:
             base = self.base or BaseModel.of(self.model)
             _save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, results)
             if self.statistics is not None:
-                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # these can outweigh the model
+                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
         if push_to_hub:
             push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder

@@ -195,6 +195,7 @@ def random_statistics(
             "parameters_per_atomic_expert": 96,
             "weights": "0123456789abcdef",
         },
+        "storage": {"num_bytes": 20_000, "bytes_per_atomic_expert": 192},
         "data": {"source": "random numbers", "sha256": "fedcba9876543210", "num_samples": 4, "num_tokens": 100},
         "seed": 0,
         "seq_length": 25,

@@ -28,6 +28,7 @@ FIELDS = {option.name: option for option in dataclasses.fields(HeaprConfig)}
 OTHER = {
     "ratio": 0.4,
     "target_parameters": 9_000,
+    "target_size": "12GB",
     "criterion": "fisher",
     "reduction": "total",
     "compensate": True,
@@ -36,6 +37,7 @@ OTHER = {
     "width_multiple": 8,
     "min_width": 2,
     "protect_unreached": True,
+    "protect": "model.layers.0.* model.layers.1.*:3,7",
     "layout": "padded",
     "align_for": "gguf",
     "tensor_parallel": 2,
@@ -51,6 +53,9 @@ OTHER = {
     "skip_nonfinite": True,
     "seed": 7,
 }
+
+# Two that exclude each other.
+EVERYTHING_ELSE = {name: value for name, value in OTHER.items() if name != "target_parameters"}
 
 
 def test_the_defaults():
@@ -83,6 +88,19 @@ def test_a_ratio_outside_0_and_1_is_refused(ratio):
     refused(f"ratio={float(ratio)}: {step}", ratio=ratio)
 
 
+def test_sizes_and_protection_are_checked():
+    assert HeaprConfig(target_size=12_000_000_000).target_size == "12000000000"
+    assert HeaprConfig(protect=["a.*", "b:1"]).protect == "a.* b:1"
+    refused("target_size='12 gigs': must be a number of bytes, or one with a unit", target_size="12 gigs")
+    refused(
+        "target_size='9GB': target_parameters=5 is given as well; leave one out",
+        target_size="9GB",
+        target_parameters=5,
+    )
+    for nothing in ("", " ", []):
+        refused("must name an expert block; leave it out to protect none", protect=nothing)
+
+
 @pytest.mark.parametrize("ratio", [1e-9, 0.5, 1 - 1e-9])
 def test_any_ratio_in_between_is_taken(ratio):
     assert HeaprConfig(ratio=ratio).ratio == ratio
@@ -105,6 +123,9 @@ def test_any_ratio_in_between_is_taken(ratio):
         ("protect_unreached", 1, "protect_unreached=1: must be of type bool, not int"),
         ("protect_unreached", "yes", "protect_unreached='yes': must be of type bool, not str"),
         ("compensate", 0, "compensate=0: must be of type bool, not int"),
+        ("target_size", 1.5e9, "target_size=1500000000.0: must be of type str, not float"),
+        ("target_size", True, "target_size=True: must be of type str, not bool"),
+        ("protect", [1], "protect=[1]: must be of type str, not list"),
         ("dataset", 5, "dataset=5: must be of type str, not int"),
         ("dataset", ["a", "b"], "dataset=['a', 'b']: must be of type str, not list"),
     ],
@@ -227,7 +248,7 @@ def test_a_copy_with_changes_is_validated_anew():
         config.replace(ratio=1.5)
 
 
-@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "everything else"])
+@pytest.mark.parametrize("values", [{}, EVERYTHING_ELSE], ids=["defaults", "everything else"])
 def test_a_config_comes_back_from_yaml_and_json(tmp_path, values):
     config = HeaprConfig(**values)
     assert HeaprConfig.from_dict(config.to_dict()) == config
@@ -319,7 +340,7 @@ def test_bad_values_in_a_file_are_refused_like_those_in_code(tmp_path, content, 
 
 
 def test_the_config_of_a_pruned_model_comes_back(tmp_path):
-    config = HeaprConfig(**OTHER)
+    config = HeaprConfig(**EVERYTHING_ELSE)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "heapr_config": config.to_dict()}))
     assert HeaprConfig.from_pretrained(tmp_path) == HeaprConfig.from_pretrained(str(tmp_path)) == config
 

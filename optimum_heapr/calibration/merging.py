@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,26 +55,31 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
     if list(first.blocks) != list(other.blocks):
         raise HeaprError("statistics to merge: they have different expert blocks; calibrate one model")
     for path, block in first.blocks.items():
-        for part in fields(BlockStatistics):
-            mine, theirs = getattr(block, part.name), getattr(other.blocks[path], part.name)
-            if (mine is None) != (theirs is None):
+        mine, theirs = block.sums, other.blocks[path].sums
+        for name in mine.keys() ^ theirs.keys():
+            raise HeaprError(
+                f"statistics to merge: {path}.{name} was measured in one and not in another; calibrate both with "
+                "the same value of statistics"
+            )
+        for name in mine:
+            if mine[name].shape != theirs[name].shape:
                 raise HeaprError(
-                    f"statistics to merge: {path}.{part.name} was measured in one and not in another; calibrate both with "
-                    "the same value of statistics"
+                    f"statistics to merge: {path}.{name} has shape {tuple(mine[name].shape)} in one and "
+                    f"{tuple(theirs[name].shape)} in another; calibrate one model"
                 )
-            if mine is not None and mine.shape != theirs.shape:
-                raise HeaprError(
-                    f"statistics to merge: {path}.{part.name} has shape {tuple(mine.shape)} in one and "
-                    f"{tuple(theirs.shape)} in another; calibrate one model"
-                )
+        if block.has_curves and not block.has_grams:
+            raise HeaprError(
+                f"statistics to merge: those of {path} hold removal curves without the matrices that gave them; calibrate "
+                "without --no-grams"
+            )
         if not torch.allclose(block.weight_norm.float(), other.blocks[path].weight_norm.float(), rtol=1e-2):
             raise HeaprError(f"statistics to merge: the weights of {path} differ; calibrate one model")
 
 
 def _added(block: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
-    names = [part.name for part in fields(BlockStatistics) if part.name != "weight_norm"]
-    measured = [name for name in names if getattr(block, name) is not None]
-    return replace(block, **{name: getattr(block, name) + getattr(other, name) for name in measured})
+    summed = {name: tensor + other.sums[name] for name, tensor in block.sums.items()}
+    # Removal curves are of one part; the sums of all give new ones.
+    return replace(block, **summed, removal_order=None, removal_cost=None, removal_ridge=None)
 
 
 def _predicted_tokens(part: AtomicStatistics) -> int:

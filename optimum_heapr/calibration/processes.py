@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -62,12 +62,10 @@ def add_over_processes(
     def added(tensor: torch.Tensor) -> torch.Tensor:
         return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
 
-    names = [part.name for part in fields(BlockStatistics) if part.name != "weight_norm"]
     try:
         summed = {}
         for path, block in statistics.items():
-            measured = {name: getattr(block, name) for name in names if getattr(block, name) is not None}
-            summed[path] = replace(block, **{name: added(tensor) for name, tensor in measured.items()})
+            summed[path] = replace(block, **{name: added(tensor) for name, tensor in block.sums.items()})
         loss, targets = added(torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
         return summed, loss, int(targets), sorted(gather_object(done.skipped))
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from .loss import summed_token_loss
 from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
 from .processes import add_over_processes, check_placement, start_processes
 from .state import Progress, StateFile, interruption
-from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint
+from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint, storage_of
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
@@ -150,6 +150,7 @@ def _result(
             raise HeaprError(f"gradients of {path}: their sum is not finite; load the model in bfloat16 or float32")
     fingerprint = {
         "model": model_fingerprint(model, blocks),
+        "storage": storage_of(model, blocks),
         "data": data.fingerprint,
         "seed": data.seed,
         "seq_length": data.seq_length,
@@ -251,7 +252,7 @@ def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
 
 
 def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
-    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if part.name != "weight_norm"}
+    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
     return BlockStatistics(
         weight_norm=block.atomic_norms(),
         **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},

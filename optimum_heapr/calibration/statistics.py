@@ -40,6 +40,10 @@ class BlockStatistics:
         output_norm_sum (`torch.Tensor`, *optional*): sum of router weight times norm of the expert's output, [E].
         activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
         gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
+        removal_order (`torch.Tensor`, *optional*): of criterion `obs`, which atomic expert each step removes, [E, I]
+            int32; made from the matrices, and the same as from them.
+        removal_cost (`torch.Tensor`, *optional*): what each of these steps costs, [E, I] float64.
+        removal_ridge (`torch.Tensor`, *optional*): the ridge of each expert that they were computed with, [E].
     """
 
     activation_sq_sum: torch.Tensor
@@ -50,6 +54,9 @@ class BlockStatistics:
     output_norm_sum: torch.Tensor | None = None
     activation_gram_sum: torch.Tensor | None = None
     gradient_gram_sum: torch.Tensor | None = None
+    removal_order: torch.Tensor | None = None
+    removal_cost: torch.Tensor | None = None
+    removal_ridge: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +84,17 @@ class BlockStatistics:
         """Whether the second-order statistics, I x I for each expert, were measured."""
         return self.activation_gram_sum is not None and self.gradient_gram_sum is not None
 
+    @property
+    def has_curves(self) -> bool:
+        """Whether the removal curves of criterion `obs` were computed."""
+        return all(part is not None for part in (self.removal_order, self.removal_cost, self.removal_ridge))
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """What adds up over tokens, by name, as far as it was measured: not norms of weights, nor what sums gave."""
+        names = [part.name for part in fields(self) if part.name.endswith("_sum") or part.name == "token_count"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def of_expert(self, expert: int) -> BlockStatistics:
         """The statistics of a block that holds one expert of this one alone."""
         parts = {part.name: getattr(self, part.name) for part in fields(BlockStatistics)}
@@ -102,7 +120,8 @@ class AtomicStatistics:
     Attributes:
         blocks (`dict[str, BlockStatistics]`): by module path of the expert block, in the model's order.
         fingerprint (`dict`): what was measured: `model` (type, weights hash), `data` (hash of the token ids, number of
-            samples and tokens, where they came from), `seed`, `seq_length`, and the `loss` per token in nats.
+            samples and tokens, where they came from), `storage` (bytes of its weights), `seed`, `seq_length`, and the
+            `loss` per token in nats.
         cost (`Cost`, *optional*): what the measuring took; it is not saved.
     """
 
@@ -141,7 +160,8 @@ class AtomicStatistics:
 
         Args:
             path (`str`): the file.
-            grams (`bool`): with the second-order statistics, if they were measured; they are most of the file.
+            grams (`bool`): with the second-order statistics, if they were measured; they are most of the file. Removal
+                curves are always written if there are any: without matrices these serve criterion `obs`.
         """
         tensors = {
             f"{block_path}.{part.name}": getattr(block, part.name)
@@ -188,7 +208,7 @@ class AtomicStatistics:
             experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
                 tensor = getattr(block, part.name)
-                if part.name in ("token_count", "output_norm_sum"):
+                if part.name in ("token_count", "output_norm_sum", "removal_ridge"):
                     expected = (experts,)
                 else:
                     expected = (experts, width, width) if "_gram_" in part.name else (experts, width)
@@ -197,6 +217,11 @@ class AtomicStatistics:
                         f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
+            if block.has_curves and not (block.removal_order.sort(dim=1).values == torch.arange(width)).all():
+                raise HeaprError(
+                    f"statistics={str(path)!r}: {block_path}.removal_order must name each of {width} atomic experts once; "
+                    "calibrate again"
+                )
 
     def check_model(self, model: torch.nn.Module, blocks: Iterable[ExpertBlock]) -> None:
         """Refuses statistics of another model.
@@ -227,6 +252,19 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
         "shapes": names.hexdigest()[:16],
         "experts": _hash_of_values(block.down_rows(0) for block in blocks),
         "weights": _hash_of_values(model.parameters()),
+    }
+
+
+def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, int]:
+    """Bytes of all weights, tied ones once, and of one atomic expert, in the dtypes in which they are loaded.
+
+    Not part of what identifies a model: the same one may be loaded in another dtype.
+    """
+    first = blocks[0]
+    biases = 2 if first.module.has_bias else 0
+    return {
+        "num_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "bytes_per_atomic_expert": (3 * first.hidden_size + biases) * first.module.down_proj.element_size(),
     }
 
 

@@ -53,7 +53,14 @@ class CalibrateCommand(HeaprSubcommand):
             help="plain: all weights at once; offload: what does not fit stays on the host or the disk, and layers are "
             "computed twice; auto: as the estimate says (default: auto)",
         )
-        add_config_options(parser, CALIBRATION_OPTIONS)
+        parser.add_argument(
+            "--no-grams",
+            action="store_true",
+            help="leave the matrices out of the file: the removal curves of --criterion obs serve every ratio, but "
+            "compensation needs the matrices",
+        )
+        # With criterion obs the order of removal is computed here, once for all plans.
+        add_config_options(parser, (*CALIBRATION_OPTIONS, "criterion", "ridge"))
 
     def execute(self) -> None:
         from ..utils.files import check_output_file
@@ -63,6 +70,11 @@ class CalibrateCommand(HeaprSubcommand):
             hint = did_you_mean(self.args.memory, MEMORY)
             raise HeaprError(f"memory={self.args.memory!r}: must be one of {', '.join(MEMORY)}{hint}")
         check_output_is_not_input(self.args.output, self.args.model, self.args.config, *source_names(config))
+        if self.args.no_grams and config.criterion != "obs":
+            raise HeaprError(
+                f"--no-grams: with criterion={config.criterion!r} nothing would be made of the matrices; add --criterion obs, "
+                "or measure none with --statistics vector"
+            )
         check_output_file(self.args.output, self.args.overwrite)
         from ..calibration.state import StateFile
         from ..pruner import HeaprPruner
@@ -81,7 +93,7 @@ class CalibrateCommand(HeaprSubcommand):
             statistics = pruner.calibrate(checkpointing=offload, **run)
             del pruner
         if is_main_process():
-            statistics.save(self.args.output)
+            statistics.save(self.args.output, grams=not self.args.no_grams)
         if state is not None:
             state.remove()
         end_processes()

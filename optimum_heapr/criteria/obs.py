@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..utils.errors import HeaprError
+from ..utils.logging import progress
 from .base import Criterion
 from .elimination import Elimination, greedy_elimination, ridge_for_tokens
 
 
 if TYPE_CHECKING:
-    from ..calibration.statistics import BlockStatistics
+    from ..calibration.statistics import AtomicStatistics, BlockStatistics
 
 
 # How much of the measured dependence between activation and gradient counts: 0 takes them as independent, 1 makes the
@@ -40,24 +42,53 @@ class Obs(Criterion):
 def removal_curves(path: str, block: BlockStatistics, ridge: float = 0.01) -> Elimination:
     """In which order to remove the atomic experts of each expert, and the cost of each step, [E, I].
 
+    A look-up if they are stored for this ridge, and the elimination itself if not; either gives the same numbers.
+
     Args:
         path (`str`): of the block, for messages.
-        block (`BlockStatistics`): with second-order statistics.
+        block (`BlockStatistics`): with removal curves or second-order statistics.
         ridge (`float`): least ridge; experts with few tokens get more.
 
     Returns:
         `Elimination`: costs in nats, summed over the calibration tokens, if the rest is compensated.
 
     Raises:
-        HeaprError: if the statistics are vectors.
+        HeaprError: if the statistics are vectors, without curves or with those for another ridge.
     """
+    ridges = _ridges(block, ridge)
+    if block.has_curves:
+        if torch.equal(block.removal_ridge, ridges):
+            return Elimination(block.removal_order.long(), block.removal_cost)
+        if not block.has_grams:
+            raise HeaprError(
+                f"ridge={ridge}: the removal curves of {path} are those for another ridge, the least of them "
+                f"{float(block.removal_ridge.min()):.4g}, and the matrices were left out; use that one or calibrate again"
+            )
     block.check_grams(path, "criterion='obs'")
-    ridges = torch.tensor([ridge_for_tokens(ridge, block.width, count) for count in block.token_count.tolist()])
     scale = token_dependence(block) ** (TOKEN_DEPENDENCE / 2)
     gradient_gram = block.mean("gradient_gram_sum") * scale.unsqueeze(1) * scale.unsqueeze(2)
     found = greedy_elimination(block.mean("activation_gram_sum").float(), gradient_gram.float(), ridges)
     # The ridge acts as activation that is not there, and experts have different ones.
     return Elimination(found.order, found.cost.double() * (block.token_count / (1 + ridges)).unsqueeze(1))
+
+
+def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> None:
+    """Puts the removal curves of every block into `statistics`, so that planning with `obs` is a look-up at any ratio.
+
+    Blocks that have them for this ridge are left as they are.
+
+    Raises:
+        HeaprError: if they would have to be computed and the statistics are vectors.
+    """
+    for path, block in progress(statistics.blocks.items(), desc="Ordering", unit="layer"):
+        found = removal_curves(path, block, ridge)
+        block.removal_order, block.removal_cost = found.order.to(torch.int32), found.cost
+        block.removal_ridge = _ridges(block, ridge)
+
+
+def _ridges(block: BlockStatistics, ridge: float) -> torch.Tensor:
+    """The ridge of each expert, [E]."""
+    return torch.tensor([ridge_for_tokens(ridge, block.width, count) for count in block.token_count.tolist()])
 
 
 def token_dependence(block: BlockStatistics) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from .alignment import check_uniform_width, effective_multiple
+from .protection import protected_experts
 
 
 if TYPE_CHECKING:
@@ -43,14 +44,22 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
     multiple = effective_multiple(config, [score.shape[1] for score in scores.values()])
     config = replace(config, width_multiple=multiple)
     _check(scores, config)
-    ranked = {
-        path: _RankedBlock.rank(score, config, unreached.get(path, []) if config.protect_unreached else [])
-        for path, score in scores.items()
-    }
+    protected = protected_experts(config, {path: len(score) for path, score in scores.items()})
+    ranked = {}
+    for path, score in scores.items():
+        whole = protected.get(path, []) + (unreached.get(path, []) if config.protect_unreached else [])
+        ranked[path] = _RankedBlock.rank(score, config, whole)
     if config.allocation == "uniform":
         groups = {path: _uniform_groups(block, config) for path, block in ranked.items()}
     elif config.allocation == "layer":
-        groups = {path: _remove_least([block], config)[0] for path, block in ranked.items()}
+        groups = {
+            path: torch.full((len(block.value),), len(block.size))
+            if len(protected.get(path, [])) == len(block.value)
+            else _remove_least([block], config)[0]
+            for path, block in ranked.items()
+        }
+        if all(bool((groups[path] == len(block.size)).all()) for path, block in ranked.items()):
+            raise HeaprError(f"protect={config.protect!r}: leaves nothing to remove; protect less")
     else:
         groups = dict(zip(ranked, _remove_least(list(ranked.values()), config)))
     return {path: block.kept_indices(groups[path]) for path, block in ranked.items()}
@@ -93,8 +102,9 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> list[torch
     removable = int(size[~value.isinf()].sum())
     if removable < budget:
         raise HeaprError(
-            f"ratio={config.ratio}: min_width={config.min_width} and protect_unreached={config.protect_unreached} leave "
-            f"only {removable / total:.4f} to remove; ask for less or protect less"
+            f"ratio={config.ratio}: min_width={config.min_width}, protect={config.protect!r} and "
+            f"protect_unreached={config.protect_unreached} leave only {removable / total:.4f} to remove; ask for less or "
+            "protect less"
         )
     # A stable sort keeps the lower index first among equals, so removal from the end takes the higher one.
     order = torch.sort(value, descending=True, stable=True).indices.flip(0)

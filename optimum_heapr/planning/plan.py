@@ -13,6 +13,7 @@ from ..configuration import HeaprConfig
 from ..criteria import importance
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError
+from ..utils.sizes import parse_size
 from .allocation import allocate
 from .estimate import estimated_loss_increase
 
@@ -190,20 +191,32 @@ class PruningPlan:
 
 
 def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> HeaprConfig:
-    """The config with the ratio that `target_parameters` asks for, if it asks for one.
+    """The config with the ratio that `target_parameters` or `target_size` asks for, if it asks for one.
 
     Raises:
-        HeaprError: if the model has no more than that many, or more besides its routed experts.
+        HeaprError: if the model has no more than that, or more besides its routed experts, or the statistics do not say
+            how many bytes it takes.
     """
-    if config.target_parameters is None:
+    if config.target_size is not None:
+        storage = statistics.fingerprint.get("storage")
+        if storage is None:
+            raise HeaprError(
+                f"target_size={config.target_size!r}: the statistics do not say how many bytes the model takes; calibrate "
+                "again, or use target_parameters"
+            )
+        name, given, target = "target_size", repr(config.target_size), parse_size("target_size", config.target_size)
+        whole, each, unit = storage["num_bytes"], storage["bytes_per_atomic_expert"], " bytes"
+    elif config.target_parameters is not None:
+        model, target = statistics.fingerprint["model"], config.target_parameters
+        name, given, unit = "target_parameters", f"{target:,}", ""
+        whole, each = model["num_parameters"], model["parameters_per_atomic_expert"]
+    else:
         return config
-    model = statistics.fingerprint["model"]
-    size, parameters = model["parameters_per_atomic_expert"], model["num_parameters"]
     total = sum(block.num_experts * block.width for block in statistics.blocks.values())
-    removed = -(-(parameters - config.target_parameters) // size)
+    removed = -(-(whole - target) // each)
     if not 0 < removed < total:
         raise HeaprError(
-            f"target_parameters={config.target_parameters:,}: must lie between {parameters - total * size:,}, what is left "
-            f"without routed experts, and {parameters:,}, what the model has"
+            f"{name}={given}: must lie between {whole - total * each:,}{unit}, what is left without routed experts, and "
+            f"{whole:,}{unit}, what the model has"
         )
     return config.replace(ratio=removed / total)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""`calibrate --statistics gram`, `plan`, `apply --statistics` and `prune` with compensation, through the command line."""
+"""`calibrate --statistics gram` or `--criterion obs --no-grams`, `plan`, `apply --statistics` and `prune` with compensation, through the command line."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from optimum_heapr import PruningPlan
+from optimum_heapr import AtomicStatistics, PruningPlan
 from optimum_heapr.cli import HeaprCommand
 
 
@@ -81,3 +81,35 @@ def test_what_is_missing_is_said(inputs, capsys):
         assert status.value.code == 2
         assert message in capsys.readouterr().err
     assert not (inputs / "out").exists()
+
+
+def test_removal_curves_serve_every_ratio(inputs, capsys):
+    data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8, "--batch-size", 4)
+    run("calibrate", "-m", inputs / "model", "-o", inputs / "gram.safetensors", "--statistics", "gram", *data)
+    run(
+        "calibrate",
+        "-m",
+        inputs / "model",
+        "-o",
+        inputs / "obs.safetensors",
+        "--criterion",
+        "obs",
+        "--no-grams",
+        *data,
+    )
+    run("prune", "-m", inputs / "model", "-o", inputs / "pruned", "--criterion", "obs", *data)
+    blocks = AtomicStatistics.load(inputs / "obs.safetensors").blocks
+    assert all(block.has_curves and not block.has_grams for block in blocks.values())
+    assert not any(block.has_curves for block in AtomicStatistics.load(inputs / "gram.safetensors").blocks.values())
+    for ratio in (0.2, 0.6):
+        plans = []
+        for name in ("gram.safetensors", "obs.safetensors", "pruned/statistics.safetensors"):
+            out = inputs / f"{ratio}-{len(plans)}.safetensors"
+            run("plan", "-s", inputs / name, "-o", out, "--criterion", "obs", "--ratio", ratio)
+            plans.append(PruningPlan.load(out))
+        for plan in plans[1:]:
+            for path, experts in plans[0].kept.items():
+                assert all(map(torch.equal, plan.kept[path], experts))
+    with pytest.raises(SystemExit):
+        run("calibrate", "-m", inputs / "model", "-o", inputs / "other.safetensors", "--no-grams", *data)
+    assert "--no-grams: with criterion='heapr'" in capsys.readouterr().err

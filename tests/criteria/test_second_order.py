@@ -6,8 +6,15 @@ import torch
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, PruningPlan
 from optimum_heapr.calibration.statistics import BlockStatistics
+from optimum_heapr.criteria import obs
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
-from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, removal_curves, scores_of_order, token_dependence
+from optimum_heapr.criteria.obs import (
+    TOKEN_DEPENDENCE,
+    removal_curves,
+    scores_of_order,
+    store_removal_curves,
+    token_dependence,
+)
 
 
 torch.set_num_threads(1)
@@ -138,3 +145,61 @@ def test_reap_without_its_statistic_is_refused(statistics):
     statistics.blocks["layers.0"].output_norm_sum = None
     with pytest.raises(HeaprError, match="criterion='reap'.*layers.0.*calibrate again"):
         statistics.importance("reap")
+
+
+# Stored removal curves
+
+
+@pytest.mark.parametrize("allocation", ["global", "layer", "uniform"])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7])
+def test_plans_from_stored_curves_are_the_same(statistics, tmp_path, monkeypatch, ratio, allocation):
+    config = HeaprConfig(ratio=ratio, criterion="obs", allocation=allocation)
+    expected = PruningPlan.build(statistics, config)
+    store_removal_curves(statistics)
+    statistics.save(tmp_path / "all.safetensors")
+    statistics.save(tmp_path / "curves.safetensors", grams=False)
+    monkeypatch.setattr(obs, "greedy_elimination", None)  # nothing is computed anew
+    for name in ("all", "curves"):
+        loaded = AtomicStatistics.load(tmp_path / f"{name}.safetensors")
+        assert all(block.has_curves and block.has_grams == (name == "all") for block in loaded.blocks.values())
+        plan = PruningPlan.build(loaded, config)
+        for path, experts in expected.kept.items():
+            assert all(map(torch.equal, plan.kept[path], experts))
+        if name == "all":
+            assert plan.loss_increase == expected.loss_increase
+    assert (tmp_path / "curves.safetensors").stat().st_size < (tmp_path / "all.safetensors").stat().st_size
+
+
+def test_curves_serve_the_ridge_that_they_were_computed_with(statistics):
+    store_removal_curves(statistics, 0.5)
+    block = statistics.blocks["layers.0"]
+    # An expert with few tokens has more than was asked for; so has one with none.
+    torch.testing.assert_close(block.removal_ridge, torch.tensor([0.5, 0.5, 10.0, 10 / 7]))
+    computed = removal_curves("layers.0", block_statistics(), 0.01)
+    assert torch.equal(removal_curves("layers.0", block, 0.01).cost, computed.cost)  # anew: the matrices are there
+    stored = removal_curves("layers.0", block_statistics(), 0.5)
+    block.activation_gram_sum = block.gradient_gram_sum = None
+    again = removal_curves("layers.0", block, 0.5)
+    assert torch.equal(again.cost, stored.cost) and torch.equal(again.order, stored.order)
+    with pytest.raises(HeaprError, match="ridge=0.01: the removal curves of layers.0 .*least of them 0.5.*calibrate"):
+        removal_curves("layers.0", block, 0.01)
+    store_removal_curves(AtomicStatistics({"layers.0": block}), 0.5)
+    assert torch.equal(block.removal_cost, stored.cost)
+
+
+def test_without_matrices_compensation_is_refused_and_other_criteria_are_not(statistics, tmp_path):
+    store_removal_curves(statistics)
+    statistics.save(tmp_path / "curves.safetensors", grams=False)
+    loaded = AtomicStatistics.load(tmp_path / "curves.safetensors")
+    for path, block in loaded.blocks.items():
+        with pytest.raises(HeaprError, match="compensate=True: needs second-order statistics"):
+            block.check_grams(path, "compensate=True")
+        assert torch.equal(statistics.importance("fisher")[path], loaded.importance("fisher")[path])
+
+
+def test_an_order_that_is_none_is_refused(statistics, tmp_path):
+    store_removal_curves(statistics)
+    statistics.blocks["layers.1"].removal_order[2, 3] = 99
+    statistics.save(tmp_path / "statistics.safetensors")
+    with pytest.raises(HeaprError, match="layers.1.removal_order must name each of 10 atomic experts once"):
+        AtomicStatistics.load(tmp_path / "statistics.safetensors")

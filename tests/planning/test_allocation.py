@@ -244,13 +244,13 @@ def refused(match, scores=None, unreached=None, **options):
 def test_a_ratio_beyond_what_is_not_protected_is_refused_naming_what_is_left():
     next_step = "; ask for less or protect less"
     refused(
-        r"ratio=0\.9: min_width=4 and protect_unreached=False leave only 0\.6000 to remove" + next_step,
+        r"ratio=0\.9: min_width=4, protect=None and protect_unreached=False leave only 0\.6000 to remove" + next_step,
         ratio=0.9,
         min_width=4,
     )
     assert count(plan(random_scores(), ratio=0.6, min_width=4)) == 48
     refused(
-        r"ratio=0\.8: min_width=0 and protect_unreached=True leave only 0\.7500 to remove" + next_step,
+        r"ratio=0\.8: min_width=0, protect=None and protect_unreached=True leave only 0\.7500 to remove" + next_step,
         ratio=0.8,
         protect_unreached=True,
         unreached={f"layers.{layer}": [2] for layer in range(3)},

@@ -1,11 +1,13 @@
 # Licensed under the Apache License, Version 2.0
-"""A number of parameters in place of a ratio."""
+"""A number of parameters, or of bytes, in place of a ratio."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from optimum_heapr import HeaprConfig, HeaprError, PruningPlan
-from tests.helpers import random_statistics
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
+from optimum_heapr.calibration.runner import calibrate
+from tests.helpers import calibration_data, random_statistics, tiny_model
 
 
 torch.set_num_threads(1)
@@ -31,3 +33,39 @@ def test_widths_that_cannot_hit_it_stay_above():
 def test_what_cannot_be_is_refused(target):
     with pytest.raises(HeaprError, match=f"target_parameters={target:,}.*{10_000 - ROUTED:,}.*10,000"):
         PruningPlan.build(random_statistics(), HeaprConfig(target_parameters=target))
+
+
+# Bytes
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("18KB", 9_000), (14_000, 7_000), ("19.0 kB", 9_500)])
+def test_bytes_are_parameters_times_their_size(size, parameters):
+    plan = PruningPlan.build(random_statistics(), HeaprConfig(ratio=0.9, target_size=size))
+    assert plan.removed == PruningPlan.build(random_statistics(), HeaprConfig(target_parameters=parameters)).removed
+
+
+def test_bytes_that_cannot_be_are_refused():
+    with pytest.raises(HeaprError, match=r"target_size='1GB': must lie between 7,712 bytes.*20,000 bytes"):
+        PruningPlan.build(random_statistics(), HeaprConfig(target_size="1GB"))
+
+
+def test_statistics_that_do_not_know_the_bytes_are_refused():
+    statistics = random_statistics()
+    del statistics.fingerprint["storage"]
+    with pytest.raises(HeaprError, match="target_size='18KB'.*calibrate again, or use target_parameters"):
+        PruningPlan.build(statistics, HeaprConfig(target_size="18KB"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_what_is_saved_has_that_size(model_type, dtype, tmp_path):
+    model = tiny_model(model_type, dtype=dtype)
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    pruner = HeaprPruner(model, config=HeaprConfig(target_size=int(0.9 * whole)))
+    pruner.statistics = calibrate(model, calibration_data(16, 16))
+    pruner.apply(pruner.plan())
+    pruner.save_pretrained(tmp_path / "pruned")
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors").values()
+    saved = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_floating_point())
+    each = pruner.statistics.fingerprint["storage"]["bytes_per_atomic_expert"]
+    assert 0.9 * whole - each < saved <= 0.9 * whole + 1
