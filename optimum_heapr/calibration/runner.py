@@ -272,7 +272,7 @@ def _warn_about_coverage(statistics: AtomicStatistics) -> None:
         factor = max(width / count for count, width in scarce)
         logger.warning(
             "%d experts were reached by fewer tokens than they are wide, the least by %d, so the means of their atomic "
-            "experts are rough. Raise num_samples (now %d; about %d would do for all), or add data of another kind.",
+            "experts are rough. Raise num_samples (now %d; about %d would do for these), or add data of another kind.",
             len(scarce),
             min(count for count, _ in scarce),
             statistics.fingerprint["data"]["num_samples"],

@@ -160,7 +160,7 @@ def interruption(enabled: bool) -> Iterator[Interruption]:
 
     def restore() -> None:
         for number in numbers:
-            signal.signal(number, previous[number])
+            signal.signal(number, previous[number] or signal.SIG_DFL)  # None: set outside Python
 
     def handle(number: int, frame: Any) -> None:
         caught.signal = number

@@ -110,8 +110,12 @@ class CalibrateCommand(HeaprSubcommand):
 
         if self.args.memory == "plain" or (self.args.memory == "auto" and {"device_map", "dequantize"} & set(options)):
             return False  # where the weights go is said already
-        skeleton, _ = load_model(self.args.model, skeleton=True, **{**options, "device_map": None})
-        estimate = MemoryEstimate.of(skeleton, config)
+        try:
+            skeleton, _ = load_model(self.args.model, skeleton=True, **{**options, "device_map": None})
+            estimate = MemoryEstimate.of(skeleton, config)
+        except HeaprError:
+            # Sizes are read from safetensors; what else can be loaded, or why it cannot be, is for the loading to say.
+            return self.args.memory == "offload"
         offload = self.args.memory == "offload" or not estimate.fits
         if is_main_process():
             print(f"{'offload' if offload else 'plain'}: {estimate}", flush=True)
