@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # What `datasets` calls the builders of local files.
-_FILE_BUILDERS = {
+FILE_BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
     ".parquet": "parquet",
@@ -161,7 +161,7 @@ def open_dataset(
     path = Path(name)
     if str(name) == DEMO_MODEL:
         return datasets.Dataset.from_dict({"text": demo_texts(demo_split)})
-    builder = _FILE_BUILDERS.get(path.suffix)
+    builder = FILE_BUILDERS.get(path.suffix)
     try:
         if path.is_dir() and (path / "dataset_info.json").is_file():
             return datasets.load_from_disk(str(path))
@@ -172,7 +172,7 @@ def open_dataset(
             options = {"sample_by": "document"} if builder == "text" else {}
             return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
         if path.exists() and not path.is_dir():
-            raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(_FILE_BUILDERS)}")
+            raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(FILE_BUILDERS)}")
         if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
             raise HeaprError(f"dataset={str(name)!r}: no such file or folder")
         return datasets.load_dataset(str(name), dataset_config, split=split)

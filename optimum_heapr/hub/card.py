@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.data import _FILE_BUILDERS
+from ..calibration.sources import FILE_BUILDERS, PRESETS, parse_sources
 from ..demo import DEMO_MODEL, demo_model_path
+from ..utils.errors import HeaprError
 
 
 if TYPE_CHECKING:
@@ -257,14 +258,21 @@ def _limits(plan: PruningPlan, was_measured: bool) -> str:
 
 
 def _hub_datasets(plan: PruningPlan) -> list[str] | None:
-    """The calibration text, if it has a name on the Hub."""
-    source = plan.data.get("source", "")
-    # One word may be the class of data that was handed over; it is a name if the recipe has it, too.
-    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and ("/" in source or source == plan.config.dataset)
-    is_local = Path(source).suffix in _FILE_BUILDERS or os.path.exists(source)
-    if not is_name or is_local or source == DEMO_MODEL:
-        return None
-    return [source]
+    """The parts of the calibration text that have a name on the Hub."""
+    text = plan.data.get("source", "")
+    if text != plan.config.dataset and "/" not in text:
+        return None  # the class of data that was handed over, no name
+    try:
+        sources = parse_sources(text)
+    except HeaprError:
+        return None  # statistics that were merged
+    names = [PRESETS.get(source.name, (source.name,))[0] for source in sources]
+    return [name for name in dict.fromkeys(names) if _is_hub_name(name)] or None
+
+
+def _is_hub_name(name: str) -> bool:
+    is_local = Path(name).suffix in FILE_BUILDERS or os.path.exists(name) or name == DEMO_MODEL
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not is_local
 
 
 def _public_name(source: str) -> str:
