@@ -25,6 +25,7 @@ LAYERS = (
     "surgery",
     "evaluation",
     "hub",
+    "loading",
     "pruner",
     "cli",
 )

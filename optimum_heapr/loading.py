@@ -1,0 +1,79 @@
+# Licensed under the Apache License, Version 2.0
+"""Loads the models that are measured, pruned and compared, or only their shapes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from .demo import DEMO_MODEL, demo_model_path
+from .utils.errors import HeaprError
+from .utils.quantized import unquantized_loading
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def hub_options_in(model_options: dict[str, Any]) -> dict[str, Any]:
+    """Those options of `from_pretrained` that say where on the Hub something is."""
+    names = ("revision", "token", "cache_dir", "subfolder")
+    return {name: model_options[name] for name in names if name in model_options}
+
+
+def load_model(
+    name: str | os.PathLike, allow_quantized: bool = False, skeleton: bool = False, **model_options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads a model with a head, and its tokenizer if it has one.
+
+    Args:
+        name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
+        allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
+        skeleton (`bool`): leave the model without storage, on the meta device; only headers of weight files are read.
+        model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
+            turned into floating-point numbers.
+
+    Raises:
+        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
+            quantized.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoTokenizer
+
+    from .modeling.modeling_heapr import auto_class_name
+
+    path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
+    hub_options = hub_options_in(model_options)
+    if "trust_remote_code" in model_options:
+        hub_options["trust_remote_code"] = model_options["trust_remote_code"]
+    try:
+        config = AutoConfig.from_pretrained(path, **hub_options)
+        auto_class = getattr(transformers, auto_class_name(type(config)))
+        dequantize = model_options.pop("dequantize", False)
+        quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
+        options = {"dtype": "auto", **quantization, **model_options}
+        if skeleton and quantization:
+            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
+        if skeleton:
+            from .surgery.skeleton import load_skeleton
+
+            model = load_skeleton(auto_class, config, path, **options)
+        else:
+            model = auto_class.from_pretrained(path, **options)
+    except HeaprError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HeaprError(
+            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            "causal language model"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
+    except (OSError, ValueError):
+        tokenizer = None  # a model alone can still be calibrated on input_ids
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        tokenizer = None  # where a model comes without its files, transformers makes one that knows no text
+    return model, tokenizer
