@@ -52,7 +52,7 @@ def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
 
 def test_saving_does_not_take_the_place_of_the_output(run, inputs, tmp_path, monkeypatch):
     """Killed between the last micro-batch and the output, the run has its state still."""
-    monkeypatch.setattr(AtomicStatistics, "save", lambda *_: 1 / 0)
+    monkeypatch.setattr(AtomicStatistics, "save", lambda *_, **__: 1 / 0)
     command = ["calibrate", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--save-every", 4]
     with pytest.raises(ZeroDivisionError):
         run(*command)
