@@ -165,14 +165,14 @@ def _summary(model: PreTrainedModel, plan: PruningPlan, base: BaseModel) -> str:
     origin += f" at `{base.commit}`" if base.commit else ""
     data = plan.data
     calibration = (
-        f" Importance was measured on {data['num_tokens']:,} tokens in {data['num_samples']:,} samples of "
+        f" Calibrated on {data['num_tokens']:,} tokens in {data['num_samples']:,} samples of "
         f"`{_public_name(data['source'])}`."
         if data
         else ""
     )
     return (
-        f"Pruned from {origin} with [HEAPr](https://arxiv.org/abs/2509.22299) by optimum-heapr: atomic experts, single "
-        f"neurons of single experts, were removed. Nothing was trained.{calibration}\n\n"
+        f"Pruned from {origin} by optimum-heapr at the granularity of [HEAPr](https://arxiv.org/abs/2509.22299): atomic "
+        f"experts, single neurons of single experts, were removed, ranked by `{plan.config.criterion}`.{calibration}\n\n"
         "| | before | after | removed |\n"
         "|---|---:|---:|---:|\n"
         f"| routed atomic experts | {plan.total:,} | {plan.total - plan.removed:,} | {plan.ratio:.2%} |\n"
