@@ -4,6 +4,7 @@
 import logging
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -18,6 +19,9 @@ _CACHE = tempfile.mkdtemp(prefix="heapr-tests-")
 os.environ["HF_HOME"] = _CACHE
 
 torch.set_num_threads(1)
+
+# A shell that runs the suite in the background lets it ignore Ctrl-C, and every process that a test starts as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):
