@@ -165,7 +165,7 @@ class HeaprConfig:
             self.target_size = str(self.target_size)
         if isinstance(self.protect, (list, tuple)) and all(isinstance(pattern, str) for pattern in self.protect):
             self.protect = " ".join(self.protect)
-        for name, kind in _field_types().items():
+        for name, kind in option_types().items():
             setattr(self, name, _checked_type(name, getattr(self, name), kind))
         for option in dataclasses.fields(self):
             choices, value = option.metadata["choices"], getattr(self, option.name)
@@ -306,7 +306,8 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _field_types() -> dict[str, Any]:
+def option_types() -> dict[str, Any]:
+    """The annotation of each option, by name."""
     return typing.get_type_hints(HeaprConfig)
 
 

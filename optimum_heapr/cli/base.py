@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from ..configuration import HeaprConfig, _field_types, option_type, read_mapping
+from ..configuration import HeaprConfig, option_type, option_types, read_mapping
 from ..utils.errors import HeaprError, did_you_mean
 
 
@@ -66,7 +66,7 @@ def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) ->
     group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
     # A command may have a flag of its own that is named like an option.
     parser.set_defaults(config_options=tuple(names))
-    kinds = _field_types()
+    kinds = option_types()
     options = {option.name: option for option in dataclasses.fields(HeaprConfig)}
     for name in names:
         option, kind = options[name], option_type(kinds[name])
