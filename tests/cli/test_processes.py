@@ -140,8 +140,11 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
             for process in processes:
                 process.kill()
         status, error = [process.returncode for process in processes], errors[0]
-        assert status == [2, -signal.SIGKILL if how == "kill" else 2]
-        assert "processes: another one ended before the sums could be added" in error
+        assert status[1] == (-signal.SIGKILL if how == "kill" else 2)
+        # As a rule the other process is told; now and then gloo aborts it from a thread of its own before that.
+        assert status[0] in (2, -signal.SIGABRT)
+        if status[0] == 2:
+            assert "processes: another one ended before the sums could be added" in error
         error = "".join(errors)
     assert all(status) and time.monotonic() - began < 120
     if how == "error":
