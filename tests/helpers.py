@@ -269,3 +269,29 @@ needs_shared = pytest.mark.skipif(
     not (repository().parent / "shared").is_dir(),
     reason="no folder ../shared beside the repository: this test needs the trained model in it",
 )
+
+
+def plain_qwen3_moe(width: int = 8, seed: int = 0) -> PreTrainedModel:
+    """A Qwen3-MoE just as transformers initialises it, in evaluation mode: 2 layers of 4 experts, 40 tokens.
+
+    Args:
+        width (`int`): atomic experts of one expert.
+        seed (`int`): of the weights.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
+    return Qwen3MoeForCausalLM(config).eval()

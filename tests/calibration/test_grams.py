@@ -3,13 +3,14 @@
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError
 from optimum_heapr.calibration import runner
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate, check_gram_memory
 from optimum_heapr.experts import find_expert_blocks
+from tests.helpers import plain_qwen3_moe
 
 
 torch.set_num_threads(1)
@@ -18,21 +19,7 @@ GRAMS = ("activation_gram_sum", "gradient_gram_sum")
 
 
 def tiny_model(dtype=torch.float32) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-    )
-    return Qwen3MoeForCausalLM(config).to(dtype).eval()
+    return plain_qwen3_moe().to(dtype)
 
 
 def samples(lengths=(9, 5, 12, 7)) -> CalibrationData:

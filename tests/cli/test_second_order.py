@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from optimum_heapr import AtomicStatistics, PruningPlan
 from optimum_heapr.cli import HeaprCommand
+from tests.helpers import plain_qwen3_moe
 
 
 torch.set_num_threads(1)
@@ -26,21 +26,7 @@ def run(*arguments) -> None:
 @pytest.fixture
 def inputs(tmp_path):
     """A tiny model and rows of token ids."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    plain_qwen3_moe().save_pretrained(tmp_path / "model")
     rows = torch.randint(0, 40, (8, 24), generator=torch.Generator().manual_seed(1)).tolist()
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     return tmp_path

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.data import CalibrationData
@@ -14,27 +14,14 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.pruner import apply_streaming
 from optimum_heapr.surgery.apply import compensate_block
+from tests.helpers import plain_qwen3_moe
 
 
 torch.set_num_threads(1)
 
 
 def tiny_model(seed=0) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.3,
-    )
-    return Qwen3MoeForCausalLM(config).eval()
+    return plain_qwen3_moe(width=16, seed=seed)
 
 
 @pytest.fixture(scope="module")
