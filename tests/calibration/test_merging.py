@@ -11,6 +11,7 @@ from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.merging import merge_statistics
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.criteria.obs import store_removal_curves
 from tests.helpers import assert_same_statistics, calibration_data, random_statistics, tiny_model
 
 
@@ -103,3 +104,21 @@ def test_what_does_not_fit_is_refused(other, match):
 def test_one_alone_is_refused():
     with pytest.raises(HeaprError, match="1 cannot be merged; name two or more"):
         merge_statistics([random_statistics()])
+
+
+def test_removal_curves_are_of_one_part_and_are_not_added(tmp_path):
+    """They were computed from the matrices of a part; those of all parts give others."""
+    parts, whole = parts_and_whole(gram=True)
+    for part in parts:
+        store_removal_curves(part)
+    merged = merge_statistics(parts)
+    assert all(block.has_grams and not block.has_curves for block in merged.blocks.values())
+    scores, expected = merged.importance("obs"), whole.importance("obs")
+    for path in scores:
+        torch.testing.assert_close(scores[path], expected[path])
+
+    for index, part in enumerate(parts):
+        part.save(tmp_path / str(index), grams=False)
+    alone = [AtomicStatistics.load(tmp_path / str(index)) for index in range(len(parts))]
+    with pytest.raises(HeaprError, match="removal curves without the matrices .* calibrate without --no-grams"):
+        merge_statistics(alone)
