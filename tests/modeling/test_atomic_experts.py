@@ -87,6 +87,19 @@ def test_computes_the_sum_over_kept_atomic_experts(model_type, name):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 12, 256])
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_the_loop_may_take_experts_alone_or_together(model_type, name, rows_at_once, monkeypatch):
+    """30 tokens with 2 experts each: every expert alone, a few at a time, and all at once."""
+    block, kept = block_of(model_type), kept_of(WIDTHS[name])
+    inputs = routed(avoid=(4,))
+    monkeypatch.setattr(atomic_experts, "ROWS_AT_ONCE", rows_at_once)
+    actual = use(cut_block(block, kept), "eager")(*inputs)
+    torch.testing.assert_close(actual, explicit_sum(block, kept, *inputs), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("avoid", [(), (0, 2), (1, 2, 3, 5)], ids=["all reached", "some unreached", "two reached"])
 @pytest.mark.parametrize("name", WIDTHS)
 @pytest.mark.parametrize("model_type", FAMILIES)
