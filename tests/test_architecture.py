@@ -18,6 +18,7 @@ LAYERS = (
     "modeling",
     "configuration",
     "experts",
+    "checkpoint",
     "families",
     "calibration",
     "criteria",

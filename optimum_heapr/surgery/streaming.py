@@ -13,9 +13,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,17 +25,14 @@ from transformers.core_model_loading import (
     WeightRenaming,
     apply_converters,
     apply_renamings,
-    dot_natural_key,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..calibration.statistics import check_same_model, model_fingerprint
-from ..experts import ExpertBlock, find_expert_blocks, model_name
-from ..utils.errors import HeaprError
+from ..checkpoint import SourceCheckpoint, StandIn, not_streamable, unlisted
 from ..utils.logging import progress
-from ..utils.tensor_files import TensorReader, write_tensors
+from ..utils.tensor_files import write_tensors
 from .apply import check_compensation, compensate_block, cut_model
 from .selection import packed_rows, padded_expert
 from .stock import stock_width, zero_pad
@@ -47,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.statistics import AtomicStatistics
+    from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
 
 
@@ -97,64 +93,6 @@ def stream_plan(
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-class SourceCheckpoint:
-    """Parameters of the unpruned model, made from its checkpoint when they are asked for.
-
-    Args:
-        skeleton (`PreTrainedModel`): the unpruned model without storage, not yet cut.
-        files (`Iterable[str]`): its safetensors files.
-
-    Raises:
-        HeaprError: if a parameter is made in a way that this module does not follow.
-    """
-
-    def __init__(self, skeleton: PreTrainedModel, files: Iterable[str]):
-        self.blocks = find_expert_blocks(skeleton)
-        self.reader = TensorReader(files)
-        self.empty = dict(skeleton.state_dict())
-        self.dtypes = {name: tensor.dtype for name, tensor in self.empty.items()}
-        self.converters: dict[str, WeightConverter] = {}  # by parameter
-        self.stored: dict[str, dict[str, list[str]]] = {}  # by parameter and pattern: names in the checkpoint
-        transforms = getattr(skeleton, "_weight_conversions", None) or []
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        for name in sorted(self.reader.tensors, key=dot_natural_key):
-            parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, self.empty)
-            if parameter not in self.empty:
-                if name not in self.empty:
-                    continue  # nothing of this model; loading it in memory leaves it out as well
-                parameter, pattern = name, None
-            if pattern is not None:
-                self.converters[parameter] = by_pattern[pattern]
-                if len(by_pattern[pattern].target_patterns) > 1:
-                    raise _not_streamable(skeleton, f"{name} becomes several parameters")
-            self.stored.setdefault(parameter, {}).setdefault(pattern or name, []).append(name)
-
-    def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
-        """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in."""
-        dtype, stored = self.dtypes[name], self.stored[name]
-        if name not in self.converters:
-            ((key,),) = stored.values()
-            return self.reader.read(key, expert).to(dtype)
-        converter = copy.deepcopy(self.converters[name])
-        for pattern, keys in stored.items():
-            row = None
-            if expert is not None:
-                # Either one tensor an expert, or all experts in one.
-                keys, row = ([keys[expert]], None) if len(keys) > 1 else (keys, expert)
-            for key in keys:
-                converter.add_tensor(name, key, pattern, self.reader.read(key, row).to(dtype))
-        shape = self.empty[name].shape if expert is None else (1, *self.empty[name].shape[1:])
-        return _only(converter.convert(name, model=_StandIn({name: shape})))
-
-    def expert(self, block: ExpertBlock, expert: int, parameters: Iterable[str] = ("down_proj",)) -> ExpertBlock:
-        """A block that holds one expert of `block` alone, with some of its parameters."""
-        flags = {name: getattr(block.module, name) for name in ("has_bias", "is_transposed", "is_concatenated")}
-        values = {name: self.parameter(f"{block.path}.{name}", expert) for name in parameters}
-        return replace(block, module=SimpleNamespace(**flags, **values), num_experts=1)
 
 
 class TargetCheckpoint:
@@ -213,8 +151,8 @@ class TargetCheckpoint:
         origins: dict[str, tuple[str, list[int | None]]] = {}
         for parameter, tensor in self.state.items():
             if parameter not in self.source.stored:
-                raise _not_streamable(skeleton, f"the checkpoint has no {parameter}")
-            model = _StandIn({parameter: tensor.shape}, getattr(skeleton.config, "expert_widths", None))
+                raise not_streamable(skeleton, f"the checkpoint has no {parameter}")
+            model = StandIn({parameter: tensor.shape}, getattr(skeleton.config, "expert_widths", None))
             for name in self._revert(parameter, tensor, model):
                 index = _EXPERT.search(name)
                 if parameter not in self.blocks:
@@ -225,7 +163,7 @@ class TargetCheckpoint:
                     origins[name] = (parameter, list(range(self.blocks[parameter][0].num_experts)))
         if set(origins) != set(self.tensors):
             different = sorted(set(origins) ^ set(self.tensors))[0]
-            raise _not_streamable(skeleton, f"{different} is made of several parameters")
+            raise not_streamable(skeleton, f"{different} is made of several parameters")
         return origins
 
     def _unit(self, parameter: str, expert: int | None, name: str) -> torch.Tensor:
@@ -243,7 +181,7 @@ class TargetCheckpoint:
             tensor = self.source.parameter(parameter)
             if tensor.shape != self.state[parameter].shape:
                 tensor = zero_pad(tensor, self.state[parameter].shape)
-            return self._revert(parameter, tensor, _StandIn({parameter: tensor.shape}))
+            return self._revert(parameter, tensor, StandIn({parameter: tensor.shape}))
         block, name = self.blocks[parameter]
         alone = self.source.expert(block, expert, [name])
         kept = self.plan.kept[block.path][expert]
@@ -253,7 +191,7 @@ class TargetCheckpoint:
             tensor = packed_rows(alone, name, 0, kept)
         else:
             tensor = padded_expert(alone, name, 0, kept, self.width).unsqueeze(0)
-        made = self._revert(parameter, tensor, _StandIn({parameter: tensor.shape}, {block.path: [len(kept)]}))
+        made = self._revert(parameter, tensor, StandIn({parameter: tensor.shape}, {block.path: [len(kept)]}))
         return {_EXPERT.sub(str(expert), key): value for key, value in made.items()}
 
     def _compensate(self, alone: ExpertBlock, expert: int, kept: torch.Tensor) -> None:
@@ -263,7 +201,7 @@ class TargetCheckpoint:
         report = self.plan.compensation.setdefault(alone.path, [(0.0, 0.0)] * len(self.plan.kept[alone.path]))
         report[expert] = errors
 
-    def _revert(self, parameter: str, tensor: torch.Tensor, model: _StandIn) -> dict[str, torch.Tensor]:
+    def _revert(self, parameter: str, tensor: torch.Tensor, model: StandIn) -> dict[str, torch.Tensor]:
         """`revert_weight_conversion` for one parameter, or for one expert of it."""
         key, pattern = apply_converters(parameter, self._converters)
         if pattern is None:
@@ -271,37 +209,13 @@ class TargetCheckpoint:
         converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
         converter.add_tensor(key, parameter, pattern, tensor)
         made = converter.convert(key, model=model, config=model.config)
-        return {apply_renamings(name, self._renamings): _unlisted(value) for name, value in made.items()}
+        return {apply_renamings(name, self._renamings): unlisted(value) for name, value in made.items()}
 
 
 _PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-
-
-class _StandIn:
-    """What conversions ask of a model: the shape of a parameter, and the widths of experts."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], expert_widths: dict[str, list[int]] | None = None):
-        self.shapes = shapes
-        self.config = SimpleNamespace(expert_widths=expert_widths)
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], device="meta")
 
 
 def _storage_id(tensor: torch.Tensor) -> tuple[int, int]:
     """What tells storages apart; all empty ones are the same, as they are at no address."""
     storage = tensor.untyped_storage()
     return (storage._cdata if storage.nbytes() else 0, storage.nbytes())
-
-
-def _only(made: dict) -> torch.Tensor:
-    (value,) = made.values()
-    return _unlisted(value)
-
-
-def _unlisted(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    return value[0] if isinstance(value, list) else value
-
-
-def _not_streamable(model: PreTrainedModel, reason: str) -> HeaprError:
-    return HeaprError(f"model={model_name(model)!r}: cannot be cut file by file: {reason}; pass --in-memory")

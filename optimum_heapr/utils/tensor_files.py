@@ -57,12 +57,17 @@ class TensorReader:
     Args:
         files (`Iterable[str]`): paths of the files.
 
+    Attributes:
+        tensors (`dict[str, TensorInfo]`): by name.
+        bytes_read (`int`): of tensors, until now.
+
     Raises:
         HeaprError: if a file is missing or is not a safetensors file.
     """
 
     def __init__(self, files: Iterable[str | os.PathLike]):
         self.tensors: dict[str, TensorInfo] = {}
+        self.bytes_read = 0
         for file in sorted(map(Path, files)):
             self.tensors.update(_read_header(file))
 
@@ -79,12 +84,13 @@ class TensorReader:
             start, shape = start + row * size, (1, *shape[1:])
         if size == 0:
             return torch.empty(shape, dtype=info.dtype)
-        data = bytearray(size)
+        data = torch.empty(size, dtype=torch.uint8)
         with open(info.file, "rb") as file:
             file.seek(start)
-            if file.readinto(data) != size:
+            if file.readinto(data.numpy()) != size:
                 raise HeaprError(f"model={str(info.file)!r}: ends within {name}; download it again")
-        return torch.frombuffer(data, dtype=info.dtype).view(shape)
+        self.bytes_read += size
+        return data.view(info.dtype).view(shape)
 
 
 def write_tensors(

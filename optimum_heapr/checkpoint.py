@@ -1,0 +1,120 @@
+# Licensed under the Apache License, Version 2.0
+"""Parameters of a model that is not in memory, made from its safetensors one at a time, or one expert at a time.
+
+transformers' own conversions between the tensors of a checkpoint and the parameters of a model are run for just what is
+asked for, so that checkpoints as they are on the Hub, an expert a tensor or all in one, can be read piece by piece.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from .experts import EXPERT_PARAMETERS, ExpertBlock, find_expert_blocks, model_name
+from .utils.errors import HeaprError
+from .utils.tensor_files import TensorReader
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SourceCheckpoint:
+    """Parameters of the unpruned model, made from its checkpoint when they are asked for.
+
+    Args:
+        skeleton (`PreTrainedModel`): the unpruned model without storage, not yet cut.
+        files (`Iterable[str]`): its safetensors files.
+
+    Raises:
+        HeaprError: if a parameter is made in a way that this module does not follow.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, files: Iterable[str]):
+        self.blocks = find_expert_blocks(skeleton)
+        self.reader = TensorReader(files)
+        self.empty = dict(skeleton.state_dict())
+        self.dtypes = {name: tensor.dtype for name, tensor in self.empty.items()}
+        self._of_experts = {f"{block.path}.{name}" for block in self.blocks for name in EXPERT_PARAMETERS}
+        self.converters: dict[str, WeightConverter] = {}  # by parameter
+        self.stored: dict[str, dict[str, list[str]]] = {}  # by parameter and pattern: names in the checkpoint
+        transforms = getattr(skeleton, "_weight_conversions", None) or []
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        for name in sorted(self.reader.tensors, key=dot_natural_key):
+            parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, self.empty)
+            if parameter not in self.empty:
+                if name not in self.empty:
+                    continue  # nothing of this model; loading it in memory leaves it out as well
+                parameter, pattern = name, None
+            if pattern is not None:
+                self.converters[parameter] = by_pattern[pattern]
+                if len(by_pattern[pattern].target_patterns) > 1:
+                    raise not_streamable(skeleton, f"{name} becomes several parameters")
+            self.stored.setdefault(parameter, {}).setdefault(pattern or name, []).append(name)
+
+    def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in."""
+        dtype, stored = self.dtypes[name], self.stored[name]
+        if name not in self.converters:
+            ((key,),) = stored.values()
+            return self.reader.read(key, expert).to(dtype)
+        converter = copy.deepcopy(self.converters[name])
+        for pattern, keys in stored.items():
+            row = None
+            if expert is not None:
+                # Either one tensor an expert, or all experts in one.
+                keys, row = ([keys[expert]], None) if len(keys) > 1 else (keys, expert)
+            for key in keys:
+                converter.add_tensor(name, key, pattern, self.reader.read(key, row).to(dtype))
+        shape = self.empty[name].shape if expert is None else (1, *self.empty[name].shape[1:])
+        return _only(converter.convert(name, model=StandIn({name: shape})))
+
+    def load(self, name: str, device: torch.device) -> torch.Tensor:
+        """A whole parameter in memory of its own; of experts no more than one is held besides."""
+        if name not in self._of_experts:
+            return self.parameter(name).to(device)
+        made = torch.empty(self.empty[name].shape, dtype=self.dtypes[name], device=device)
+        for expert in range(made.shape[0]):
+            made[expert : expert + 1] = self.parameter(name, expert)
+        return made
+
+    def expert(self, block: ExpertBlock, expert: int, parameters: Iterable[str] = ("down_proj",)) -> ExpertBlock:
+        """A block that holds one expert of `block` alone, with some of its parameters."""
+        flags = {name: getattr(block.module, name) for name in ("has_bias", "is_transposed", "is_concatenated")}
+        values = {name: self.parameter(f"{block.path}.{name}", expert) for name in parameters}
+        return replace(block, module=SimpleNamespace(**flags, **values), num_experts=1)
+
+
+class StandIn:
+    """What conversions ask of a model: the shape of a parameter, and the widths of experts."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], expert_widths: dict[str, list[int]] | None = None):
+        self.shapes = shapes
+        self.config = SimpleNamespace(expert_widths=expert_widths)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def unlisted(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _only(made: dict) -> torch.Tensor:
+    (value,) = made.values()
+    return unlisted(value)
+
+
+def not_streamable(model: PreTrainedModel, reason: str) -> HeaprError:
+    return HeaprError(
+        f"model={model_name(model)!r}: cannot be read piece by piece: {reason}; pass --in-memory (apply) or --memory plain "
+        "(calibrate, prune)"
+    )
