@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -57,17 +59,41 @@ def add_over_processes(
     Raises:
         HeaprError: if another process ended before.
     """
+    summed = {path: add_block(accelerator, block) for path, block in statistics.items()}
+    return summed, *add_progress(accelerator, done)
+
+
+def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatistics:
+    """The sums of one expert block over all processes, on each of them.
+
+    Raises:
+        HeaprError: if another process ended before.
+    """
+    with _peers_needed():
+        return replace(block, **{name: _added(accelerator, tensor) for name, tensor in block.sums.items()})
+
+
+def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, list[int]]:
+    """Summed loss, tokens predicted, and samples that were left out, over all processes.
+
+    Raises:
+        HeaprError: if another process ended before.
+    """
     from accelerate.utils import gather_object
 
-    def added(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+    with _peers_needed():
+        loss, targets = _added(accelerator, torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
+        return loss, int(targets), sorted(gather_object(done.skipped))
 
+
+def _added(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+
+@contextmanager
+def _peers_needed() -> Iterator[None]:
     try:
-        summed = {}
-        for path, block in statistics.items():
-            summed[path] = replace(block, **{name: added(tensor) for name, tensor in block.sums.items()})
-        loss, targets = added(torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
-        return summed, loss, int(targets), sorted(gather_object(done.skipped))
+        yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise HeaprError(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -70,7 +70,7 @@ def calibrate(
     device = accelerator.device if device.type == "meta" else device
     if gram:
         check_gram_memory(blocks, copies=2 if skip_nonfinite else 1)
-    _check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
+    check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     run = {
@@ -100,10 +100,7 @@ def calibrate(
             loss, targets, problem = _measure(model, batches[index], blocks, accumulators, device)
             samples = batches[index]["sample_index"].tolist()
             if problem and not skip_nonfinite:
-                raise HeaprError(
-                    f"{problem}: not finite in micro-batch {index} (samples {samples}); look at these samples, load the "
-                    "model in bfloat16 or float32, or leave them out with skip_nonfinite=True (--skip-nonfinite)"
-                )
+                raise not_finite_error(problem, index, samples)
             if problem:
                 logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", problem, index, samples)
                 done.skipped += samples
@@ -122,20 +119,28 @@ def calibrate(
             state.save(done, totals)
         interrupted.act()
 
-    statistics = {block.path: _collect(block, totals[block.path]) for block in blocks}
+    statistics = {block.path: block_statistics(block, totals[block.path]) for block in blocks}
     total_loss, total_targets, skipped = done.loss, done.targets, done.skipped
     if accelerator.num_processes > 1:
         statistics, total_loss, total_targets, skipped = add_over_processes(accelerator, statistics, done)
-    result = _result(model, blocks, data, statistics, total_loss, total_targets, skipped)
+    identity = {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)}
+    result = finished_statistics(identity, data, statistics, total_loss, total_targets, skipped)
     result.cost = cost
     if accelerator.is_main_process:
-        _warn_about_coverage(result)
+        warn_about_coverage(result)
     return result
 
 
-def _result(
-    model: torch.nn.Module,
-    blocks: list[ExpertBlock],
+def not_finite_error(problem: str, index: int, samples: list[int]) -> HeaprError:
+    """What is said about a micro-batch whose loss or gradients are not finite."""
+    return HeaprError(
+        f"{problem}: not finite in micro-batch {index} (samples {samples}); look at these samples, load the model in "
+        "bfloat16 or float32, or leave them out with skip_nonfinite=True (--skip-nonfinite)"
+    )
+
+
+def finished_statistics(
+    identity: dict[str, Any],
     data: CalibrationData,
     statistics: dict[str, BlockStatistics],
     loss: float,
@@ -149,8 +154,7 @@ def _result(
         if not torch.isfinite(block.gradient_sq_sum).all():
             raise HeaprError(f"gradients of {path}: their sum is not finite; load the model in bfloat16 or float32")
     fingerprint = {
-        "model": model_fingerprint(model, blocks),
-        "storage": storage_of(model, blocks),
+        **identity,
         "data": data.fingerprint,
         "seed": data.seed,
         "seq_length": data.seq_length,
@@ -180,9 +184,7 @@ def _measure(
         accumulators then hold what must not be used.
     """
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    token_mask = None if batch["attention_mask"].all() else mask.reshape(-1).bool()
-    for block in blocks:
-        accumulators[block.path].token_mask = token_mask if token_mask is None else token_mask.to(block.device)
+    mask_padding(blocks, accumulators, batch)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     loss, targets = summed_token_loss(logits, ids, mask)
     del logits
@@ -190,11 +192,25 @@ def _measure(
     if not math.isfinite(value):
         return value, targets, f"loss={value}"
     loss.backward()
+    return value, targets, what_is_not_finite(accumulators)
+
+
+def mask_padding(
+    blocks: list[ExpertBlock], accumulators: dict[str, BlockAccumulator], batch: dict[str, torch.Tensor]
+) -> None:
+    """Tells the accumulators which tokens of the coming micro-batch count."""
+    mask = batch["attention_mask"]
+    for block in blocks:
+        accumulators[block.path].token_mask = None if mask.all() else mask.reshape(-1).bool().to(block.device)
+
+
+def what_is_not_finite(accumulators: dict[str, BlockAccumulator]) -> str | None:
+    """Which sum of which block is not finite, if any."""
     for path, accumulator in accumulators.items():
         name = accumulator.not_finite()
         if name is not None:
-            return value, targets, f"{_QUANTITIES.get(name, name)} of {path}"
-    return value, targets, None
+            return f"{_QUANTITIES.get(name, name)} of {path}"
+    return None
 
 
 @contextmanager
@@ -214,19 +230,20 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required[name])
 
 
-def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
+def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1, place: torch.device | None = None) -> None:
     """States what the second-order statistics take, and refuses what does not fit next to the model.
 
     Args:
-        blocks (`list[ExpertBlock]`): the expert blocks of the model.
+        blocks (`list[ExpertBlock]`): the expert blocks that are measured at once.
         copies (`int`): how often each matrix is held.
+        place (`torch.device`, *optional*): where they will be; defaults to where the blocks are.
 
     Raises:
         HeaprError: naming the bytes needed and available, and on which device.
     """
     needed: dict[torch.device, int] = {}
     for block in blocks:
-        device = block.device
+        device = place or block.device
         needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width**2
     for device, size in needed.items():
         available = available_bytes(device)
@@ -241,7 +258,7 @@ def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1) -> None:
             )
 
 
-def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
+def check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
     """Refuses token ids that the model has no embedding for: on a GPU they would end the process."""
     for index, sample in enumerate(data.samples):
         if not (0 <= int(sample.min()) and int(sample.max()) < vocabulary):
@@ -251,7 +268,7 @@ def _check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
             )
 
 
-def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
+def block_statistics(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
     measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
     return BlockStatistics(
         weight_norm=block.atomic_norms(),
@@ -259,7 +276,7 @@ def _collect(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
     )
 
 
-def _warn_about_coverage(statistics: AtomicStatistics) -> None:
+def warn_about_coverage(statistics: AtomicStatistics) -> None:
     """Names experts without any token, and counts those whose tokens are fewer than their atomic experts."""
     unreached = statistics.unreached
     scarce = [

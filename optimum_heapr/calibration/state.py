@@ -86,10 +86,10 @@ class StateFile:
         if not self.path.exists():
             return Progress()
         tensors, document = read_artefact(self.path, FORMAT)
-        differences = _differences(document["run"], self.run)
-        if differences:
+        found = differences(document["run"], self.run)
+        if found:
             raise HeaprError(
-                f"state={str(self.path)!r}: saved by a run that differs ({'; '.join(differences)}); resume with the same "
+                f"state={str(self.path)!r}: saved by a run that differs ({'; '.join(found)}); resume with the same "
                 "model, data and options, or delete the file to begin anew"
             )
         try:
@@ -118,13 +118,13 @@ class StateFile:
         self.path.unlink(missing_ok=True)
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """`name was x, is y` for every part of a nested mapping that is not the same."""
     found = []
     for key in sorted({*saved, *now}):
         before, after = saved.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+            found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key} was {json.dumps(before)}, is {json.dumps(after)}")
     return found

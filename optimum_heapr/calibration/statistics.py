@@ -270,14 +270,25 @@ def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, i
 
 def _hash_of_values(tensors: Iterable[torch.Tensor]) -> str | None:
     """Hash over `SAMPLED_VALUES` of each tensor; `None` if one has no storage."""
+    tensors = list(tensors)
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return None
+    return hash_of_samples(map(sampled_values, tensors))
+
+
+def hash_of_samples(samples: Iterable[bytes]) -> str:
+    """Hash over what [`sampled_values`] gave for each of several tensors."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor.device.type == "meta":
-            return None
-        step = max(1, tensor.numel() // SAMPLED_VALUES)
-        sample = tensor.detach().flatten()[::step].to(torch.bfloat16)
-        digest.update(sample.contiguous().view(torch.int16).cpu().numpy().tobytes())
+    for sample in samples:
+        digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def sampled_values(tensor: torch.Tensor) -> bytes:
+    """`SAMPLED_VALUES` of a tensor, spread evenly."""
+    step = max(1, tensor.numel() // SAMPLED_VALUES)
+    sample = tensor.detach().flatten()[::step].to(torch.bfloat16)
+    return sample.contiguous().view(torch.int16).cpu().numpy().tobytes()
 
 
 def check_same_model(expected: dict[str, Any], actual: dict[str, Any], artefact: str) -> None:

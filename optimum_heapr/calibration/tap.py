@@ -193,7 +193,6 @@ def calibration_experts_forward(
     Returns:
         `torch.Tensor`: [tokens, d].
     """
-    accumulator: BlockAccumulator = self._heapr_accumulator
     top_k = top_k_index.shape[-1]
     expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(expert_of_row, minlength=self.num_experts)
@@ -210,6 +209,7 @@ def calibration_experts_forward(
     )
     activation = self._apply_gate(gate_up)
     if torch.is_grad_enabled():
+        accumulator: BlockAccumulator = self._heapr_accumulator
         if not activation.requires_grad:
             # The first block of the model: nothing below it is needed, so the graph starts here.
             activation = activation.detach().requires_grad_(True)
@@ -249,11 +249,32 @@ def calibration_tap(
         HeaprError: if the class of the model does not let its experts be switched.
     """
     accumulators = new_accumulators(blocks, gram)
-    previous = model.get_experts_implementation()
-    ALL_EXPERTS_FUNCTIONS.register(CALIBRATION_IMPLEMENTATION, calibration_experts_forward)
+    with switched_experts(model, blocks), tapped(blocks, accumulators):
+        yield accumulators
+
+
+@contextmanager
+def tapped(blocks: list[ExpertBlock], accumulators: dict[str, BlockAccumulator]) -> Iterator[None]:
+    """The calibration forward of these blocks adds to `accumulators` until the block ends."""
     try:
         for block in blocks:
             block.module._heapr_accumulator = accumulators[block.path]
+        yield
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop("_heapr_accumulator", None)
+
+
+@contextmanager
+def switched_experts(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterator[None]:
+    """The experts of `model` run the calibration forward until the block ends. Without gradients it measures nothing.
+
+    Raises:
+        HeaprError: if the class of the model does not let its experts be switched.
+    """
+    previous = model.get_experts_implementation()
+    ALL_EXPERTS_FUNCTIONS.register(CALIBRATION_IMPLEMENTATION, calibration_experts_forward)
+    try:
         model.set_experts_implementation(CALIBRATION_IMPLEMENTATION)
         for block in blocks:
             # transformers leaves classes that it does not recognise as they are, without a word.
@@ -262,9 +283,6 @@ def calibration_tap(
                     f"model={model_name(model)!r}: {block.path} does not follow set_experts_implementation, so nothing "
                     "would be measured; use a model class whose module is decorated with @use_experts_implementation"
                 )
-        yield accumulators
+        yield
     finally:
         model.set_experts_implementation(previous)
-        for block in blocks:
-            if hasattr(block.module, "_heapr_accumulator"):
-                del block.module._heapr_accumulator

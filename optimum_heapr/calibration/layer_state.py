@@ -1,0 +1,114 @@
+# Licensed under the Apache License, Version 2.0
+"""What a calibration layer by layer leaves on disk: how far it came, and the statistics of the layers that are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.errors import HeaprError
+from ..utils.files import write_json
+from ..utils.logging import get_logger
+from .state import differences
+from .statistics import BlockStatistics
+
+
+BLOCK_FORMAT = "heapr_block"
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class LayerProgress:
+    """How far one process came.
+
+    Attributes:
+        forward (`int`): layers whose outputs are stored.
+        head (`bool`): whether the gradients of the last hidden states are stored.
+        backward (`int`): layers, from the last, that are done.
+        losses (`dict[str, list]`): by number of the micro-batch: summed loss in nats, and tokens predicted.
+        skipped (`list[int]`): micro-batches that are in no statistic, because something was not finite.
+    """
+
+    forward: int = 0
+    head: bool = False
+    backward: int = 0
+    losses: dict[str, list] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+
+
+class LayerState:
+    """
+    The folder of a calibration layer by layer: of one process, or each of several has its own.
+
+    Args:
+        folder (`Path`): exists.
+        resumable (`bool`): whether another run may go on from it; otherwise only finished layers are in it.
+    """
+
+    def __init__(self, folder: Path, resumable: bool = False):
+        self.folder, self.resumable = folder, resumable
+        self._run: dict[str, Any] = {}
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "progress.json"
+
+    def begin(self, run: dict[str, Any]) -> LayerProgress:
+        """How far an earlier run came, if there was one.
+
+        Args:
+            run (`dict`): what the statistics depend on: model, data, options; plain JSON types.
+
+        Raises:
+            HeaprError: if the folder is damaged, or of a run that differs; the message names what does.
+        """
+        self._run = json.loads(json.dumps(run))
+        if not (self.resumable and self._file.is_file()):
+            return LayerProgress()
+        try:
+            document = json.loads(self._file.read_text(encoding="utf-8"))
+            found = differences(document["run"], self._run)
+            progress = LayerProgress(**document["progress"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise HeaprError(
+                f"state={str(self.folder)!r}: is damaged ({error}); delete the folder to begin anew"
+            ) from error
+        if found:
+            raise HeaprError(
+                f"state={str(self.folder)!r}: saved by a run that differs ({'; '.join(found)}); resume with the same model, "
+                "data and options, or delete the folder to begin anew"
+            )
+        logger.warning(
+            "Going on after %d layers forward and %d backward, from %s",
+            progress.forward,
+            progress.backward,
+            self.folder,
+        )
+        return progress
+
+    def save(self, progress: LayerProgress) -> None:
+        """Writes how far this run came, whole or not at all."""
+        if self.resumable:
+            write_json(self._file, {"run": self._run, "progress": dataclasses.asdict(progress)})
+
+    def write_block(self, path: str, block: BlockStatistics) -> None:
+        """Writes the statistics of one expert block, whole or not at all."""
+        tensors = {part.name: getattr(block, part.name) for part in fields(block)}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        write_artefact(self._block_file(path), BLOCK_FORMAT, tensors, {})
+
+    def read_block(self, path: str) -> BlockStatistics:
+        """The statistics of one expert block; its tensors are mapped from the file, so that they take no memory yet.
+
+        Raises:
+            HeaprError: if they are missing or damaged.
+        """
+        return BlockStatistics(**read_artefact(self._block_file(path), BLOCK_FORMAT)[0])
+
+    def _block_file(self, path: str) -> Path:
+        return self.folder / f"{path}.block.safetensors"
