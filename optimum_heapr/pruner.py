@@ -21,12 +21,13 @@ from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .configuration import HeaprConfig
 from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
-from .hub.card import BaseModel, write_card
+from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
 from .loading import hub_options_in, load_model
 from .planning.alignment import check_uniform_width, effective_multiple
-from .planning.plan import PLAN_NAME, PruningPlan
+from .planning.plan import PruningPlan
 from .planning.protection import protected_experts
+from .saving import save_companions
 from .surgery.apply import apply_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
@@ -250,7 +251,7 @@ class HeaprPruner:
         with replace_folder(folder, overwrite) as temporary:
             self.model.save_pretrained(temporary, **save_options)
             base = self.base or BaseModel.of(self.model)
-            _save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, results)
+            save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, results)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
         if push_to_hub:
@@ -282,61 +283,3 @@ class HeaprPruner:
             self.save_pretrained(folder, **save_options)
             options = (private, token, revision, commit_message, create_pr, with_statistics)
             return push_folder(folder, repo_id, *options)
-
-
-def apply_streaming(
-    model: str | os.PathLike,
-    plan: PruningPlan | str | os.PathLike,
-    folder: str | os.PathLike,
-    overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
-    statistics: AtomicStatistics | str | os.PathLike | None = None,
-    **model_options: Any,
-) -> Path:
-    """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
-
-    The result is the one that [`~HeaprPruner.apply`] and [`~HeaprPruner.save_pretrained`] write, byte for byte, or with
-    compensation up to the rounding of sums.
-
-    Args:
-        model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
-        plan (`PruningPlan` or `str`): what stays.
-        folder (`str`): appears whole or not at all.
-        overwrite (`bool`): replace a folder that is not empty.
-        max_shard_size (`int` or `str`): largest weight file.
-        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation.
-        model_options: as for [`~HeaprPruner.from_pretrained`], without `device_map`.
-
-    Raises:
-        HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
-    """
-    plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    if statistics is not None and not isinstance(statistics, AtomicStatistics):
-        statistics = AtomicStatistics.load(statistics)
-    from .surgery.streaming import stream_plan
-    from .utils.tensor_files import checkpoint_files
-
-    folder = Path(folder)
-    with replace_folder(folder, overwrite) as temporary:
-        skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
-        files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
-        base = BaseModel.of(skeleton, hub_options_in(model_options))
-        stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
-        _save_companions(temporary, skeleton, tokenizer, plan, base)
-    return folder
-
-
-def _save_companions(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    plan: PruningPlan,
-    base: BaseModel,
-    results: Sequence[EvalResult] = (),
-) -> None:
-    """Writes what stands beside the weights of a pruned model."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    plan.config.save_pretrained(folder)
-    plan.save(folder / PLAN_NAME)
-    write_card(folder, model, plan, base, results)

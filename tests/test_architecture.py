@@ -27,6 +27,7 @@ LAYERS = (
     "evaluation",
     "hub",
     "loading",
+    "saving",
     "pruner",
     "cli",
 )

@@ -32,7 +32,8 @@ class ApplyCommand(HeaprSubcommand):
         check_output_folder(args.output, args.overwrite)
         check_push(args)
         from ..planning.plan import PruningPlan
-        from ..pruner import HeaprPruner, apply_streaming
+        from ..pruner import HeaprPruner
+        from ..saving import apply_streaming
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.hub.card import BaseModel, model_card, perplexity_result, write_card
-from optimum_heapr.pruner import apply_streaming
+from optimum_heapr.saving import apply_streaming
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
 
 

@@ -143,7 +143,7 @@ tiny_tokenizer().push_to_hub("me/base")
 from huggingface_hub import ModelCard
 ModelCard("---\\nlicense: other\\nlicense_name: tiny-licence\\nlicense_link: LICENSE\\n---\\nBase.").push_to_hub("me/base")
 Path("text.jsonl").write_text("".join(json.dumps({"input_ids": list(range(3, 40))}) + "\\n" for _ in range(4)))
-from optimum_heapr.pruner import apply_streaming
+from optimum_heapr.saving import apply_streaming
 config = HeaprConfig(ratio=0.25, dataset="text.jsonl", num_samples=4, seq_length=24)
 pruner = HeaprPruner.from_pretrained("me/base", config, token="hf_writer")
 pruner.prune()

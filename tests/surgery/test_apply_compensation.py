@@ -12,7 +12,7 @@ from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.pruner import apply_streaming
+from optimum_heapr.saving import apply_streaming
 from optimum_heapr.surgery.apply import compensate_block
 from tests.helpers import plain_qwen3_moe
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import optimum_heapr.surgery.streaming as streaming
 from optimum_heapr.families import TESTED
-from optimum_heapr.pruner import HeaprPruner, apply_streaming
+from optimum_heapr.pruner import HeaprPruner
+from optimum_heapr.saving import apply_streaming
 from optimum_heapr.utils.errors import HeaprError
 
 from .stock_models import layout_plan, random_plan, wide_model
@@ -178,7 +179,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from optimum_heapr.pruner import HeaprPruner, apply_streaming
+from optimum_heapr.pruner import HeaprPruner
+from optimum_heapr.saving import apply_streaming
 from optimum_heapr.planning.plan import PruningPlan
 import optimum_heapr.surgery.streaming, transformers.models.qwen3_moe.modeling_qwen3_moe
 plan, source, output, way = sys.argv[1:]

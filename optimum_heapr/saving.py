@@ -1,0 +1,78 @@
+# Licensed under the Apache License, Version 2.0
+"""Folders of pruned models: what stands beside the weights, and pruning from folder to folder without loading the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration.statistics import AtomicStatistics
+from .hub.card import BaseModel, write_card
+from .loading import hub_options_in, load_model
+from .planning.plan import PLAN_NAME, PruningPlan
+from .utils.files import replace_folder
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def apply_streaming(
+    model: str | os.PathLike,
+    plan: PruningPlan | str | os.PathLike,
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    statistics: AtomicStatistics | str | os.PathLike | None = None,
+    **model_options: Any,
+) -> Path:
+    """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
+
+    The result is the one that [`~optimum_heapr.HeaprPruner.apply`] and [`~optimum_heapr.HeaprPruner.save_pretrained`] write, byte for byte, or with
+    compensation up to the rounding of sums.
+
+    Args:
+        model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
+        plan (`PruningPlan` or `str`): what stays.
+        folder (`str`): appears whole or not at all.
+        overwrite (`bool`): replace a folder that is not empty.
+        max_shard_size (`int` or `str`): largest weight file.
+        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation.
+        model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
+
+    Raises:
+        HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
+    """
+    plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    if statistics is not None and not isinstance(statistics, AtomicStatistics):
+        statistics = AtomicStatistics.load(statistics)
+    from .surgery.streaming import stream_plan
+    from .utils.tensor_files import checkpoint_files
+
+    folder = Path(folder)
+    with replace_folder(folder, overwrite) as temporary:
+        skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
+        files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
+        base = BaseModel.of(skeleton, hub_options_in(model_options))
+        stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
+        save_companions(temporary, skeleton, tokenizer, plan, base)
+    return folder
+
+
+def save_companions(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: PruningPlan,
+    base: BaseModel,
+    results: Sequence[EvalResult] = (),
+) -> None:
+    """Writes what stands beside the weights of a pruned model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan.config.save_pretrained(folder)
+    plan.save(folder / PLAN_NAME)
+    write_card(folder, model, plan, base, results)
