@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..experts import find_expert_blocks
+from .decoder import decoder_layers
 
 
 if TYPE_CHECKING:
     from ..configuration import HeaprConfig
+    from ..experts import ExpertBlock
 
 
 @dataclass
@@ -62,60 +64,135 @@ class MemoryEstimate:
     """What a calibration will need at once, before anything is loaded.
 
     Attributes:
+        mode (`str`): how it is calibrated: `plain`, `offload` or `streaming`.
         weights (`int`): bytes of the weights.
         statistics (`int`): bytes of the sums.
         activations (`int`): bytes that forward and backward of one micro-batch take, roughly: what a layer keeps depends
             on the attention and on the kernels.
         available (`int`): bytes there are.
         device (`torch.device`): where.
+        layer_inputs (`int`): bytes of the inputs of all layers for all data, which `streaming` keeps.
+        layer_inputs_on_host (`int`): how much of that stays in the memory of the host; the rest goes to the disk.
     """
 
+    mode: str
     weights: int
     statistics: int
     activations: int
     available: int
     device: torch.device
+    layer_inputs: int = 0
+    layer_inputs_on_host: int = 0
 
     @classmethod
-    def of(cls, model: torch.nn.Module, config: HeaprConfig) -> MemoryEstimate:
+    def of(
+        cls,
+        model: torch.nn.Module,
+        config: HeaprConfig,
+        mode: str = "plain",
+        activation_memory: int | None = None,
+    ) -> MemoryEstimate:
         """Estimates the calibration of a model, which may be without storage.
 
         Args:
             model (`PreTrainedModel`): only shapes and dtypes are read.
             config (`HeaprConfig`): its calibration part is used.
+            mode (`str`): `plain`, where everything is in memory at once, or `streaming`, where a layer is. What
+                `offload` needs follows from what there is, so it is stated as for `plain`.
+            activation_memory (`int`, *optional*): budget for layer inputs on the host; by default a quarter of it.
+
+        Raises:
+            HeaprError: for `streaming`, if the experts are not in one list of layers.
         """
         blocks = find_expert_blocks(model)
-        text = model.config.get_text_config()
-        atoms = sum(block.num_experts * block.width for block in blocks)
-        sums = 3 * atoms + (2 * sum(b.num_experts * b.width**2 for b in blocks) if config.needs_grams else 0)
-        itemsize = blocks[0].module.down_proj.dtype.itemsize
-        tokens, top_k = config.batch_size * config.seq_length, getattr(text, "num_experts_per_tok", None) or 1
-        routed = top_k * (2 * blocks[0].hidden_size + 4 * max(block.width for block in blocks))
-        per_token = text.num_hidden_layers * (16 * blocks[0].hidden_size + routed) + 2 * text.vocab_size
         device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share the memory of the host
-        return cls(
-            weights=sum(parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters()),
-            statistics=4 * sums * (2 if config.skip_nonfinite else 1),
-            activations=tokens * per_token * itemsize,
-            available=available_bytes(device) // (1 if device.type == "cuda" else processes_here),
+        by_layer, head = activation_bytes(model, blocks, config)
+        estimate = cls(
+            mode,
+            weights=_bytes_of(model.parameters()),
+            statistics=_statistics_bytes(blocks, config) * (2 if config.skip_nonfinite else 1),
+            activations=by_layer * model.config.get_text_config().num_hidden_layers + head,
+            available=available_bytes(device) // (1 if device.type == "cuda" else processes_here()),
             device=device,
         )
+        if mode == "streaming":
+            _, layers = decoder_layers(model, blocks)
+            of_layers = [_bytes_of(layer.parameters()) for layer in layers]
+            inside = {id(module) for layer in layers for module in layer.modules()}
+            at_once = [
+                [block for block in blocks if id(block.module) in set(map(id, layer.modules()))] for layer in layers
+            ]
+            estimate.weights = max(*of_layers, _bytes_of(_own_parameters(model, inside)))
+            estimate.statistics = max(_statistics_bytes(part, config) for part in at_once)
+            estimate.activations = max(by_layer, head)
+            tokens = -(-config.num_samples // processes_here()) * config.seq_length
+            width = model.config.get_text_config().hidden_size
+            # The inputs of all layers, and the gradients of one.
+            estimate.layer_inputs = (len(layers) + 2) * tokens * width * blocks[0].module.down_proj.dtype.itemsize
+            estimate.layer_inputs_on_host = min(estimate.layer_inputs, activation_budget(activation_memory))
+        return estimate
 
     @property
     def fits(self) -> bool:
         """Whether a tenth of the memory would be left."""
-        return self.weights + self.statistics + self.activations <= 0.9 * self.available
+        needed = self.weights + self.statistics + self.activations
+        if self.device.type == "cpu":
+            needed += self.layer_inputs_on_host
+        return needed <= 0.9 * self.available
 
     def __str__(self) -> str:
         sizes = (self.weights, self.statistics, self.activations, self.available)
         weights, sums, activations, available = (f"{size / 2**30:.2f} GiB" for size in sizes)
-        return (
-            f"needs {weights} for weights, {sums} for statistics and about {activations} for activations, of {available} "
-            f"on {self.device}"
+        text = (
+            f"{self.mode}: needs {weights} for weights, {sums} for statistics and about {activations} for activations, of "
+            f"{available} on {self.device}"
         )
+        if self.mode == "streaming":
+            disk = (self.layer_inputs - self.layer_inputs_on_host) / 2**30
+            text += (
+                f"; and {self.layer_inputs_on_host / 2**30:.2f} GiB of the host and {disk:.2f} GiB of disk for the inputs of "
+                "all layers"
+            )
+        return text
+
+
+def activation_bytes(model: torch.nn.Module, blocks: list[ExpertBlock], config: HeaprConfig) -> tuple[int, int]:
+    """What the backward of one micro-batch keeps of a layer, and what the head takes, in bytes."""
+    text = model.config.get_text_config()
+    itemsize = blocks[0].module.down_proj.dtype.itemsize
+    tokens, top_k = config.batch_size * config.seq_length, getattr(text, "num_experts_per_tok", None) or 1
+    routed = top_k * (2 * blocks[0].hidden_size + 4 * max(block.width for block in blocks))
+    return tokens * itemsize * (16 * blocks[0].hidden_size + routed), tokens * itemsize * 2 * text.vocab_size
+
+
+def activation_budget(activation_memory: int | None) -> int:
+    """Bytes of layer inputs that are kept on the host: as asked for, or a quarter of what is free."""
+    if activation_memory is not None:
+        return activation_memory
+    return available_bytes(torch.device("cpu")) // processes_here() // 4
+
+
+def processes_here() -> int:
+    """Processes of this run that share the memory of this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _statistics_bytes(blocks: list[ExpertBlock], config: HeaprConfig) -> int:
+    sums = 3 * sum(block.num_experts * block.width for block in blocks)
+    return 4 * (sums + (2 * sum(b.num_experts * b.width**2 for b in blocks) if config.needs_grams else 0))
+
+
+def _bytes_of(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in {id(p): p for p in parameters}.values())
+
+
+def _own_parameters(model: torch.nn.Module, inside: set[int]) -> Iterator[torch.nn.Parameter]:
+    """Parameters of all modules but these."""
+    for module in model.modules():
+        if id(module) not in inside:
+            yield from module.parameters(recurse=False)
 
 
 def available_bytes(device: torch.device) -> int:

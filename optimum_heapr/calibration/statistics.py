@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -95,20 +95,26 @@ class BlockStatistics:
         names = [part.name for part in fields(self) if part.name.endswith("_sum") or part.name == "token_count"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def of_expert(self, expert: int) -> BlockStatistics:
-        """The statistics of a block that holds one expert of this one alone."""
+    def of_experts(self, experts: Sequence[int] | torch.Tensor) -> BlockStatistics:
+        """The statistics of a block that holds some experts of this one alone."""
         parts = {part.name: getattr(self, part.name) for part in fields(BlockStatistics)}
-        return BlockStatistics(**{name: part if part is None else part[[expert]] for name, part in parts.items()})
+        return BlockStatistics(**{name: part if part is None else part[experts] for name, part in parts.items()})
 
-    def check_grams(self, path: str, reason: str) -> None:
-        """Refuses vector statistics where matrices are needed.
+    def check_grams(self, path: str, reason: str, gradients: bool = True) -> None:
+        """Refuses statistics without the matrices that are needed.
+
+        Args:
+            path (`str`): of the block.
+            reason (`str`): what needs them.
+            gradients (`bool`): whether those of the gradients are needed as well as those of the activations.
 
         Raises:
             HeaprError: naming what needs them.
         """
-        if not self.has_grams:
+        if self.activation_gram_sum is None or (gradients and self.gradient_gram_sum is None):
+            found = "vectors" if self.activation_gram_sum is None else "without the matrices of the gradients"
             raise HeaprError(
-                f"{reason}: needs second-order statistics, and those of {path} are vectors; "
+                f"{reason}: needs second-order statistics, and those of {path} are {found}; "
                 "calibrate again with statistics='gram'"
             )
 

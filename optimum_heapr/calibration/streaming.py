@@ -19,10 +19,11 @@ import torch
 from ..experts import ExpertBlock
 from ..utils.logging import get_logger, progress
 from .activations import ActivationStore
+from .decoder import LayerCall, Slot, filled
 from .layer_state import LayerProgress, LayerState
-from .layers import LayerCall, Slot, StreamedModel, filled
+from .layers import StreamedModel
 from .loss import summed_token_loss
-from .memory import Cost, measured_cost
+from .memory import Cost, activation_budget, measured_cost
 from .processes import add_block, add_progress, start_processes
 from .runner import (
     block_statistics,
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-DEFAULT_ACTIVATION_MEMORY = 2**32
-"""Bytes of layer inputs on the host, unless another budget is given; what is past it goes to the disk."""
-
 
 def calibrate_streaming(
     model: PreTrainedModel,
@@ -61,7 +59,7 @@ def calibrate_streaming(
     gram: bool = False,
     skip_nonfinite: bool = False,
     resumable: bool = False,
-    activation_memory: int = DEFAULT_ACTIVATION_MEMORY,
+    activation_memory: int | None = None,
     finish: Callable[[str, BlockStatistics], BlockStatistics] = lambda path, block: block,
 ) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of a model that is read from its checkpoint layer by layer.
@@ -79,7 +77,8 @@ def calibrate_streaming(
             after layers above were measured, the backward begins again without that micro-batch.
         resumable (`bool`): keep all that another run needs to go on from the last layer that was done; all activations
             are then written to the folder.
-        activation_memory (`int`): bytes of layer inputs that are kept in the memory of the host.
+        activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
+            quarter of what is free.
         finish (`Callable`): makes what is kept of a block from its sums over all data.
 
     Returns:
@@ -111,7 +110,7 @@ def calibrate_streaming(
         "memory": "streaming",
     }
     state = LayerState(folder, resumable)
-    store = ActivationStore(folder, 0 if resumable else activation_memory)
+    store = ActivationStore(folder, 0 if resumable else activation_budget(activation_memory))
     alone = accelerator.num_processes == 1
 
     with (

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,19 @@ def removal_curves(path: str, block: BlockStatistics, ridge: float = 0.01) -> El
                 f"{float(block.removal_ridge.min()):.4g}, and the matrices were left out; use that one or calibrate again"
             )
     block.check_grams(path, "criterion='obs'")
+    # A few experts at a time: the matrices of a layer of a large model should be in memory once, not five times.
+    parts = [_curves_from_matrices(block.of_experts(few), ridges[few]) for few in _few_at_a_time(block)]
+    return Elimination(torch.cat([part.order for part in parts]), torch.cat([part.cost for part in parts]))
+
+
+_MATRIX_NUMBERS_AT_ONCE = 2**24
+
+
+def _few_at_a_time(block: BlockStatistics) -> Sequence[torch.Tensor]:
+    return torch.arange(block.num_experts).split(max(1, _MATRIX_NUMBERS_AT_ONCE // block.width**2))
+
+
+def _curves_from_matrices(block: BlockStatistics, ridges: torch.Tensor) -> Elimination:
     scale = token_dependence(block) ** (TOKEN_DEPENDENCE / 2)
     gradient_gram = block.mean("gradient_gram_sum") * scale.unsqueeze(1) * scale.unsqueeze(2)
     found = greedy_elimination(block.mean("activation_gram_sum").float(), gradient_gram.float(), ridges)
@@ -81,9 +95,14 @@ def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> N
         HeaprError: if they would have to be computed and the statistics are vectors.
     """
     for path, block in progress(statistics.blocks.items(), desc="Ordering", unit="layer"):
-        found = removal_curves(path, block, ridge)
-        block.removal_order, block.removal_cost = found.order.to(torch.int32), found.cost
-        block.removal_ridge = _ridges(block, ridge)
+        store_removal_curve(path, block, ridge)
+
+
+def store_removal_curve(path: str, block: BlockStatistics, ridge: float = 0.01) -> None:
+    """[`store_removal_curves`] for one block."""
+    found = removal_curves(path, block, ridge)
+    block.removal_order, block.removal_cost = found.order.to(torch.int32), found.cost
+    block.removal_ridge = _ridges(block, ridge)
 
 
 def _ridges(block: BlockStatistics, ridge: float) -> torch.Tensor:

@@ -196,7 +196,7 @@ class TargetCheckpoint:
 
     def _compensate(self, alone: ExpertBlock, expert: int, kept: torch.Tensor) -> None:
         alone.module.down_proj = alone.module.down_proj.clone()  # it may be the checkpoint itself
-        statistics = self.statistics.blocks[alone.path].of_expert(expert)
+        statistics = self.statistics.blocks[alone.path].of_experts([expert])
         (errors,) = compensate_block(alone, [kept], statistics, self.plan.config.ridge)
         report = self.plan.compensation.setdefault(alone.path, [(0.0, 0.0)] * len(self.plan.kept[alone.path]))
         report[expert] = errors
