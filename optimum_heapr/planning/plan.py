@@ -104,7 +104,8 @@ class PruningPlan:
 
     @property
     def estimated_loss_increase(self) -> float:
-        """Sum over blocks of the second-order estimate, nats a token; see [`~optimum_heapr.planning.estimate`].
+        """Sum over blocks of the second-order estimate, nats a token; see
+        [`~optimum_heapr.planning.estimate.estimated_loss_increase`].
 
         It adds up blocks as if each were pruned alone, and knows nothing of experts that no token reached.
         """
