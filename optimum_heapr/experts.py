@@ -92,7 +92,10 @@ def find_expert_blocks(model: nn.Module) -> list[ExpertBlock]:
     """
     name = model_name(model)
     if getattr(model.config, "expert_widths", None) is not None:
-        raise HeaprError(f"model={name!r}: was pruned already; start from the unpruned model")
+        raise HeaprError(
+            f"model={name!r}: was pruned already; start from the unpruned model, for which the statistics of the first time "
+            "serve at any ratio"
+        )
     blocks = [
         _checked_block(path, module, name)
         for path, module in model.named_modules()

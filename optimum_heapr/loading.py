@@ -6,8 +6,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
 from .demo import DEMO_MODEL, demo_model_path
+from .experts import find_expert_blocks
+from .hub.statistics import load_statistics, measured_before
 from .utils.errors import HeaprError
+from .utils.logging import get_logger
 from .utils.quantized import unquantized_loading
 
 
@@ -15,10 +19,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+logger = get_logger(__name__)
+
+
 def hub_options_in(model_options: dict[str, Any]) -> dict[str, Any]:
     """Those options of `from_pretrained` that say where on the Hub something is."""
     names = ("revision", "token", "cache_dir", "subfolder")
     return {name: model_options[name] for name in names if name in model_options}
+
+
+def load_measured(
+    name: str | os.PathLike,
+    statistics: AtomicStatistics | str | os.PathLike | None = None,
+    reuse: bool = True,
+    **model_options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, AtomicStatistics | None]:
+    """Loads a model to be pruned, its tokenizer, and statistics that were measured before.
+
+    Args:
+        name (`str`): as for [`load_model`].
+        statistics (`AtomicStatistics` or `str`, *optional*): as for [`~optimum_heapr.hub.statistics.load_statistics`].
+        reuse (`bool`): without `statistics`, use those beside the model if there are any, or leave them if they are of
+            another one.
+        model_options: as for [`load_model`].
+
+    Raises:
+        HeaprError: if the model cannot be loaded, or `statistics` cannot be read or are of another model.
+    """
+    hub_options = hub_options_in(model_options)
+    measured, source = load_statistics(statistics, hub_options), name
+    if measured is None and reuse:
+        source, measured = measured_before(name, hub_options)
+        if source != os.fspath(name):  # what says where the one model is says nothing about another
+            model_options = {
+                key: value for key, value in model_options.items() if key not in ("revision", "subfolder")
+            }
+    model, tokenizer = load_model(source, **model_options)
+    if measured is not None:
+        try:
+            measured.check_model(model, find_expert_blocks(model))
+        except HeaprError as error:
+            if statistics is not None or source != os.fspath(name):
+                raise
+            logger.warning(f"{name}: {STATISTICS_NAME} beside it is not used ({error})")
+            measured = None
+        else:
+            logger.info(f"{name}: {measured.num_tokens:,} tokens were measured before")
+    return model, tokenizer, measured
 
 
 def load_model(

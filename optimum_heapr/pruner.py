@@ -23,7 +23,8 @@ from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
 from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
-from .loading import hub_options_in, load_model
+from .hub.statistics import load_statistics
+from .loading import hub_options_in, load_measured, load_model
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PruningPlan
 from .planning.protection import protected_experts
@@ -78,22 +79,35 @@ class HeaprPruner:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike, config: HeaprConfig | None = None, **model_options: Any
+        cls,
+        model: str | os.PathLike,
+        config: HeaprConfig | None = None,
+        statistics: AtomicStatistics | str | os.PathLike | None = None,
+        **model_options: Any,
     ) -> HeaprPruner:
-        """Loads a model and its tokenizer.
+        """Loads a model and its tokenizer, and statistics that were measured before.
+
+        Where `config` names no dataset and none are given, `statistics.safetensors` beside the model is used. Of a model
+        that was pruned already, the base model that its card names is loaded then.
 
         Args:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
             config (`HeaprConfig`, *optional*): how to prune.
+            statistics (`AtomicStatistics` or `str`, *optional*): a file, or a folder or repository that holds
+                `statistics.safetensors`, such as that of a pruned model.
             model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `revision`, `token`,
                 `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
         Raises:
-            HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned.
+            HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned, or if the statistics cannot be
+                read or are of another model.
         """
-        loaded, tokenizer = load_model(model, **model_options)
+        loaded, tokenizer, statistics = load_measured(
+            model, statistics, reuse=config is None or config.dataset is None, **model_options
+        )
         pruner = cls(loaded, tokenizer, config)
         pruner.base = BaseModel.of(loaded, hub_options_in(model_options))
+        pruner.statistics = statistics
         return pruner
 
     def check(self, config: HeaprConfig | None = None) -> None:
@@ -172,11 +186,9 @@ class HeaprPruner:
         Raises:
             HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
         """
-        statistics = self.statistics if statistics is None else statistics
+        statistics = self.statistics if statistics is None else load_statistics(statistics)
         if statistics is None:
             raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
-        if not isinstance(statistics, AtomicStatistics):
-            statistics = AtomicStatistics.load(statistics)
         statistics.check_model(self.model, find_expert_blocks(self.model))
         config = self.config.replace(**changes)
         if config.criterion == "obs":
@@ -197,10 +209,7 @@ class HeaprPruner:
             HeaprError: if the plan was made for another model, or asks for compensation without the statistics for it.
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-        statistics = self.statistics if statistics is None else statistics
-        if statistics is not None and not isinstance(statistics, AtomicStatistics):
-            statistics = AtomicStatistics.load(statistics)
-        apply_plan(self.model, plan, statistics)
+        apply_plan(self.model, plan, self.statistics if statistics is None else load_statistics(statistics))
         self.applied_plan = plan
         return self.model
 

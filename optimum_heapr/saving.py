@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calibration.statistics import AtomicStatistics
 from .hub.card import BaseModel, write_card
+from .hub.statistics import load_statistics
 from .loading import hub_options_in, load_model
 from .planning.plan import PLAN_NAME, PruningPlan
 from .utils.files import replace_folder
@@ -31,8 +32,8 @@ def apply_streaming(
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
 
-    The result is the one that [`~optimum_heapr.HeaprPruner.apply`] and [`~optimum_heapr.HeaprPruner.save_pretrained`] write, byte for byte, or with
-    compensation up to the rounding of sums.
+    The result is the one that [`~optimum_heapr.HeaprPruner.apply`] and
+    [`~optimum_heapr.HeaprPruner.save_pretrained`] write, byte for byte, or with compensation up to the rounding of sums.
 
     Args:
         model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
@@ -47,8 +48,7 @@ def apply_streaming(
         HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    if statistics is not None and not isinstance(statistics, AtomicStatistics):
-        statistics = AtomicStatistics.load(statistics)
+    statistics = load_statistics(statistics)
     from .surgery.streaming import stream_plan
     from .utils.tensor_files import checkpoint_files
 

@@ -15,7 +15,9 @@ class ApplyCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
-        parser.add_argument("-s", "--statistics", help="statistics file of 'calibrate'; needed to compensate")
+        parser.add_argument(
+            "-s", "--statistics", help="statistics of 'calibrate', as for 'plan'; needed to compensate"
+        )
         add_output_options(parser)
         parser.add_argument(
             "--in-memory",

@@ -13,7 +13,12 @@ class PlanCommand(HeaprSubcommand):
     @staticmethod
     def parse_args(parser):
         required = parser.add_argument_group("Required arguments")
-        required.add_argument("-s", "--statistics", required=True, help="statistics file of 'calibrate'")
+        required.add_argument(
+            "-s",
+            "--statistics",
+            required=True,
+            help="statistics file of 'calibrate', or a folder or name on the Hub that holds one",
+        )
         parser.add_argument("-o", "--output", default="plan.safetensors", help="plan file to write")
         parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
@@ -26,11 +31,11 @@ class PlanCommand(HeaprSubcommand):
         check_output_is_not_input(self.args.output, self.args.statistics, self.args.config)
         if not self.args.dry_run:
             check_output_file(self.args.output, self.args.overwrite)
-        from ..calibration.statistics import AtomicStatistics
+        from ..hub.statistics import load_statistics
         from ..planning.plan import PruningPlan
         from .tables import plan_table
 
-        plan = PruningPlan.build(AtomicStatistics.load(self.args.statistics), config)
+        plan = PruningPlan.build(load_statistics(self.args.statistics), config)
         print(plan_table(plan))
         if not self.args.dry_run:
             plan.save(self.args.output)

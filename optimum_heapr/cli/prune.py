@@ -27,7 +27,9 @@ class PruneCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         add_output_options(parser, required=False)
-        parser.add_argument("-s", "--statistics", help="statistics file to use in place of calibrating")
+        parser.add_argument(
+            "-s", "--statistics", help="statistics file, folder or name on the Hub, in place of calibrating"
+        )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         # What to measure follows from the rest; --statistics names a file here.
         measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
@@ -45,15 +47,15 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
-        from ..calibration.statistics import AtomicStatistics
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
         from .tables import compensation_lines, plan_table
 
-        statistics = AtomicStatistics.load(self.args.statistics) if self.args.statistics else None
-        pruner = HeaprPruner.from_pretrained(self.args.model, config, **model_options_from(self.args))
+        options = model_options_from(self.args)
+        pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
         pruner.check()
-        pruner.statistics = statistics or pruner.calibrate()
+        if pruner.statistics is None:
+            pruner.calibrate()
         end_processes()
         if not is_main_process():
             return  # under `accelerate launch` all processes calibrate, one cuts
