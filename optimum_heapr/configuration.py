@@ -7,18 +7,14 @@ JSON, and the flags of the command line are made from its fields: there is no se
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .utils.errors import HeaprError, did_you_mean
+from .utils.errors import HeaprError
 from .utils.files import write_json
+from .utils.options import Options, option
 from .utils.sizes import parse_size
 
 
@@ -32,12 +28,8 @@ LAYOUTS = ("variable", "uniform", "padded")
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass
-class HeaprConfig:
+class HeaprConfig(Options):
     """
     How much to prune, what to rank atomic experts by, and which text to calibrate on.
 
@@ -114,70 +106,64 @@ class HeaprConfig:
         HeaprError: if a value is out of its range; the message names the value and what is allowed.
     """
 
-    ratio: float = _option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
-    target_parameters: int | None = _option(None, "parameters that the pruned model may have; in place of ratio")
-    target_size: str | None = _option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
-    criterion: str = _option("heapr", "what atomic experts are ranked by", CRITERIA)
-    reduction: str = _option(
+    ratio: float = option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
+    target_parameters: int | None = option(None, "parameters that the pruned model may have; in place of ratio")
+    target_size: str | None = option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
+    criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
+    reduction: str = option(
         "mean",
         "heapr and fisher: mean over the tokens of an expert, as published, or total over all tokens",
         REDUCTIONS,
     )
-    compensate: bool = _option(False, "fold what is removed into the down projection of what stays")
-    ridge: float = _option(
+    compensate: bool = option(False, "fold what is removed into the down projection of what stays")
+    ridge: float = option(
         0.01, "least regularization of obs and of compensation, relative to the mean squared activation"
     )
-    allocation: str = _option(
+    allocation: str = option(
         "global",
         "rank over the whole model, remove the same share of each layer, or one width everywhere",
         ALLOCATIONS,
     )
-    width_multiple: int = _option(1, "widths are multiples of this, chosen by importance")
-    min_width: int = _option(0, "atomic experts that every expert keeps at least")
-    protect_unreached: bool = _option(False, "keep the experts that no calibration token reached as they are")
-    protect: str | None = _option(
+    width_multiple: int = option(1, "widths are multiples of this, chosen by importance")
+    min_width: int = option(0, "atomic experts that every expert keeps at least")
+    protect_unreached: bool = option(False, "keep the experts that no calibration token reached as they are")
+    protect: str | None = option(
         None, "expert blocks kept as they are, e.g. 'model.layers.0.*', or experts of them: 'model.layers.5.*:3,7'"
     )
-    layout: str = _option(
+    layout: str = option(
         "variable", "variable widths, or the original architecture: one uniform width, or zero-padded", LAYOUTS
     )
-    align_for: str = _option("none", "runtime whose rule the widths keep", ALIGNMENTS)
-    tensor_parallel: int = _option(1, "ranks that experts will be split over; widths are multiples for each")
-    statistics: str = _option(
+    align_for: str = option("none", "runtime whose rule the widths keep", ALIGNMENTS)
+    tensor_parallel: int = option(1, "ranks that experts will be split over; widths are multiples for each")
+    statistics: str = option(
         "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
     )
-    dataset: str | None = _option(
+    dataset: str | None = option(
         None,
         "calibration text: a file or folder, a dataset on the Hub, wikitext2, or a mixture a.jsonl:0.3,name[split]:0.7",
     )
-    dataset_config: str | None = _option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
-    split: str = _option("train", "split of the dataset")
-    text_column: str = _option("text", "column that holds the text")
-    packing: bool = _option(True, "join documents into samples of equal length; if off, a document is a sample")
-    num_samples: int = _option(128, "calibration samples")
-    seq_length: int = _option(2048, "tokens in a sample")
-    batch_size: int = _option(1, "samples in a micro-batch; changes speed and memory, not the statistics")
-    skip_nonfinite: bool = _option(False, "leave out micro-batches that are not finite instead of stopping")
-    seed: int = _option(0, "seed of the choice of samples and of the random criterion")
+    dataset_config: str | None = option(None, "configuration of a dataset on the Hub, e.g. wikitext-2-raw-v1")
+    split: str = option("train", "split of the dataset")
+    text_column: str = option("text", "column that holds the text")
+    packing: bool = option(True, "join documents into samples of equal length; if off, a document is a sample")
+    num_samples: int = option(128, "calibration samples")
+    seq_length: int = option(2048, "tokens in a sample")
+    batch_size: int = option(1, "samples in a micro-batch; changes speed and memory, not the statistics")
+    skip_nonfinite: bool = option(False, "leave out micro-batches that are not finite instead of stopping")
+    seed: int = option(0, "seed of the choice of samples and of the random criterion")
 
     def __post_init__(self) -> None:
         if isinstance(self.target_size, int) and not isinstance(self.target_size, bool):
             self.target_size = str(self.target_size)
         if isinstance(self.protect, (list, tuple)) and all(isinstance(pattern, str) for pattern in self.protect):
             self.protect = " ".join(self.protect)
-        for name, kind in option_types().items():
-            setattr(self, name, _checked_type(name, getattr(self, name), kind))
-        for option in dataclasses.fields(self):
-            choices, value = option.metadata["choices"], getattr(self, option.name)
-            if choices and value not in choices:
-                hint = did_you_mean(value, choices)
-                raise HeaprError(f"{option.name}={value!r}: must be one of {', '.join(choices)}{hint}")
+        super().__post_init__()
         if not 0 < self.ratio < 1:  # also false for NaN
             raise HeaprError(
                 f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
             )
         if self.target_parameters is not None:
-            self._check_least("target_parameters", 1)
+            self.check_least("target_parameters", 1)
         if self.target_size is not None:
             if self.target_parameters is not None:
                 raise HeaprError(
@@ -192,11 +178,11 @@ class HeaprConfig:
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
                 "leave statistics at 'auto'"
             )
-        self._check_least("ridge", 0)
+        self.check_least("ridge", 0)
         for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
-            self._check_least(name, least)
+            self.check_least(name, least)
         for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1)):
-            self._check_least(name, least)
+            self.check_least(name, least)
         if self.seed >= 2**32:
             raise HeaprError(
                 f"seed={self.seed}: must be below 2**32, what a random generator takes; name a smaller one"
@@ -213,36 +199,6 @@ class HeaprConfig:
         return self.statistics == "gram" or (
             self.statistics == "auto" and (self.criterion == "obs" or self.compensate)
         )
-
-    def _check_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value < least:
-            raise HeaprError(f"{name}={value}: must be at least {least}; leave it out for the default")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HeaprConfig:
-        """Makes a config from a mapping, such as a parsed recipe.
-
-        Raises:
-            HeaprError: if a key is unknown (the message suggests the nearest one) or a value is out of its range.
-        """
-        if not isinstance(values, dict):
-            raise HeaprError(f"config={values!r}: must be a mapping of option names to values")
-        known = [option.name for option in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                hint = did_you_mean(key, known) or f"; known are {', '.join(known)}"
-                raise HeaprError(f"{key!r}: unknown option of HeaprConfig{hint}")
-        return cls(**values)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike) -> HeaprConfig:
-        """Reads a recipe: YAML (`.yaml`, `.yml`) or JSON.
-
-        Raises:
-            HeaprError: if the file is missing, cannot be parsed, or holds a wrong option.
-        """
-        return cls.from_dict(read_mapping(path))
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike, **hub_options: Any) -> HeaprConfig:
@@ -268,66 +224,8 @@ class HeaprConfig:
             )
         return cls.from_dict(saved["heapr_config"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """All options as plain JSON types."""
-        return dataclasses.asdict(self)
-
-    def replace(self, **changes: Any) -> HeaprConfig:
-        """A copy with some options changed, validated anew."""
-        return self.from_dict({**self.to_dict(), **changes})
-
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes `heapr_config.json` into `folder` and returns its path."""
         path = Path(folder) / CONFIG_NAME
         write_json(path, self.to_dict())
         return path
-
-
-def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
-    """Parses a YAML or JSON file whose top level is a mapping.
-
-    Raises:
-        HeaprError: if the file is missing or is not such a file.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
-    try:
-        # JSON on its own path: YAML 1.1 reads 1e-3 as a string.
-        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
-        reason = " ".join(str(error).split())
-        raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
-    if not isinstance(content, dict):
-        raise HeaprError(f"config={str(path)!r}: must hold a mapping of option names to values, one a line")
-    return content
-
-
-def option_types() -> dict[str, Any]:
-    """The annotation of each option, by name."""
-    return typing.get_type_hints(HeaprConfig)
-
-
-def option_type(annotation: Any) -> type:
-    """The plain type of an option: `str` for `str | None`."""
-    if isinstance(annotation, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
-    return annotation
-
-
-def _checked_type(name: str, value: Any, annotation: Any) -> Any:
-    kind = option_type(annotation)
-    if value is None and kind is not annotation:
-        return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise HeaprError(f"{name}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
-    if kind is float and not math.isfinite(value) and name != "ratio":
-        raise HeaprError(f"{name}={value}: must be a finite number")
-    return value

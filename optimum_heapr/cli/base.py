@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from ..configuration import HeaprConfig, option_type, option_types, read_mapping
+from ..configuration import HeaprConfig
 from ..utils.errors import HeaprError, did_you_mean
+from ..utils.options import Options, option_type, option_types, read_mapping
 
 
 CALIBRATION_OPTIONS = (
@@ -60,14 +61,16 @@ class HeaprSubcommand(BaseOptimumCLICommand):
         raise NotImplementedError
 
 
-def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Adds one flag for each named option of `HeaprConfig`, and `-c/--config` for a recipe file that they override."""
-    group = parser.add_argument_group("Pruning options")
+def add_config_options(
+    parser: argparse.ArgumentParser, names: Iterable[str], config_class: type[Options] = HeaprConfig
+) -> None:
+    """Adds one flag for each named option of a configuration, and `-c/--config` for a recipe file that they override."""
+    group = parser.add_argument_group("Pruning options" if config_class is HeaprConfig else "Recovery options")
     group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
     # A command may have a flag of its own that is named like an option.
     parser.set_defaults(config_options=tuple(names))
-    kinds = option_types()
-    options = {option.name: option for option in dataclasses.fields(HeaprConfig)}
+    kinds = option_types(config_class)
+    options = {option.name: option for option in dataclasses.fields(config_class)}
     for name in names:
         option, kind = options[name], option_type(kinds[name])
         flag = "--" + name.replace("_", "-")
@@ -78,7 +81,7 @@ def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) ->
             choices = option.metadata["choices"]
             group.add_argument(
                 flag,
-                # Values are checked by HeaprConfig, whose messages say more than argparse's; so only numbers are parsed.
+                # Values are checked by the configuration, whose messages say more than argparse's; so only numbers are parsed.
                 type={int: _number, float: _number}.get(kind, str),
                 metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
                 default=argparse.SUPPRESS,
@@ -86,7 +89,7 @@ def add_config_options(parser: argparse.ArgumentParser, names: Iterable[str]) ->
             )
 
 
-def config_from(args: argparse.Namespace) -> HeaprConfig:
+def config_from(args: argparse.Namespace, config_class: type[Options] = HeaprConfig) -> Any:
     """The recipe file, if any, with the flags that were given on top.
 
     Raises:
@@ -94,7 +97,7 @@ def config_from(args: argparse.Namespace) -> HeaprConfig:
     """
     values: dict[str, Any] = read_mapping(args.config) if args.config else {}
     given = {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
-    return HeaprConfig.from_dict({**values, **given})
+    return config_class.from_dict({**values, **given})
 
 
 def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -142,7 +145,7 @@ def end_processes() -> None:
         PartialState().destroy_process_group()
 
 
-def source_names(config: HeaprConfig) -> list[str]:
+def source_names(config: Options) -> list[str]:
     """The paths and names in `config.dataset`, which may be a mixture.
 
     Raises:

@@ -1,0 +1,132 @@
+# Licensed under the Apache License, Version 2.0
+"""Options: a dataclass whose fields are YAML, JSON, keyword arguments and flags of the command line, from one source."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import HeaprError, did_you_mean
+
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of `Options`: its default, the help text of its flag, and what a text may be."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Options:
+    """Base of the configurations: types and choices are checked here, ranges by the subclass in `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        for name, kind in option_types(type(self)).items():
+            setattr(self, name, _checked_type(name, getattr(self, name), kind))
+        for option in dataclasses.fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices and value not in choices:
+                hint = did_you_mean(value, choices)
+                raise HeaprError(f"{option.name}={value!r}: must be one of {', '.join(choices)}{hint}")
+
+    def check_least(self, name: str, least: int) -> None:
+        """Refuses a number below `least`.
+
+        Raises:
+            HeaprError: naming the number.
+        """
+        value = getattr(self, name)
+        if value < least:
+            raise HeaprError(f"{name}={value}: must be at least {least}; leave it out for the default")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Makes a config from a mapping, such as a parsed recipe.
+
+        Raises:
+            HeaprError: if a key is unknown (the message suggests the nearest one) or a value is out of its range.
+        """
+        if not isinstance(values, dict):
+            raise HeaprError(f"config={values!r}: must be a mapping of option names to values")
+        known = [option.name for option in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known) or f"; known are {', '.join(known)}"
+                raise HeaprError(f"{key!r}: unknown option of {cls.__name__}{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Self:
+        """Reads a recipe: YAML (`.yaml`, `.yml`) or JSON.
+
+        Raises:
+            HeaprError: if the file is missing, cannot be parsed, or holds a wrong option.
+        """
+        return cls.from_dict(read_mapping(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed, validated anew."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+
+def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
+    """Parses a YAML or JSON file whose top level is a mapping.
+
+    Raises:
+        HeaprError: if the file is missing or is not such a file.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
+    try:
+        # JSON on its own path: YAML 1.1 reads 1e-3 as a string.
+        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
+        reason = " ".join(str(error).split())
+        raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
+    if not isinstance(content, dict):
+        raise HeaprError(f"config={str(path)!r}: must hold a mapping of option names to values, one a line")
+    return content
+
+
+def option_types(config_class: type[Options]) -> dict[str, Any]:
+    """The annotation of each option, by name."""
+    return typing.get_type_hints(config_class)
+
+
+def option_type(annotation: Any) -> type:
+    """The plain type of an option: `str` for `str | None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _checked_type(name: str, value: Any, annotation: Any) -> Any:
+    kind = option_type(annotation)
+    if value is None and kind is not annotation:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise HeaprError(f"{name}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise HeaprError(f"{name}={value}: must be a finite number")
+    return value
