@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 
-CHUNK_TOKENS = 1024
+CHUNK_ELEMENTS = 2**22
+"""Logits whose softmax is taken at once. In float32 they are 16 MiB, few enough for the cache of a CPU, and enough to fill a
+GPU; a few such pieces are all that the loss holds besides the logits."""
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -25,8 +27,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         gradient = logits.detach()
         total = torch.zeros((), dtype=torch.float32 if logits.dtype != torch.float64 else torch.float64)
         total = total.to(logits.device)
-        for start in range(0, logits.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        chunk_tokens = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        for start in range(0, logits.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
             chunk = gradient[rows]
             chunk = chunk.float() if chunk.dtype != torch.float64 else chunk
             log_probabilities = torch.log_softmax(chunk, dim=-1)
@@ -35,7 +38,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total -= (log_probabilities.gather(1, index) * counted).sum()
             derivative = log_probabilities.exp_()
             derivative.scatter_add_(1, index, torch.full_like(index, -1, dtype=derivative.dtype))
-            gradient[rows] = derivative * counted
+            gradient[rows] = derivative.mul_(counted)
         ctx.save_for_backward(gradient)
         return total
 
