@@ -24,7 +24,7 @@ from .experts import find_expert_blocks
 from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
 from .hub.statistics import load_statistics
-from .loading import hub_options_in, load_measured, load_model
+from .loading import hub_options_in, load_measured
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PruningPlan
 from .planning.protection import protected_experts

@@ -231,6 +231,33 @@ def test_the_same_model_is_accepted_in_any_precision(measured):
     check(measured, tiny_model(dtype=torch.float64))
 
 
+def test_a_bfloat16_checkpoint_is_the_same_model_in_float16():
+    """Float16 has more digits than bfloat16, but neither its small numbers nor its range."""
+    model = tiny_model(dtype=torch.bfloat16)
+    blocks = find_expert_blocks(model)
+    values = torch.tensor([2**-14, 1.0078125 * 2**-15, -1.9921875 * 2**-20, 2**-30, 65280.0, -1e10])
+    with torch.no_grad():
+        blocks[0].module.down_proj[0] = values.repeat(
+            2
+        )  # a column of the matrix for each, and some are sampled of each
+    before = blocks[0].module.down_proj.clone()
+    expected = model_fingerprint(model, blocks)
+    assert torch.equal(blocks[0].module.down_proj, before)
+    assert model_fingerprint(model.half(), blocks) == expected
+    assert not torch.equal(blocks[0].module.down_proj[0, 0].bfloat16(), before[0, 0])
+    with torch.no_grad():
+        blocks[0].module.down_proj[0, 0] *= 1.05
+    assert model_fingerprint(model, blocks)["experts"] != expected["experts"]
+
+
+def test_hashes_of_an_earlier_version_are_not_compared(measured):
+    model = {**measured.fingerprint["model"], "experts": "0123456789abcdef", "weights": "0123456789abcdef"}
+    earlier = AtomicStatistics(measured.blocks, {**measured.fingerprint, "model": model})
+    check(earlier, tiny_model())
+    with pytest.raises(HeaprError, match="made for a model with num_parameters"):
+        check(earlier, tiny_model(moe_intermediate_size=16))
+
+
 @pytest.mark.parametrize(
     ("other", "key"),
     [
