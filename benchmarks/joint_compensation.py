@@ -185,7 +185,7 @@ def main() -> None:
             cut(model, statistics, joint, kept, together)
             losses = window_losses(model, windows, args.batch_size)
             model.load_state_dict(original)
-            found = {domain: Increase.over(losses, base, sets) for domain, sets in domains.items()}
+            found = {domain: Increase.over(losses, base, windows, sets) for domain, sets in domains.items()}
             print(f"{criterion:10s} fitted: {together:18s} {ratio:.0%}  ", found, flush=True)
             increase = {domain: vars(value) for domain, value in found.items()}
             records.append({"criterion": criterion, "fitted": together, "ratio": ratio, "increase": increase})
