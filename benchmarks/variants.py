@@ -1,0 +1,228 @@
+# Licensed under the Apache License, Version 2.0
+"""Every choice inside `obs` and compensation against the others, one changed at a time: what the defaults rest on.
+
+    python benchmarks/variants.py --model MODEL --calibration calibration.jsonl \\
+        --in-domain code=eval_code.jsonl prose=eval_prose.jsonl --output variants
+
+All rows are compensated and share one calibration pass, which measures a few matrices more than the package keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from quality import Increase, evaluation_windows, named_paths, window_losses
+
+from optimum_heapr import HeaprConfig
+from optimum_heapr.calibration import tap
+from optimum_heapr.calibration.data import load_calibration_data
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.criteria import ranked_below_reached
+from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
+from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, scores_of_order, token_dependence
+from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.planning.allocation import allocate
+from optimum_heapr.pruner import load_model
+from optimum_heapr.surgery.compensation import compensate_experts
+
+
+class Accumulator(tap.BlockAccumulator):
+    """Also sums, for each expert, the other matrices that could stand in the place of `A`."""
+
+    def __init__(self, num_experts: int, width: int, *args, **options):
+        super().__init__(num_experts, width, *args, **options)
+        names = ("no router weight", "gradient norm", "damped", "normed", "mask Fisher")
+        self.others = {name: torch.zeros(num_experts, width, width) for name in names}
+
+    def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed) -> None:
+        super().add(activation, gradient, routed)
+        parts = (
+            activation.split(routed.counts),
+            gradient.split(routed.counts),
+            routed.router_weight.split(routed.counts),
+        )
+        for expert, (h, g, router_weight) in enumerate(zip(*parts)):
+            if len(h) == 0:
+                continue
+            weighted = h * router_weight[:, None]
+            norm = weighted.square().sum(1, keepdim=True)
+            for name, rows in {
+                "no router weight": h,
+                "gradient norm": h * g.norm(dim=1, keepdim=True),
+                "damped": weighted / (norm + norm.median()).sqrt(),
+                "normed": weighted / norm.clamp(min=1e-30).sqrt(),
+                "mask Fisher": h * g,
+            }.items():
+                self.others[name][expert].addmm_(rows.T, rows)
+
+
+@dataclass
+class Variant:
+    """One choice changed: what `A` is in the elimination and in compensation, and what becomes of the scores.
+
+    `tokens` is the power of an expert's token count that its costs are multiplied by.
+    """
+
+    elimination: str = "A"
+    compensation: str = "A"
+    dependence: float = TOKEN_DEPENDENCE
+    ridge: float = 0.01
+    tokens: float = 1.0
+    scores: Callable[[torch.Tensor], torch.Tensor] | None = None
+    options: dict | None = None
+
+
+VARIANTS = {
+    "as it is": Variant(),
+    "no token dependence": Variant(dependence=0),
+    "all of the token dependence": Variant(dependence=1),
+    "ridge 0.001": Variant(ridge=0.001),
+    "ridge 0.05": Variant(ridge=0.05),
+    "ridge 0.2": Variant(ridge=0.2),
+    "A without router weight": Variant("no router weight", "no router weight"),
+    "A without router weight, in compensation alone": Variant(compensation="no router weight"),
+    "A by gradient norm": Variant("gradient norm", "gradient norm"),
+    "A by gradient norm, in elimination alone": Variant("gradient norm"),
+    "A damped": Variant("damped", "damped"),
+    "A normed": Variant("normed", "normed"),
+    "cost by root of tokens": Variant(tokens=0.5),
+    "layers by root of mean": Variant(scores=lambda score: score / score.mean().sqrt()),
+    "layers by mean": Variant(scores=lambda score: score / score.mean()),
+    "mask Fisher": Variant("mask Fisher"),
+    "width multiple 4": Variant(options={"width_multiple": 4}),
+    "width multiple 8": Variant(options={"width_multiple": 8}),
+    "width multiple 16": Variant(options={"width_multiple": 16}),
+    "width multiple 32": Variant(options={"width_multiple": 32}),
+    "min_width 8": Variant(options={"min_width": 8}),
+    "by layer": Variant(options={"allocation": "layer"}),
+}
+
+
+def greedy_mask(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order and cost [E, I] when the next to go is what adds least to `1/2 sum_{k,l removed} F_kl`."""
+    experts = torch.arange(len(matrix))
+    added = 0.5 * matrix.diagonal(dim1=1, dim2=2).clone()
+    gone = torch.zeros_like(added, dtype=torch.bool)
+    order, cost = [], []
+    for _ in range(matrix.shape[1]):
+        least, chosen = added.masked_fill(gone, torch.inf).min(dim=1)
+        order.append(chosen)
+        cost.append(least)
+        gone[experts, chosen] = True
+        added += matrix[experts, chosen]
+    return torch.stack(order, 1), torch.stack(cost, 1).clamp(min=0)
+
+
+def matrices(block, others: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """What stands in the place of `A`, [E, I, I]; rows that were scaled to one size get the trace of `A` back."""
+    ours = block.mean("activation_gram_sum")
+    if name == "A":
+        return ours
+    other = block.per_token(others[name])
+    if name in ("damped", "normed"):
+        trace, own = (matrix.diagonal(dim1=1, dim2=2).sum(1) for matrix in (ours, other))
+        other = other * (trace / own.clamp(min=1e-30))[:, None, None]
+    return other
+
+
+def scores(statistics, others, variant: Variant) -> dict[str, torch.Tensor]:
+    found = {}
+    for path, block in statistics.blocks.items():
+        matrix = matrices(block, others[path], variant.elimination)
+        if variant.elimination == "mask Fisher":
+            order, cost = greedy_mask(matrix)
+            weight = block.token_count.double()
+        else:
+            ridges = torch.tensor(
+                [ridge_for_tokens(variant.ridge, block.width, count) for count in block.token_count.tolist()]
+            )
+            scale = token_dependence(block) ** (variant.dependence / 2)
+            gradients = block.mean("gradient_gram_sum") * scale.unsqueeze(1) * scale.unsqueeze(2)
+            elimination = greedy_elimination(matrix, gradients, ridges)
+            order, cost = elimination.order, elimination.cost
+            weight = block.token_count.double() ** variant.tokens / (1 + ridges)
+        score = scores_of_order(order, cost.double() * weight[:, None])
+        found[path] = score if variant.scores is None else variant.scores(score)
+    return ranked_below_reached(found, statistics)
+
+
+@torch.no_grad()
+def cut(model, statistics, others, kept: dict[str, list[torch.Tensor]], variant: Variant) -> None:
+    """Sets the columns of what goes to zero and compensates, in place."""
+    for block in find_expert_blocks(model):
+        weight, own = block.module.down_proj, statistics.blocks[block.path]
+        grams = matrices(own, others[block.path], variant.compensation)
+        results = compensate_experts(weight, grams, kept[block.path], own.token_count.tolist(), variant.ridge)
+        weight.zero_()
+        for expert, result in enumerate(results):
+            weight[expert][:, kept[block.path][expert]] = result.down_proj
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-m", "--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--in-domain", nargs="+", required=True, metavar="NAME=PATH", help="evaluation texts")
+    parser.add_argument("--out-of-domain", nargs="*", default=[], metavar="NAME=PATH", help="evaluation texts")
+    parser.add_argument("-o", "--output", default="variants", help="path of the results, without ending")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.7])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=24, help="evaluation windows of each text")
+    parser.add_argument("--batch-size", type=int, default=8)
+    args = parser.parse_args()
+
+    model, tokenizer = load_model(args.model, dtype="float32")
+    options = {"num_samples": args.num_samples, "seq_length": args.seq_length}
+    data = load_calibration_data(HeaprConfig(dataset=args.calibration, **options), tokenizer)
+    made: list[Accumulator] = []
+
+    def accumulator(*arguments, **options):
+        made.append(Accumulator(*arguments, **options))
+        return made[-1]
+
+    original, tap.BlockAccumulator = tap.BlockAccumulator, accumulator
+    try:
+        statistics = calibrate(model, data, args.batch_size, gram=True)
+    finally:
+        tap.BlockAccumulator = original
+    others = {path: sums.others for path, sums in zip(statistics.blocks, made)}
+
+    in_domain, out_of_domain = named_paths(args.in_domain), named_paths(args.out_of_domain)
+    domains = {"in domain": list(in_domain), **({"out of domain": list(out_of_domain)} if out_of_domain else {})}
+    windows = {
+        name: evaluation_windows(path, tokenizer, args.rows, args.seq_length)
+        for name, path in {**in_domain, **out_of_domain}.items()
+    }
+    base = window_losses(model, windows, args.batch_size)
+    weights = {block.path: block.module.down_proj.detach().clone() for block in find_expert_blocks(model)}
+    columns = [(domain, ratio) for domain in domains for ratio in args.ratios]
+    lines = ["| change | " + " | ".join(f"{domain}, {ratio:.0%}" for domain, ratio in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    records = []
+    for name in args.variants:
+        variant, cells = VARIANTS[name], {}
+        importance = scores(statistics, others, variant)
+        for ratio in args.ratios:
+            kept = allocate(importance, HeaprConfig(ratio=ratio, **(variant.options or {})), statistics.unreached)
+            cut(model, statistics, others, kept, variant)
+            losses = window_losses(model, windows, args.batch_size)
+            for block in find_expert_blocks(model):
+                block.module.down_proj.data.copy_(weights[block.path])
+            for domain, sets in domains.items():
+                cells[domain, ratio] = Increase.over(losses, base, windows, sets)
+                records.append({"variant": name, "ratio": ratio, "domain": domain, **vars(cells[domain, ratio])})
+        lines.append(f"| {name} | " + " | ".join(str(cells[column]) for column in columns) + " |")
+        print(lines[-1], flush=True)
+        Path(f"{args.output}.json").write_text(json.dumps(records, indent=1) + "\n")
+        Path(f"{args.output}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
