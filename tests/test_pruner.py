@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr import pruner as pruner_module
-from optimum_heapr.pruner import load_model
+from optimum_heapr.loading import load_model
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
