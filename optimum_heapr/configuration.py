@@ -99,6 +99,12 @@ class HeaprConfig(Options):
             Samples in a micro-batch; it changes speed and memory, not the statistics.
         skip_nonfinite (`bool`, *optional*, defaults to `False`):
             Leave out micro-batches whose loss or gradients are not finite, and list their samples, instead of stopping.
+        eval_samples (`int`, *optional*, defaults to 16):
+            Windows of text that `prune` measures the loss on, before and after, with the speed and a few completions, for
+            the report; 0 measures nothing.
+        eval_dataset (`str`, *optional*):
+            Text for that: as `dataset`, without mixtures, or `wikitext2` or `ptb` for the test split as in the paper. By
+            default it is what calibration leaves over of its own text.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice of samples and of the `random` criterion.
 
@@ -150,6 +156,8 @@ class HeaprConfig(Options):
     seq_length: int = option(2048, "tokens in a sample")
     batch_size: int = option(1, "samples in a micro-batch; changes speed and memory, not the statistics")
     skip_nonfinite: bool = option(False, "leave out micro-batches that are not finite instead of stopping")
+    eval_samples: int = option(16, "windows of text that prune measures on, before and after; 0 measures nothing")
+    eval_dataset: str | None = option(None, "text to measure on (default: what calibration leaves over of its own)")
     seed: int = option(0, "seed of the choice of samples and of the random criterion")
 
     def __post_init__(self) -> None:
@@ -181,7 +189,7 @@ class HeaprConfig(Options):
         self.check_least("ridge", 0)
         for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
             self.check_least(name, least)
-        for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1)):
+        for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1), ("eval_samples", 0)):
             self.check_least(name, least)
         if self.seed >= 2**32:
             raise HeaprError(

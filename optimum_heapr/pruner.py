@@ -28,8 +28,10 @@ from .loading import hub_options_in, load_measured
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PruningPlan
 from .planning.protection import protected_experts
+from .report.content import build_report
+from .report.observation import Workload, observe
 from .saving import save_companions
-from .surgery.apply import apply_plan
+from .surgery.apply import apply_plan, check_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from huggingface_hub import CommitInfo, EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .calibration.data import CalibrationData
 
 
 class HeaprPruner:
@@ -74,7 +78,9 @@ class HeaprPruner:
         self.tokenizer = tokenizer
         self.config = config or HeaprConfig()
         self.statistics: AtomicStatistics | None = None
+        self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None
+        self.report: dict[str, Any] | None = None
         self.base: BaseModel | None = None
 
     @classmethod
@@ -167,6 +173,7 @@ class HeaprPruner:
         state = None if state_path is None else StateFile(state_path, resume, save_every)
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
+        self.calibration_data = data
         self.statistics = calibrate(
             self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
         )
@@ -196,27 +203,43 @@ class HeaprPruner:
         return PruningPlan.build(statistics, config)
 
     def apply(
-        self, plan: PruningPlan | str | os.PathLike, statistics: AtomicStatistics | str | os.PathLike | None = None
+        self,
+        plan: PruningPlan | str | os.PathLike,
+        statistics: AtomicStatistics | str | os.PathLike | None = None,
+        measure: bool = False,
+        prompts: Sequence[str] | None = None,
     ) -> PreTrainedModel:
-        """Cuts the model in place and returns it.
+        """Cuts the model in place and returns it; `self.report` then says what that did.
 
         Args:
             plan (`PruningPlan` or `str`): what stays.
             statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation; defaults to those
                 of the last [`~HeaprPruner.calibrate`].
+            measure (`bool`): measure the model before and after, as `eval_dataset` and `eval_samples` of the plan's config
+                say, for the report.
+            prompts (`Sequence[str]`, *optional*): texts to complete before and after, in place of beginnings of that text.
 
         Raises:
-            HeaprError: if the plan was made for another model, or asks for compensation without the statistics for it.
+            HeaprError: if the plan was made for another model, asks for compensation without the statistics for it, or the
+                text to measure on is missing.
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-        apply_plan(self.model, plan, self.statistics if statistics is None else load_statistics(statistics))
+        statistics = self.statistics if statistics is None else load_statistics(statistics)
+        if measure:
+            check_plan(self.model, plan)  # before minutes are spent on it
+        base = self.base or BaseModel.of(self.model)
+        workload = Workload.of(plan.config, self.tokenizer, self.calibration_data, prompts) if measure else None
+        before = observe(self.model, plan, workload)
+        apply_plan(self.model, plan, statistics)
         self.applied_plan = plan
+        self.report = build_report(plan, base.name, before, observe(self.model, plan, workload), workload)
         return self.model
 
-    def prune(self, **changes: Any) -> PreTrainedModel:
-        """Calibrates (unless that was done), plans and applies: the whole job.
+    def prune(self, prompts: Sequence[str] | None = None, **changes: Any) -> PreTrainedModel:
+        """Calibrates (unless that was done), plans, measures and applies: the whole job.
 
         Args:
+            prompts (`Sequence[str]`, *optional*): as for [`~HeaprPruner.apply`].
             changes: options of `HeaprConfig` that differ from `self.config`.
 
         Returns:
@@ -226,7 +249,7 @@ class HeaprPruner:
         self.check(config)
         if self.statistics is None:
             self.calibrate(config)
-        return self.apply(self.plan(**changes))
+        return self.apply(self.plan(**changes), measure=True, prompts=prompts)
 
     def save_pretrained(
         self,
@@ -237,7 +260,7 @@ class HeaprPruner:
         results: Sequence[EvalResult] = (),
         **save_options: Any,
     ) -> Path:
-        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json`, the plan and a model card.
+        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json`, plan, report and model card.
 
         Args:
             folder (`str`): appears whole or not at all.
@@ -260,7 +283,7 @@ class HeaprPruner:
         with replace_folder(folder, overwrite) as temporary:
             self.model.save_pretrained(temporary, **save_options)
             base = self.base or BaseModel.of(self.model)
-            save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, results)
+            save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, self.report, results)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
         if push_to_hub:

@@ -13,6 +13,9 @@ from .hub.card import BaseModel, write_card
 from .hub.statistics import load_statistics
 from .loading import hub_options_in, load_model
 from .planning.plan import PLAN_NAME, PruningPlan
+from .report.content import build_report
+from .report.files import write_report
+from .report.observation import observe
 from .utils.files import replace_folder
 
 
@@ -57,8 +60,10 @@ def apply_streaming(
         skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
         files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
         base = BaseModel.of(skeleton, hub_options_in(model_options))
+        before = observe(skeleton, plan)
         stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
-        save_companions(temporary, skeleton, tokenizer, plan, base)
+        report = build_report(plan, base.name, before, observe(skeleton, plan))
+        save_companions(temporary, skeleton, tokenizer, plan, base, report)
     return folder
 
 
@@ -68,6 +73,7 @@ def save_companions(
     tokenizer: PreTrainedTokenizerBase | None,
     plan: PruningPlan,
     base: BaseModel,
+    report: dict[str, Any],
     results: Sequence[EvalResult] = (),
 ) -> None:
     """Writes what stands beside the weights of a pruned model."""
@@ -75,4 +81,5 @@ def save_companions(
         tokenizer.save_pretrained(folder)
     plan.config.save_pretrained(folder)
     plan.save(folder / PLAN_NAME)
+    write_report(folder, report)
     write_card(folder, model, plan, base, results)

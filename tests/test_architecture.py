@@ -25,6 +25,7 @@ LAYERS = (
     "planning",
     "surgery",
     "evaluation",
+    "report",
     "hub",
     "loading",
     "saving",

@@ -37,6 +37,7 @@ class CalibrationData:
         seed (`int`): seed that chose them.
         seq_length (`int`): tokens asked for in a sample.
         origins (`list[str]`, *optional*): the part of a mixture that each sample is of; all are of `source` by default.
+        held_out (`list[torch.Tensor]`, *optional*): further samples that are not calibrated on, to measure with.
     """
 
     samples: list[torch.Tensor]
@@ -44,6 +45,7 @@ class CalibrationData:
     seed: int
     seq_length: int
     origins: list[str] = field(default_factory=list)
+    held_out: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -90,6 +92,8 @@ def load_calibration_data(
     `num_samples` rows of `seq_length` tokens, without padding; with `packing=False` a document is a sample, cut off
     after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed.
 
+    `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on.
+
     Args:
         config (`HeaprConfig`): its calibration part is used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
@@ -104,34 +108,37 @@ def load_calibration_data(
         raise HeaprError("dataset=None: name calibration text, a local file or a dataset on the Hub; its kind matters")
     if not isinstance(dataset, (str, os.PathLike)):
         name = type(dataset).__name__
-        samples = _samples(dataset, name, config.num_samples, config, tokenizer)
-        return CalibrationData(samples, name, config.seed, config.seq_length)
+        samples, held_out = _samples(dataset, name, config.num_samples, config, tokenizer)
+        return CalibrationData(samples, name, config.seed, config.seq_length, held_out=held_out)
     sources = parse_sources(dataset)
-    samples, origins = [], []
+    samples, origins, held_out = [], [], []
     for source, count in zip(sources, shares_of(sources, config.num_samples)):
         rows = open_source(source, config.dataset_config, config.split)
-        found = _samples(rows, source.label, count, config, tokenizer)
+        found, further = _samples(rows, source.label, count, config, tokenizer)
         samples += found
+        held_out += further
         origins += [source.label] * len(found)
     if len(sources) > 1:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed)).tolist()
         samples, origins = [samples[index] for index in order], [origins[index] for index in order]
-    return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins)
+    return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins, held_out)
 
 
 def _samples(
     rows: Dataset, source: str, count: int, config: HeaprConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> list[torch.Tensor]:
-    """At most `count` samples of one source, each of at least two tokens."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """At most `count` samples of one source, each of at least two tokens, and its share of those held out."""
     if len(rows) == 0:
         raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
+    held_out = 0 if config.eval_dataset is not None else -(-config.eval_samples * count // config.num_samples)
     if "input_ids" in rows.column_names:
-        samples = [torch.tensor(row, dtype=torch.int64) for row in rows[:count]["input_ids"]]
+        samples = [torch.tensor(row, dtype=torch.int64) for row in rows[: count + held_out]["input_ids"]]
     else:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         documents = tokenized_documents(rows, order, source, tokenizer, config.text_column)
         cut = packed if config.packing else one_a_row
-        samples = list(itertools.islice(cut(documents, config.seq_length), count))
+        samples = list(itertools.islice(cut(documents, config.seq_length), count + held_out))
+    samples, further = samples[:count], [sample for sample in samples[count:] if len(sample) >= 2]
     short = [index for index, sample in enumerate(samples) if len(sample) < 2]
     if short or not samples:
         where = f"sample {short[0]} has {len(samples[short[0]])} tokens" if short else "holds less than two tokens"
@@ -140,7 +147,7 @@ def _samples(
         )
     if len(samples) < count:
         logger.warning("%s gives only %d of the %d samples asked for", source, len(samples), count)
-    return samples
+    return samples, further
 
 
 def packed(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger, progress
+from ..utils.logging import get_logger, progress, show_throughput
 from .loss import summed_token_loss
 from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
 from .processes import add_over_processes, check_placement, start_processes
@@ -94,9 +94,8 @@ def calibrate(
         # What is to be left out must not have been added: a micro-batch then has sums of its own.
         totals = new_accumulators(blocks, gram) if skip_nonfinite else accumulators
         done = Progress() if state is None else state.begin(run, totals)
-        for index in progress(
-            own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own)
-        ):
+        bar = progress(own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own))
+        for index in bar:
             loss, targets, problem = _measure(model, batches[index], blocks, accumulators, device)
             samples = batches[index]["sample_index"].tolist()
             if problem and not skip_nonfinite:
@@ -112,6 +111,7 @@ def calibrate(
                 for path, accumulator in accumulators.items():
                     accumulator.clear() if problem else accumulator.move_to(totals[path])
             done.batches += 1
+            show_throughput(bar, cost.tokens)
             if state is not None and (state.is_due(done) or interrupted.signal is not None):
                 state.save(done, totals)
             interrupted.act()

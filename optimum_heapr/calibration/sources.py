@@ -144,7 +144,11 @@ def open_source(source: Source, dataset_config: str | None = None, split: str = 
 
 
 def open_dataset(
-    name: str | os.PathLike, dataset_config: str | None = None, split: str = "train", demo_split: str = "calibration"
+    name: str | os.PathLike,
+    dataset_config: str | None = None,
+    split: str = "train",
+    demo_split: str = "calibration",
+    revision: str | None = None,
 ) -> Dataset:
     """Opens a local file or folder, the embedded demonstration text (`demo`), or a dataset on the Hub.
 
@@ -152,6 +156,7 @@ def open_dataset(
         name (`str`): path or name.
         dataset_config, split (`str`, *optional*): of a dataset on the Hub.
         demo_split (`str`): which part of the demonstration text `demo` stands for.
+        revision (`str`, *optional*): of a dataset on the Hub.
 
     Raises:
         HeaprError: if a local path does not exist or cannot be parsed, or the Hub has no such dataset.
@@ -175,7 +180,7 @@ def open_dataset(
             raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(FILE_BUILDERS)}")
         if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
             raise HeaprError(f"dataset={str(name)!r}: no such file or folder")
-        return datasets.load_dataset(str(name), dataset_config, split=split)
+        return datasets.load_dataset(str(name), dataset_config, split=split, revision=revision)
     except HeaprError:
         raise
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:

@@ -31,8 +31,11 @@ CALIBRATION_OPTIONS = (
     "skip_nonfinite",
     "seed",
 )
+EVALUATION_OPTIONS = ("eval_samples", "eval_dataset")
 PLANNING_OPTIONS = tuple(
-    option.name for option in dataclasses.fields(HeaprConfig) if option.name not in CALIBRATION_OPTIONS
+    option.name
+    for option in dataclasses.fields(HeaprConfig)
+    if option.name not in (*CALIBRATION_OPTIONS, *EVALUATION_OPTIONS)
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -7,6 +7,7 @@ from ..utils.errors import HeaprError
 from .apply import add_output_options, check_push, push, save_options_from
 from .base import (
     CALIBRATION_OPTIONS,
+    EVALUATION_OPTIONS,
     PLANNING_OPTIONS,
     HeaprSubcommand,
     add_config_options,
@@ -30,10 +31,17 @@ class PruneCommand(HeaprSubcommand):
         parser.add_argument(
             "-s", "--statistics", help="statistics file, folder or name on the Hub, in place of calibrating"
         )
+        parser.add_argument(
+            "--prompt",
+            nargs="+",
+            metavar="TEXT",
+            help="texts that the model completes before and after, for the report (default: beginnings of the text that "
+            "it is measured on)",
+        )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         # What to measure follows from the rest; --statistics names a file here.
         measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
-        add_config_options(parser, (*PLANNING_OPTIONS, *measuring))
+        add_config_options(parser, (*PLANNING_OPTIONS, *measuring, *EVALUATION_OPTIONS))
 
     def execute(self) -> None:
         from ..utils.files import check_output_folder
@@ -49,7 +57,7 @@ class PruneCommand(HeaprSubcommand):
             check_push(self.args)
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
-        from .tables import compensation_lines, plan_table
+        from .tables import compensation_lines, measured_lines, plan_table
 
         options = model_options_from(self.args)
         pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
@@ -62,9 +70,9 @@ class PruneCommand(HeaprSubcommand):
         plan = pruner.plan()
         print(plan_table(plan))
         if not self.args.dry_run:
-            pruner.apply(plan)
+            pruner.apply(plan, measure=True, prompts=self.args.prompt)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
-            for line in compensation_lines(plan):
+            for line in [*compensation_lines(plan), *measured_lines(pruner.report)]:
                 print(line)
-            print(f"Pruned model written to {self.args.output}")
+            print(f"Pruned model written to {self.args.output}, with report.html")
             push(self.args)

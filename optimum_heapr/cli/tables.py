@@ -7,6 +7,7 @@ import statistics as stats
 from typing import TYPE_CHECKING, Any
 
 from ..planning.alignment import effective_multiple
+from ..report.tables import measured_on
 
 
 if TYPE_CHECKING:
@@ -127,6 +128,17 @@ def compensation_lines(plan: PruningPlan) -> list[str]:
         f"compensation: mean relative squared error of {len(errors)} cut experts {before:.4f} -> {after:.4f} on the "
         f"calibration tokens; {changed} of them changed"
     ]
+
+
+def measured_lines(report: dict[str, Any]) -> list[str]:
+    """What was measured before and after, in a line or two."""
+    lines = []
+    if measured := report["loss"].get("measured"):
+        lines.append(
+            f"measured loss {measured['before']['loss']:.4f} -> {measured['after']['loss']:.4f}, "
+            f"{measured['increase']:+.4f} ± {measured['increase_standard_error']:.4f} nats a token, on {measured_on(report)}"
+        )
+    return lines + [f"not measured: {problem}" for problem in report.get("problems", [])]
 
 
 def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:

@@ -2,6 +2,7 @@
 """Token-level perplexity as an `evaluate.Metric` that needs no download."""
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -34,14 +35,22 @@ class TokenPerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
-        tokens, samples = sum(references), len(references)
-        loss = math.fsum(predictions) / tokens
-        # Standard error of a ratio of two sums over samples.
-        squares = math.fsum((total - loss * count) ** 2 for total, count in zip(predictions, references))
-        error = math.sqrt(squares * samples / (samples - 1)) / tokens if samples > 1 else 0.0
+        loss, error = mean_with_error(predictions, references)
         return {
             "perplexity": math.exp(min(loss, 700.0)),
             "loss": loss,
             "loss_standard_error": error,
-            "num_tokens": tokens,
+            "num_tokens": sum(references),
         }
+
+
+def mean_with_error(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Mean over tokens of what was summed over samples, and its standard error: that of a ratio of two sums over samples.
+
+    Of the differences between two models on the same samples it gives the error of the difference, which is much smaller
+    than the errors of the two losses: hard samples are hard for both.
+    """
+    tokens, samples = sum(counts), len(counts)
+    mean = math.fsum(totals) / tokens
+    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts))
+    return mean, math.sqrt(squares * samples / (samples - 1)) / tokens if samples > 1 else 0.0

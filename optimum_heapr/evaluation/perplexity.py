@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +16,9 @@ import torch.nn.functional as F
 from ..calibration.data import packed
 from ..calibration.sources import open_dataset, tokenized_documents
 from ..utils.errors import HeaprError
-from ..utils.logging import progress
+from ..utils.logging import progress, show_throughput
 from .metric import TokenPerplexity
+from .protocols import PROTOCOLS
 
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def evaluate_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -39,10 +41,11 @@ def evaluate_perplexity(
     Args:
         model (`PreTrainedModel`): any model with a language-model head, pruned or not.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
-        dataset (`Dataset` or `str`): local path, name on the Hub, `demo`, or a `datasets.Dataset`.
+        dataset (`Dataset` or `str`): local path, name on the Hub, `demo`, a `datasets.Dataset`, or one of the published
+            protocols: `wikitext2`, `ptb`.
         seq_length (`int`): tokens in a window; the paper uses 2048.
         num_samples (`int`, *optional*): windows, from the beginning of the text; all of them by default.
-        dataset_config, split, text_column (`str`): as in `HeaprConfig`.
+        dataset_config, split, text_column (`str`): as in `HeaprConfig`; a protocol has its own.
 
     Returns:
         `dict[str, float]`: `perplexity`, `loss`, `loss_standard_error`, `num_tokens`; see [`TokenPerplexity`].
@@ -50,12 +53,31 @@ def evaluate_perplexity(
     Raises:
         HeaprError: if the data is missing or too short, or the loss is not finite.
     """
+    windows = evaluation_windows(tokenizer, dataset, seq_length, num_samples, dataset_config, split, text_column)
+    losses = window_losses(model, windows, source_name(dataset))
+    return TokenPerplexity().compute(predictions=losses, references=[len(window) - 1 for window in windows])
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Dataset | str | os.PathLike,
+    seq_length: int = 2048,
+    num_samples: int | None = None,
+    dataset_config: str | None = None,
+    split: str = "test",
+    text_column: str = "text",
+) -> list[torch.Tensor]:
+    """The windows that [`evaluate_perplexity`] measures on: token ids, each of at least two. Arguments, errors: as there."""
     if seq_length < 2:
         raise HeaprError(f"seq_length={seq_length}: must be at least 2, one token to predict from the other")
     if num_samples is not None and num_samples < 1:
         raise HeaprError(f"num_samples={num_samples}: must be at least 1; leave it out for all windows")
-    source = str(dataset) if isinstance(dataset, (str, os.PathLike)) else type(dataset).__name__
-    rows = open_dataset(dataset, dataset_config, split, "evaluation") if source == str(dataset) else dataset
+    source, protocol = source_name(dataset), PROTOCOLS.get(str(dataset))
+    if protocol is not None:
+        windows = protocol.windows(tokenizer, seq_length)
+        return list(itertools.islice(windows, num_samples))
+    named = isinstance(dataset, (str, os.PathLike))
+    rows = open_dataset(dataset, dataset_config, split, "evaluation") if named else dataset
     if "input_ids" in rows.column_names:
         windows = (torch.tensor(row[:seq_length]) for row in rows["input_ids"])
     else:
@@ -63,13 +85,25 @@ def evaluate_perplexity(
     windows = [window for window in itertools.islice(windows, num_samples) if len(window) >= 2]
     if not windows:
         raise HeaprError(f"dataset={source!r}: holds less than two tokens; name one with text in it")
+    return windows
 
+
+def source_name(dataset: Dataset | str | os.PathLike) -> str:
+    """What messages call a dataset: its path or name, or else its class."""
+    return str(dataset) if isinstance(dataset, (str, os.PathLike)) else type(dataset).__name__
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor], source: str = "text") -> list[float]:
+    """Summed next-token losses of each window, in nats; the first token of a window is given.
+
+    Raises:
+        HeaprError: if one is not finite.
+    """
     device = model.get_input_embeddings().weight.device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    losses = []
-    try:
-        for index, window in enumerate(progress(windows, desc="Evaluating", unit="window")):
+    losses, tokens = [], 0
+    with evaluation_mode(model), progress(windows, desc="Evaluating", unit="window") as bar:
+        for index, window in enumerate(bar):
             ids = window.to(device).unsqueeze(0)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             targets = ids[0, 1:].to(logits.device)
@@ -80,7 +114,18 @@ def evaluate_perplexity(
                     f"loss={loss}: not finite in window {index} of {source!r}; load the model in bfloat16"
                 )
             losses.append(loss)
+            tokens += len(window)
+            show_throughput(bar, tokens)
+    return losses
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout until the block ends; then every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    return TokenPerplexity().compute(predictions=losses, references=[len(window) - 1 for window in windows])

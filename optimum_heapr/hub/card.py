@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.sources import FILE_BUILDERS, PRESETS, parse_sources
 from ..demo import DEMO_MODEL, demo_model_path
 from ..utils.errors import HeaprError
+from ..utils.files import public_name
 
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _summary(model: PreTrainedModel, plan: PruningPlan, base: BaseModel) -> str:
     data = plan.data
     calibration = (
         f" Calibrated on {data['num_tokens']:,} tokens in {data['num_samples']:,} samples of "
-        f"`{_public_name(data['source'])}`."
+        f"`{public_name(data['source'])}`."
         if data
         else ""
     )
@@ -273,11 +274,6 @@ def _hub_datasets(plan: PruningPlan) -> list[str] | None:
 def _is_hub_name(name: str) -> bool:
     is_local = Path(name).suffix in FILE_BUILDERS or os.path.exists(name) or name == DEMO_MODEL
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not is_local
-
-
-def _public_name(source: str) -> str:
-    """A name as it is; of a path the end, as the folders above it are nobody's business."""
-    return Path(source).name if os.path.isabs(source) or os.path.exists(source) else source
 
 
 def _carried_over(card: Path | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError
 from ..utils.sizes import parse_size
 from .allocation import allocate
+from .distribution import importance_distribution
 from .estimate import estimated_loss_increase
 
 
@@ -39,6 +40,8 @@ class PruningPlan:
         compensation (`dict[str, list[tuple[float, float]]]`): by block path, for each expert the relative squared error of
             its output on the calibration tokens, without and with compensation; empty until it is applied with it.
         data (`dict`): fingerprint of the calibration text, if there was any.
+        tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
+        importance (`dict`): histogram of the scores; see [`~optimum_heapr.planning.distribution.importance_distribution`].
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -49,6 +52,8 @@ class PruningPlan:
     unreached: dict[str, list[int]]
     compensation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    importance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:
@@ -59,11 +64,8 @@ class PruningPlan:
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
         config = with_target_ratio(config, statistics)
-        kept = allocate(
-            importance(statistics, config.criterion, config.seed, config.reduction, config.ridge),
-            config,
-            statistics.unreached,
-        )
+        scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
+        kept = allocate(scores, config, statistics.unreached)
         return cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
@@ -75,6 +77,8 @@ class PruningPlan:
             },
             unreached=statistics.unreached,
             data=statistics.fingerprint["data"],
+            tokens={path: block.token_count.tolist() for path, block in statistics.blocks.items()},
+            importance=importance_distribution(scores, kept),
         )
 
     @property
@@ -126,6 +130,8 @@ class PruningPlan:
             "unreached": self.unreached,
             "compensation": self.compensation,
             "data": self.data,
+            "tokens": self.tokens,
+            "importance": self.importance,
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -151,6 +157,8 @@ class PruningPlan:
                 unreached=document["unreached"],
                 compensation=document.get("compensation", {}),
                 data=document.get("data", {}),
+                tokens=document.get("tokens", {}),
+                importance=document.get("importance", {}),
             )
             plan.check()
         except (KeyError, RuntimeError, TypeError) as error:

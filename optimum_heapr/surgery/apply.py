@@ -10,7 +10,7 @@ import torch
 from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
-from ..utils.logging import progress
+from ..utils.logging import with_paths
 from .compensation import compensate_experts
 from .selection import packed_rows
 from .stock import cut_to_stock, find_stock_layout, stock_width
@@ -44,7 +44,7 @@ def apply_plan(
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics)
     if plan.config.compensate:
-        for block in progress(blocks, desc="Compensating", unit="layer"):
+        for block in with_paths(blocks, desc="Compensating", unit="layer"):
             plan.compensation[block.path] = compensate_block(
                 block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
             )
@@ -66,7 +66,7 @@ def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[Exp
     from ..modeling.auto import pruned_configuration, register_model_class
     from ..modeling.conversion import register_conversions
 
-    for block in progress(blocks, desc="Pruning", unit="layer"):
+    for block in with_paths(blocks, desc="Pruning", unit="layer"):
         model.set_submodule(block.path, cut_block(block, plan.kept[block.path]))
 
     config = model.config

@@ -23,7 +23,7 @@ from torch import nn
 from ..experts import model_name
 from ..planning.alignment import padded_width
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger, progress
+from ..utils.logging import get_logger, with_paths
 from .selection import padded_expert
 
 
@@ -62,7 +62,7 @@ def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertB
         HeaprError: if the plan's widths differ with layout `uniform`, or the architecture cannot hold the width.
     """
     layout = find_stock_layout(model, blocks, stock_width(plan))
-    for block in progress(blocks, desc="Pruning", unit="layer"):
+    for block in with_paths(blocks, desc="Pruning", unit="layer"):
         for name, parameter in list(block.module.named_parameters(recurse=False)):
             experts = [
                 padded_expert(block, name, expert, indices, layout.width)

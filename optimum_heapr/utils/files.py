@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -156,6 +157,12 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes `content` as indented JSON, whole or not at all."""
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def public_name(source: str) -> str:
+    """A name as it is; of a path, and of the parts of a mixture, the end: the folders above it are nobody's business."""
+    parts = [source] if os.path.exists(source) else re.split(r",(?![^\[]*\])", source)
+    return ",".join(Path(part).name if os.path.isabs(part) or os.path.exists(part) else part for part in parts)
 
 
 def _check_writable(path: Path) -> None:

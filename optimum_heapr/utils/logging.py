@@ -1,8 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Loggers below `optimum.heapr`, and progress bars that stay quiet where nobody looks at them.
 
-Optimum attaches its handler to the logger named `optimum`, so the names here begin with it: a user's
-`optimum.utils.logging.set_verbosity_*` reaches them.
+Optimum attaches its handler to the logger named `optimum`, so the names here begin with it.
 """
 
 from __future__ import annotations
@@ -13,10 +12,30 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from .memory import peak_memory
 
-def get_logger(module: str) -> logging.Logger:
+
+def get_logger(module: str) -> logging.LoggerAdapter:
     """The logger of a module of this package: `optimum_heapr.planning.plan` logs as `optimum.heapr.planning.plan`."""
-    return logging.getLogger("optimum.heapr" + module.removeprefix("optimum_heapr"))
+    return _Logger(logging.getLogger("optimum.heapr" + module.removeprefix("optimum_heapr")), {})
+
+
+class _Logger(logging.LoggerAdapter):
+    """Logs from the level on that optimum has or, while this is the default, that transformers has.
+
+    Either is read when something is logged, so `set_verbosity_*` of both holds from then on; `TRANSFORMERS_VERBOSITY` sets
+    both.
+    """
+
+    def isEnabledFor(self, level: int) -> bool:
+        own, transformers = self.logger.getEffectiveLevel(), logging.getLogger("transformers").level
+        least = transformers if own == logging.WARNING and transformers else own
+        return level >= least and level > self.logger.manager.disable
+
+    def log(self, level: int, message: object, *arguments: Any, **options: Any) -> None:
+        if self.isEnabledFor(level):
+            options["stacklevel"] = options.get("stacklevel", 1) + 1
+            self.logger._log(level, message, arguments, **options)
 
 
 def is_main_process() -> bool:
@@ -33,3 +52,19 @@ def progress(iterable: Iterable | None = None, **kwargs: Any):
 
     off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
     return tqdm(iterable, disable=off or not is_main_process() or not sys.stderr.isatty(), **kwargs)
+
+
+def show_throughput(bar: Any, tokens: int) -> None:
+    """Tokens a second since the bar began, and the most memory in use, behind it; nothing where it is not shown."""
+    if not bar.disable:
+        speed, memory = tokens / max(bar.format_dict["elapsed"], 1e-9), peak_memory() / 2**30
+        bar.set_postfix_str(f"{speed:,.0f} tokens/s, {memory:.1f} GiB at most", refresh=False)
+
+
+def with_paths(blocks: Iterable[Any], **kwargs: Any):
+    """A bar over expert blocks that names the layer it is at."""
+    with progress(blocks, **kwargs) as bar:
+        for block in bar:
+            if not bar.disable:
+                bar.set_postfix_str(block.path, refresh=False)
+            yield block

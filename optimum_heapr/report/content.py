@@ -1,0 +1,120 @@
+# Licensed under the Apache License, Version 2.0
+"""The content of a report as plain JSON types: `report.json`, which everything else is rendered from."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics as stats
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.metric import TokenPerplexity, mean_with_error
+from ..utils.files import public_name
+
+
+if TYPE_CHECKING:
+    from ..planning.plan import PruningPlan
+    from .observation import Observation, Workload
+
+
+FORMAT = "heapr_report"
+VERSION = 1
+
+
+def build_report(
+    plan: PruningPlan,
+    model: str,
+    before: Observation | None = None,
+    after: Observation | None = None,
+    workload: Workload | None = None,
+) -> dict[str, Any]:
+    """Everything that is known of one pruning.
+
+    Args:
+        plan (`PruningPlan`): as it was applied, so that it holds what compensation did.
+        model (`str`): what the unpruned model is called.
+        before, after (`Observation`, *optional*): of the model.
+        workload (`Workload`, *optional*): what the two were measured on.
+
+    Returns:
+        `dict`: plain JSON types. `removed` counts atomic experts, `blocks` has what happened to each layer, `size`, `loss`,
+        `speed` and `samples` compare before and after; of what was not measured there is nothing, and `problems` says
+        why if it went wrong.
+    """
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "versions": _versions(),
+        "config": {name: value for name, value in plan.config.to_dict().items() if value is not None},
+        "calibration": {**plan.data, "source": public_name(plan.data["source"])} if plan.data else {},
+        "removed": {
+            "before": plan.total,
+            "after": plan.total - plan.removed,
+            "ratio": plan.ratio,
+            "ratio_asked_for": plan.config.ratio,
+        },
+        "blocks": [_block(plan, path) for path in plan.kept],
+        "importance": plan.importance,
+        "loss": {"estimated_increase": plan.estimated_loss_increase},
+    }
+    if before is None or after is None:
+        return report
+    report["size"] = {side: dataclasses.asdict(seen.size) for side, seen in (("before", before), ("after", after))}
+    if workload is not None and before.losses is not None and after.losses is not None:
+        report["loss"]["measured"] = _measured(before.losses, after.losses, workload)
+    if before.speed is not None and after.speed is not None:
+        report["speed"] = {"before": dataclasses.asdict(before.speed), "after": dataclasses.asdict(after.speed)}
+    if before.completions and len(before.completions) == len(after.completions):
+        texts = [workload.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in workload.prompts]
+        report["samples"] = [
+            {"prompt": prompt, "before": first, "after": second}
+            for prompt, first, second in zip(texts, before.completions, after.completions)
+        ]
+    problems = [f"before: {problem}" for problem in before.problems] + [
+        f"after: {problem}" for problem in after.problems
+    ]
+    if problems:
+        report["problems"] = problems
+    return report
+
+
+def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
+    block = {
+        "path": path,
+        "width": plan.original_width[path],
+        "widths": plan.widths[path],
+        "tokens": plan.tokens.get(path),
+        "unreached": plan.unreached.get(path, []),
+        "estimated_loss_increase": plan.loss_increase[path],
+    }
+    cut = [
+        errors
+        for errors, width in zip(plan.compensation.get(path, []), plan.widths[path])
+        if 0 < width < plan.original_width[path]
+    ]
+    if cut:
+        before, after = (stats.fmean(side) for side in zip(*cut))
+        changed = sum(after < before for before, after in cut)
+        block["compensation"] = {"experts": len(cut), "changed": changed, "before": before, "after": after}
+    return block
+
+
+def _measured(before: list[float], after: list[float], workload: Workload) -> dict[str, Any]:
+    counts = [len(window) - 1 for window in workload.windows]
+    increase, error = mean_with_error([second - first for first, second in zip(before, after)], counts)
+    metric = TokenPerplexity()
+    return {
+        "source": public_name(workload.source),
+        "held_out": workload.held_out,
+        "windows": len(counts),
+        "before": metric.compute(predictions=before, references=counts),
+        "after": metric.compute(predictions=after, references=counts),
+        "increase": increase,
+        "increase_standard_error": error,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("optimum-heapr", "transformers", "torch")}

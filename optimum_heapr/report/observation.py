@@ -1,0 +1,168 @@
+# Licensed under the Apache License, Version 2.0
+"""What can be seen of a model before and after it is cut: its size and, on some text, loss, speed and completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..evaluation.perplexity import evaluation_mode, evaluation_windows, window_losses
+from ..evaluation.size import ModelSize
+from ..evaluation.speed import Speed, greedy_tokens, measure_speed
+from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..calibration.data import CalibrationData
+    from ..configuration import HeaprConfig
+    from ..planning.plan import PruningPlan
+
+
+logger = get_logger(__name__)
+
+PROMPTS = 3
+PROMPT_TOKENS, COMPLETION_TOKENS = 48, 48
+TIMED_TOKENS = 512  # of a prompt
+TIMED_NEW_TOKENS, REPETITIONS = 24, 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The text that a model is measured on before and after.
+
+    Attributes:
+        source (`str`): where it comes from.
+        held_out (`bool`): whether it is what calibration on that text left over.
+        windows (`list[torch.Tensor]`): token ids, each window predicted from its own beginning.
+        prompts (`list[torch.Tensor]`): token ids to go on from.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): without it nothing is completed.
+    """
+
+    source: str
+    held_out: bool
+    windows: list[torch.Tensor]
+    prompts: list[torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @classmethod
+    def of(
+        cls,
+        config: HeaprConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        data: CalibrationData | None,
+        prompts: list[str] | None = None,
+    ) -> Workload | None:
+        """What a config asks to measure on: `eval_dataset`, or else what calibration held out; `None` if there is nothing.
+
+        Args:
+            config (`HeaprConfig`): its evaluation part is used.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model.
+            data (`CalibrationData`, *optional*): what calibration ran on, with what it left over.
+            prompts (`list[str]`, *optional*): texts to complete, in place of beginnings of windows; rendered by the chat
+                template, if there is one.
+
+        Raises:
+            HeaprError: if the data is missing or too short.
+        """
+        if config.eval_samples == 0:
+            return None
+        if config.eval_dataset is not None:
+            source = config.eval_dataset
+            windows = evaluation_windows(tokenizer, source, config.seq_length, config.eval_samples)
+        elif data is not None and data.held_out:
+            source, windows = data.source, data.held_out[: config.eval_samples]
+        else:
+            return None
+        if prompts is not None and tokenizer is None:
+            raise HeaprError("prompts: the model has no tokenizer to read them with; leave them out")
+        if prompts is None:
+            spread = windows[:: max(len(windows) // PROMPTS, 1)][:PROMPTS]
+            given = [_beginning(window, tokenizer) for window in spread] if tokenizer is not None else []
+        else:
+            given = [_prompt_ids(text, tokenizer) for text in prompts]
+        is_held_out = config.eval_dataset is None
+        return cls(source, is_held_out, windows, given, tokenizer)
+
+
+@dataclass
+class Observation:
+    """
+    Attributes:
+        size (`ModelSize`): parameters and bytes.
+        losses (`list[float]`, *optional*): summed loss of each window, nats.
+        speed (`Speed`, *optional*): of reading and writing.
+        completions (`list[str]`): of the prompts.
+        problems (`list[str]`): why something is missing.
+    """
+
+    size: ModelSize
+    losses: list[float] | None = None
+    speed: Speed | None = None
+    completions: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def observe(model: PreTrainedModel, plan: PruningPlan, workload: Workload | None = None) -> Observation:
+    """Looks at a model, before or after it was cut by `plan`. What cannot be measured is said to be, and stops nothing.
+
+    Args:
+        model (`PreTrainedModel`): with storage, if there is a workload.
+        plan (`PruningPlan`): says how often each expert is used.
+        workload (`Workload`, *optional*): what to measure on; without it only sizes are taken.
+    """
+    seen = Observation(ModelSize.of(model, plan.tokens))
+    if workload is None:
+        return seen
+    for name, look in (("loss", _see_loss), ("speed", _see_speed), ("completions", _see_completions)):
+        try:
+            look(seen, model, workload)
+        except Exception as error:  # hours of calibration are not thrown away for a figure of the report
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            seen.problems.append(f"{name}: {reason}")
+            logger.warning("the report is without %s (%s)", name, reason)
+    return seen
+
+
+def _see_loss(seen: Observation, model: PreTrainedModel, workload: Workload) -> None:
+    seen.losses = window_losses(model, workload.windows, workload.source)
+
+
+def _see_speed(seen: Observation, model: PreTrainedModel, workload: Workload) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TIMED_TOKENS
+    length = min(TIMED_TOKENS, max(map(len, workload.windows)), max(room - TIMED_NEW_TOKENS - 1, 1))
+    prompts = [window[:length] for window in workload.windows if len(window) >= length]
+    seen.speed = measure_speed(model, prompts, TIMED_NEW_TOKENS, repetitions=REPETITIONS)
+
+
+def _see_completions(seen: Observation, model: PreTrainedModel, workload: Workload) -> None:
+    device = model.get_input_embeddings().weight.device
+    with evaluation_mode(model):
+        for prompt in workload.prompts:
+            made = greedy_tokens(model, prompt.to(device).unsqueeze(0), COMPLETION_TOKENS, stop=True)[0]
+            seen.completions.append(workload.tokenizer.decode(made, skip_special_tokens=True))
+
+
+def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The first tokens of a window, from the first line or text on that begins in it: it may begin inside a word."""
+    first = 0
+    for index, token in enumerate(window[: len(window) // 3].tolist()):
+        if token in tokenizer.all_special_ids or "\n" in tokenizer.decode([token]):
+            first = index + 1
+            break
+    return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
+
+
+def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise HeaprError(f"prompts: {text!r} has no tokens; write something to go on from")
+    return torch.tensor(ids)
