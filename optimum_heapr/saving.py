@@ -82,4 +82,4 @@ def save_companions(
     plan.config.save_pretrained(folder)
     plan.save(folder / PLAN_NAME)
     write_report(folder, report)
-    write_card(folder, model, plan, base, results)
+    write_card(folder, model, plan, base, results, report)

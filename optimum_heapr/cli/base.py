@@ -49,7 +49,7 @@ class HeaprSubcommand(BaseOptimumCLICommand):
     def run(self) -> None:
         if not sys.stderr.isatty():
             # The libraries read these when they are imported, later: a log gets lines, an error is the only one.
-            for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
                 os.environ.setdefault(variable, "1")
         try:
             self.execute()

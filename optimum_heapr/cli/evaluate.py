@@ -1,63 +1,141 @@
 # Licensed under the Apache License, Version 2.0
-"""`optimum-cli heapr evaluate`: perplexity of one or several models on one or several texts."""
+"""`optimum-cli heapr evaluate`: perplexity, benchmarks and speed of one or several models, side by side."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..utils.errors import HeaprError
 from .base import HeaprSubcommand, add_model_options, model_options_from
 
 
 class EvaluateCommand(HeaprSubcommand):
     NAME = "evaluate"
-    HELP = "Token-level perplexity of any causal language model, pruned or not."
+    HELP = "Perplexity, benchmarks and speed of any causal language model, pruned or not; several are compared."
 
     @staticmethod
     def parse_args(parser):
         add_model_options(parser, several=True)
-        parser.add_argument(
+        text = parser.add_argument_group("Perplexity")
+        text.add_argument(
             "--dataset",
-            required=True,
             nargs="+",
-            help="local file, dataset on the Hub, or 'demo'; several are compared",
+            default=[],
+            help="local file, dataset on the Hub, 'demo', or wikitext2 or ptb as in the paper; several are compared",
         )
-        parser.add_argument("--dataset-config", default=None, help="configuration of a dataset on the Hub")
-        parser.add_argument("--split", default="test", help="split of a dataset on the Hub (default: test)")
-        parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
-        parser.add_argument("--num-samples", type=int, default=None, help="windows from the beginning (default: all)")
-        parser.add_argument("--seq-length", type=int, default=2048, help="tokens in a window (default: 2048)")
-        parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+        text.add_argument("--dataset-config", default=None, help="configuration of a dataset on the Hub")
+        text.add_argument("--split", default="test", help="split of a dataset on the Hub (default: test)")
+        text.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+        text.add_argument("--num-samples", type=int, default=None, help="windows from the beginning (default: all)")
+        text.add_argument("--seq-length", type=int, default=2048, help="tokens in a window (default: 2048)")
+        tasks = parser.add_argument_group("Benchmarks", 'of lm-evaluation-harness: pip install "optimum-heapr[eval]"')
+        tasks.add_argument(
+            "--tasks",
+            nargs="+",
+            default=[],
+            help="names of tasks, or 'paper' for its seven zero-shot ones, or 'generation' for gsm8k and ifeval",
+        )
+        tasks.add_argument(
+            "--include-path", default=None, help="folder of your own task files, whose Python functions are run"
+        )
+        tasks.add_argument(
+            "--num-fewshot", type=int, default=None, help="examples in the prompt (default: the task's)"
+        )
+        tasks.add_argument("--limit", type=int, default=None, help="documents of each task, for a quick look")
+        tasks.add_argument("--chat-template", action="store_true", help="render requests by the chat template")
+        speed = parser.add_argument_group("Speed")
+        speed.add_argument(
+            "--speed", action="store_true", help="also sizes, FLOPs a token, tokens a second and peak memory"
+        )
+        speed.add_argument("--prompt-length", type=int, default=512, help="tokens of a prompt (default: 512)")
+        speed.add_argument("--new-tokens", type=int, default=64, help="tokens written after each (default: 64)")
+        speed.add_argument("--repetitions", type=int, default=5, help="of which the median counts (default: 5)")
+        parser.add_argument("--batch-size", type=int, default=1, help="of benchmarks and speed (default: 1)")
+        parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
     def execute(self) -> None:
         import json
 
-        from ..evaluation.perplexity import evaluate_perplexity
-        from ..pruner import load_model
-        from ..utils.errors import HeaprError
-        from .tables import table
+        args = self.args
+        if not (args.dataset or args.tasks or args.speed):
+            raise HeaprError("dataset=[]: nothing to evaluate; name text with --dataset, --tasks, or --speed")
+        if args.num_samples is not None and args.num_samples < 1:
+            raise HeaprError(f"num_samples={args.num_samples}: must be at least 1; leave it out for all windows")
+        from ..evaluation.comparison import Comparison
+        from ..loading import load_model
 
-        if self.args.num_samples is not None and self.args.num_samples < 1:
-            raise HeaprError(f"num_samples={self.args.num_samples}: must be at least 1; leave it out for all windows")
-        results = []
-        for name in self.args.model:
-            model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(self.args))
-            for dataset in self.args.dataset:
-                result = evaluate_perplexity(
-                    model,
-                    tokenizer,
-                    dataset,
-                    self.args.seq_length,
-                    self.args.num_samples,
-                    self.args.dataset_config,
-                    self.args.split,
-                    self.args.text_column,
-                )
-                results.append({"model": name, "dataset": dataset, **result})
-            del model
-        if self.args.json:
-            print(json.dumps(results, indent=2))
-            return
-        rows = [
-            [row["model"], row["dataset"], f"{row['perplexity']:.3f}", f"{row['loss']:.4f}"]
-            + [f"{row['loss_standard_error']:.4f}", row["num_tokens"]]
-            for row in results
-        ]
-        print(table(["model", "dataset", "perplexity", "loss", "± s.e.", "tokens"], rows))
+        names = ("seq_length", "num_samples", "dataset_config", "split", "text_column")
+        task_names = ("include_path", "num_fewshot", "limit", "batch_size", "chat_template")
+        speed_names = ("prompt_length", "new_tokens", "batch_size", "repetitions")
+        comparison = Comparison(
+            args.dataset,
+            {name: getattr(args, name) for name in names},
+            args.tasks,
+            {name: getattr(args, name) for name in task_names},
+            {name: getattr(args, name) for name in speed_names} if args.speed else None,
+        )
+        for name in args.model:
+            model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
+            comparison.add(name, model, tokenizer, self._weight_files(model) if args.speed else ())
+            del model  # the next one may need its memory
+        print(
+            json.dumps(comparison.results, indent=2) if args.json else "\n\n".join(result_tables(comparison.results))
+        )
+
+    def _weight_files(self, model) -> list[str]:
+        """The files that a model was loaded from; none if they are not safetensors."""
+        from ..utils.tensor_files import checkpoint_files
+
+        options = {"revision": self.args.revision} if self.args.revision else {}
+        try:
+            return checkpoint_files(model.config._name_or_path, **options)
+        except (HeaprError, OSError):
+            return []
+
+
+def result_tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What a [`~optimum_heapr.evaluation.comparison.Comparison`] found, as plain text."""
+    from ..report.numbers import change, count, signed, size
+    from .tables import table
+
+    made = []
+    if rows := results["perplexity"]:
+        lines = []
+        for row in rows:
+            increase = ""
+            if row.get("increase") is not None:
+                increase = f"{signed(row['increase'])} ± {row['increase_standard_error']:.4f}"
+            numbers = [f"{row['perplexity']:.3f}", f"{row['loss']:.4f}", f"{row['loss_standard_error']:.4f}"]
+            lines.append([row["model"], row["dataset"], *numbers, row["num_tokens"], increase])
+        made.append(table(["model", "dataset", "perplexity", "loss", "± s.e.", "tokens", "against the first"], lines))
+    if rows := results["tasks"]:
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        lines = []
+        for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+            found = {row["model"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
+            lines.append([task, metric, *(_with_error(found.get(model)) for model in models)])
+        made.append(table(["task", "metric", *models], lines))
+    if rows := results["speed"]:
+        first, lines = rows[0], []
+        for row in rows:
+            fields = [count(row["parameters"]), count(row["active_parameters"]), count(row["flops_per_token"])]
+            fields.append(size(row["checkpoint_bytes"] or row["weight_bytes"]))
+            for name in ("prefill", "decode"):
+                fields.append(f"{row[name]:,.1f} ± {row[f'{name}_spread']:.0%}")
+            fields.append(size(row["peak_bytes"]))
+            fields.append(change(first["decode"], row["decode"]) if row is not first else "")
+            lines.append([row["model"], *fields])
+        header = ["model", "parameters", "active", "FLOPs/token", "size", "prefill tok/s", "decode tok/s"]
+        made.append(
+            table([*header, "peak memory", "decode"], lines)
+            + f"\n{first['device']}, {first['prompt_tokens']} + {first['new_tokens']} tokens, batch size "
+            f"{first['batch_size']}, median of {first['repetitions']} ± half the distance of the quartiles"
+        )
+    return made
+
+
+def _with_error(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    return f"{row['value']:.4f}{error}"

@@ -10,23 +10,29 @@ from .base import HeaprSubcommand
 
 class InspectCommand(HeaprSubcommand):
     NAME = "inspect"
-    HELP = "Print a statistics file, a plan or a pruned model as tables."
+    HELP = "Print a statistics file, a plan or the report of a pruned model as tables."
 
     @staticmethod
     def parse_args(parser):
-        parser.add_argument("path", help="statistics file, plan file, or folder of a pruned model")
+        parser.add_argument("path", help="statistics file, plan file, report.json, or folder of a pruned model")
 
     def execute(self) -> None:
         from ..calibration.statistics import FORMAT as STATISTICS_FORMAT
         from ..calibration.statistics import AtomicStatistics
         from ..planning.plan import PLAN_NAME, PruningPlan
+        from ..report.content import build_report
+        from ..report.files import REPORT_NAME, read_report
         from ..utils.artefacts import artefact_format
-        from .tables import plan_table, statistics_table
+        from .tables import importance_table, report_text, statistics_table
 
         path = Path(self.args.path)
         if path.is_dir():
-            path = path / PLAN_NAME
-        if artefact_format(path) == STATISTICS_FORMAT:
-            print(statistics_table(AtomicStatistics.load(path)))
+            path = path / REPORT_NAME if (path / REPORT_NAME).is_file() else path / PLAN_NAME
+        if path.suffix == ".json":
+            print(report_text(read_report(path)))
+        elif artefact_format(path) == STATISTICS_FORMAT:
+            statistics = AtomicStatistics.load(path)
+            print(statistics_table(statistics), importance_table(statistics), sep="\n\n")
         else:
-            print(plan_table(PruningPlan.load(path)))
+            plan = PruningPlan.load(path)
+            print(report_text(build_report(plan, plan.model["model_type"])))

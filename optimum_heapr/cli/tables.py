@@ -7,7 +7,8 @@ import statistics as stats
 from typing import TYPE_CHECKING, Any
 
 from ..planning.alignment import effective_multiple
-from ..report.tables import measured_on
+from ..report.markdown import summary, title
+from ..report.tables import measured_on, report_tables
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,28 @@ def statistics_table(statistics: AtomicStatistics) -> str:
             *unreached_lines(statistics.unreached),
         ]
     )
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """A report as plain-text tables."""
+    parts = [title(report), summary(report).replace("`", "")]
+    for part in report_tables(report):
+        parts.append("\n".join([part.title, table(part.header, part.rows), *part.notes]).replace("`", ""))
+    for sample in report.get("samples", []):
+        parts.append("\n".join(f"{name}: {sample[name]!r}" for name in ("prompt", "before", "after")))
+    return "\n\n".join(parts)
+
+
+def importance_table(statistics: AtomicStatistics, criterion: str = "heapr") -> str:
+    """Quantiles of the importance in each layer."""
+    rows = []
+    for path, scores in statistics.importance(criterion).items():
+        measured = scores[statistics.blocks[path].reached].double().flatten().sort().values
+        if len(measured):
+            places = [round(share * (len(measured) - 1)) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
+            rows.append([path, *(f"{measured[place]:.3g}" for place in places)])
+    header = ["block", "least", "10 %", "median", "90 %", "most"]
+    return f"importance of atomic experts, criterion {criterion}\n{table(header, rows)}"
 
 
 def source_lines(data: dict[str, Any]) -> list[str]:

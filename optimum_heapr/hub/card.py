@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.sources import FILE_BUILDERS, PRESETS, parse_sources
 from ..demo import DEMO_MODEL, demo_model_path
+from ..report.markdown import CHART_NAME
+from ..report.tables import comparison
 from ..utils.errors import HeaprError
 from ..utils.files import public_name
 
@@ -34,6 +36,10 @@ PLACEHOLDER = "path/to/this/model"
 
 TAGS = ["moe", "pruning", "heapr", "optimum-heapr"]
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
+_PLOT = (
+    f"![Kept share of each expert, by layer and expert]({CHART_NAME})\n\nAll figures and plots are in `report.html`, "
+    "which opens without a network, in `report.md` and in `report.json`.\n\n"
+)
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageTextToText": "image-text-to-text",
@@ -83,11 +89,16 @@ class BaseModel:
 
 
 def write_card(
-    folder: Path, model: PreTrainedModel, plan: PruningPlan, base: BaseModel, results: Sequence[EvalResult] = ()
+    folder: Path,
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    base: BaseModel,
+    results: Sequence[EvalResult] = (),
+    report: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `README.md` beside a pruned model that was saved into `folder`."""
+    """Writes `README.md` beside a pruned model that was saved into `folder`, with its report if there is one."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    card = model_card(model, plan, base, results, has_code="auto_map" in config)
+    card = model_card(model, plan, base, results, "auto_map" in config, report)
     (folder / CARD_NAME).write_text(str(card), encoding="utf-8")
 
 
@@ -97,6 +108,7 @@ def model_card(
     base: BaseModel,
     results: Sequence[EvalResult] = (),
     has_code: bool = True,
+    report: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of a pruned model. Deterministic: the ways to prune a model give the same card.
 
@@ -106,11 +118,14 @@ def model_card(
         base (`BaseModel`): what it was before.
         results (`Sequence[EvalResult]`): what was measured; see [`perplexity_result`].
         has_code (`bool`): whether the checkpoint brings its own modeling files, or is of a stock architecture.
+        report (`dict`, *optional*): the report that stands beside the card; what it measured goes into the card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     from ..modeling.modeling_heapr import auto_class_name
 
+    measured = (report or {}).get("loss", {}).get("measured")
+    results = [*results, *([held_out_result(measured)] if measured else [])]
     auto_class = auto_class_name(type(model.config))
     name = f"{base.name.split('/')[-1]}-heapr-{plan.ratio:.0%}".replace("%", "")
     data = ModelCardData(
@@ -128,8 +143,8 @@ def model_card(
             f"# {base.name} without {plan.ratio:.1%} of its routed atomic experts",
             _summary(model, plan, base),
             "## Use it\n\n" + _usage(auto_class, has_code),
-            "## What was removed\n\n" + _layers(plan),
-            *(["## Measured\n\n" + _measurements(results)] if results else []),
+            "## What was removed\n\n" + (_PLOT if report else "") + _layers(plan),
+            *(["## Measured\n\n" + _measurements(results, report)] if results else []),
             "## Recipe\n\n" + _recipe(plan),
             "## Limits\n\n" + _limits(plan, bool(results)),
         ]
@@ -138,13 +153,13 @@ def model_card(
 
 
 def perplexity_result(
-    measured: dict[str, float], dataset: str, dataset_config: str | None = None, split: str = "test"
+    measured: dict[str, float], dataset: str, dataset_config: str | None = None, split: str | None = "test"
 ) -> EvalResult:
     """An entry for the card's `model-index` from what `evaluate_perplexity` returned.
 
     Args:
         measured (`dict[str, float]`): of [`~optimum_heapr.evaluation.perplexity.evaluate_perplexity`].
-        dataset, dataset_config, split (`str`): the text it was measured on.
+        dataset, dataset_config, split (`str`, *optional*): the text it was measured on.
     """
     from huggingface_hub import EvalResult
 
@@ -158,6 +173,17 @@ def perplexity_result(
         metric_name=f"perplexity over {measured['num_tokens']:,.0f} tokens",
         metric_value=measured["perplexity"],
     )
+
+
+def held_out_result(measured: dict[str, Any]) -> EvalResult:
+    """An entry for the card's `model-index` from what a report measured."""
+    # The name of a file or a mixture need not be one that the Hub takes for a dataset.
+    kind = re.sub(r"[^\w.-]+", "-", measured["source"]).strip("-.") or "text"
+    name = measured["source"] + (" (held out)" if measured["held_out"] else "")
+    is_hub_name = _is_hub_name(measured["source"])
+    result = perplexity_result(measured["after"], measured["source"] if is_hub_name else kind, split=None)
+    result.dataset_name = name
+    return result
 
 
 def _summary(model: PreTrainedModel, plan: PruningPlan, base: BaseModel) -> str:
@@ -214,7 +240,7 @@ def _layers(plan: PruningPlan) -> str:
     )
 
 
-def _measurements(results: Sequence[EvalResult]) -> str:
+def _measurements(results: Sequence[EvalResult], report: dict[str, Any] | None) -> str:
     rows = ["| dataset | split | metric | value |", "|---|---|---|---:|"]
     for result in results:
         dataset = f"{result.dataset_name} {result.dataset_config or ''}".strip()
@@ -222,6 +248,11 @@ def _measurements(results: Sequence[EvalResult]) -> str:
         rows.append(
             f"| {dataset} | {result.dataset_split or ''} | {result.metric_name or result.metric_type} | {value} |"
         )
+    if report and "measured" in report["loss"]:
+        table = comparison(report, speed=False)  # which is that of one machine
+        rows += ["", "| " + " | ".join(table.header) + " |", "|---|---:|---:|---:|"]
+        rows += ["| " + " | ".join(row) + " |" for row in table.rows]
+        rows += ["", " ".join(table.notes)]
     return "\n".join(rows)
 
 

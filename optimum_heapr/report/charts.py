@@ -97,7 +97,7 @@ def importance_histogram(report: dict[str, Any]) -> str:
     def x_of(value: float) -> float:
         return LEFT + (place(value) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
-    most = _axis(canvas, top, bottom, most, count)
+    most = _axis(canvas, top, bottom, most, _short)
     hatched = canvas.hatching(LIGHT)
     for index, (kept, removed) in enumerate(zip(found["kept"], found["removed"])):
         x, cut = LEFT + index * step, bottom - height * removed / most
@@ -227,8 +227,8 @@ def _columns(
 
 def _axis(canvas: Canvas, top: float, bottom: float, most: float, write: Callable[[float], str]) -> float:
     """Lines at round values from 0 up; returns the value of the uppermost, which is `most` or a little more."""
-    power = 10 ** math.floor(math.log10(most / 4))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 4 >= most * 0.999)
+    power = 10 ** math.floor(math.log10(most / 5))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= most * 0.999)
     steps = math.ceil(most / step - 0.001)
     for index in range(steps + 1):
         y = bottom - (bottom - top) * index / steps
@@ -243,6 +243,10 @@ def _legend(canvas: Canvas, entries: Sequence[tuple[str, str]], y: float) -> Non
         canvas.rectangle(x, y, 13, 13, fill, INK)
         canvas.write(x + 20, y + 11, label)
         x += 46 + 7 * len(label)
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:g} k" if 10_000 <= value < 1e6 else count(value)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

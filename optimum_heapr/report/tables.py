@@ -32,8 +32,8 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def comparison(report: dict[str, Any]) -> Table:
-    """Before, after and change of everything that has both."""
+def comparison(report: dict[str, Any], speed: bool = True) -> Table:
+    """Before, after and change of everything that has both, or of all but speed and memory."""
     removed, rows, notes = report["removed"], [], []
 
     def add(name: str, before: Any, after: Any, write) -> None:
@@ -65,7 +65,7 @@ def comparison(report: dict[str, Any]) -> Table:
             f"Measured on {before['num_tokens']:,} tokens in {measured['windows']} windows of {measured_on(report)}; ± is one "
             "standard error, of the difference on the same windows."
         )
-    if "speed" in report:
+    if speed and "speed" in report:
         before, after = report["speed"]["before"], report["speed"]["after"]
         add("prefill, tokens/s", before["prefill"], after["prefill"], _speed)
         add("decode, tokens/s", before["decode"], after["decode"], _speed)

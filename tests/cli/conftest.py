@@ -76,6 +76,7 @@ def run(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["optimum-cli", "heapr", *map(str, arguments)])
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # set by the commands; undone with the test
         monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        monkeypatch.setenv("TQDM_DISABLE", "1")
         capsys.readouterr()
         try:
             main()
