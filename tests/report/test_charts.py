@@ -71,7 +71,7 @@ def test_empty_and_unreached_experts_are_marked():
     report["blocks"][1]["widths"] = [1] * 8
     report["blocks"][2]["widths"] = [16] * 8
     report["blocks"][0]["widths"] = [16, 16, 0, *[16] * 5]
-    marks = [path for path in ElementTree.fromstring(charts.kept_widths(report)).findall(f"{SVG}path")]
+    marks = list(ElementTree.fromstring(charts.kept_widths(report)).findall(f"{SVG}path"))
     crosses = [path for path in marks if "m0 -" in path.get("d")]
     rings = [path for path in marks if "a" in path.get("d")]
     assert len(crosses) == len(rings) == 2  # in the picture, and in the legend
