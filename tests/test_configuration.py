@@ -51,6 +51,8 @@ OTHER = {
     "seq_length": 256,
     "batch_size": 4,
     "skip_nonfinite": True,
+    "eval_samples": 3,
+    "eval_dataset": "held_out.jsonl",
     "seed": 7,
 }
 

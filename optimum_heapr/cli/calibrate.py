@@ -105,7 +105,7 @@ class CalibrateCommand(HeaprSubcommand):
     def _offloads(self, config: HeaprConfig, options: dict[str, Any]) -> bool:
         """Prints what the run needs, and decides whether weights are offloaded."""
         from ..calibration.memory import MemoryEstimate
-        from ..pruner import load_model
+        from ..loading import load_model
         from ..utils.logging import is_main_process
 
         if self.args.memory == "plain" or (self.args.memory == "auto" and {"device_map", "dequantize"} & set(options)):

@@ -152,14 +152,59 @@ def test_evaluate_compares_models(run, inputs):
     flags = ["--dataset", inputs.text, "--seq-length", "32"]
     result = run("evaluate", "-m", inputs.model, inputs.pruned, *flags, "--json")
     assert result.status == 0 and result.error == ""
-    original, pruned = json.loads(result.output)
+    found = json.loads(result.output)
+    original, pruned = found["perplexity"]
+    assert found["tasks"] == found["speed"] == []
     assert (original["model"], pruned["model"]) == (str(inputs.model), str(inputs.pruned))
     assert original["num_tokens"] == pruned["num_tokens"] > 100
     assert original["loss"] != pruned["loss"] and original["perplexity"] > 1
+    assert "increase" not in original and pruned["increase"] == pytest.approx(
+        pruned["loss"] - original["loss"], abs=1e-6
+    )
+    assert 0 < pruned["increase_standard_error"] < pruned["loss_standard_error"]
     table = run("evaluate", "-m", inputs.model, *flags)
     assert f"{original['perplexity']:.3f}" in table.output
     one = json.loads(run("evaluate", "-m", inputs.model, *flags, "--num-samples", "1", "--json").output)
-    assert one[0]["num_tokens"] == 31
+    assert one["perplexity"][0]["num_tokens"] == 31
+
+
+def test_evaluate_compares_speed_and_size(run, inputs):
+    flags = ["--speed", "--prompt-length", "12", "--new-tokens", "4", "--repetitions", "2", "--dataset", inputs.text]
+    flags += ["--seq-length", "32"]
+    result = run("evaluate", "-m", inputs.model, inputs.pruned, *flags, "--json")
+    assert result.status == 0 and result.error == ""
+    original, pruned = json.loads(result.output)["speed"]
+    for folder, row in ((inputs.model, original), (inputs.pruned, pruned)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert row["parameters"] == model.num_parameters()
+        assert row["checkpoint_bytes"] == (folder / "model.safetensors").stat().st_size
+        assert min(row["prefill"], row["decode"], row["peak_bytes"]) > 0
+        assert (row["prompt_tokens"], row["new_tokens"], row["repetitions"]) == (12, 4, 2)
+    assert pruned["flops_per_token"] < original["flops_per_token"]
+    shown = run("evaluate", "-m", inputs.model, *flags[:-4]).output
+    assert "prefill tok/s" in shown and "median of 2" in shown and "perplexity" not in shown
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        ([], "nothing to evaluate; name text with --dataset, --tasks, or --speed"),
+        (
+            ["--speed", "--prompt-length", "4000"],
+            "prompt_length=4000: with new_tokens=64 the model has positions for 128",
+        ),
+        (
+            ["--speed", "--prompt-length", "12", "--new-tokens", "4", "--repetitions", "0"],
+            "repetitions=0: must be at least 1",
+        ),
+        (["--tasks", "x", "--include-path", "nowhere"], "include_path='nowhere': no such folder"),
+    ],
+)
+def test_evaluate_refuses(flags, problem, run, inputs):
+    if "--tasks" in flags:
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    result = run("evaluate", "-m", inputs.model, *flags)
+    assert result.status == 2 and problem in result.error and result.error.count("\n") == 1
 
 
 def test_evaluate_takes_dense_models(run, inputs, tmp_path):
@@ -168,15 +213,51 @@ def test_evaluate_takes_dense_models(run, inputs, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path)
     result = run("evaluate", "-m", tmp_path, "--dataset", inputs.text, "--json")
-    assert result.status == 0 and json.loads(result.output)[0]["perplexity"] > 1
+    assert result.status == 0 and json.loads(result.output)["perplexity"][0]["perplexity"] > 1
 
 
 def test_inspect_shows_every_artefact(run, inputs, tmp_path):
     statistics = run("inspect", inputs.statistics)
     assert statistics.status == 0 and "tokens in 9 samples" in statistics.output
+    assert "importance of atomic experts, criterion heapr" in statistics.output
     plan = run("inspect", inputs.plan)
-    assert plan.status == 0 and "removed 25.00%" in plan.output
-    assert run("inspect", inputs.pruned).output == plan.output
+    assert plan.status == 0 and "without 25.0% of its routed atomic experts" in plan.output
+    for part in ("Before and after", "What was removed where", "Importance", "Expert coverage"):
+        assert part in plan.output
+    pruned = run("inspect", inputs.pruned)
+    assert "parameters" in pruned.output and plan.output.partition("What was removed")[2][:400] in pruned.output
+    assert run("inspect", inputs.pruned / "report.json").output == pruned.output
+    shutil.copytree(inputs.pruned, tmp_path / "old", ignore=shutil.ignore_patterns("report.*"))
+    assert run("inspect", tmp_path / "old").output == plan.output
+
+
+def test_prune_reports(run, inputs, tmp_path):
+    """Measured on what calibration left over of the text, or on another; completions of given prompts."""
+    output = tmp_path / "out"
+    flags = ["--num-samples", "6", "--seq-length", "24", "--eval-samples", "3", "--prompt", "The dog", "A router"]
+    result = run("prune", "-m", inputs.model, "-o", output, "--dataset", inputs.text, *flags)
+    assert result.status == 0 and "measured loss" in result.output and "report.html" in result.output
+    report = json.loads((output / "report.json").read_text())
+    measured = report["loss"]["measured"]
+    assert measured["held_out"] and measured["windows"] == 3 and measured["source"] == "text.jsonl"
+    assert [sample["prompt"] for sample in report["samples"]] == ["The dog", "A router"]
+    assert f"{measured['after']['loss']:.4f}" in (output / "report.html").read_text()
+    card = (output / "README.md").read_text()
+    assert "](kept_widths.svg)" in card and (output / "kept_widths.svg").is_file()
+    assert "text.jsonl (held out)" in card and str(inputs.text.parent) not in card.split("## Recipe")[0]
+    for name in ("report.html", "report.md"):
+        assert str(tmp_path) not in (output / name).read_text()
+
+    other = run(
+        "prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "other", "--eval-dataset", "demo"
+    )
+    assert other.status == 0 and "on demo" in other.output
+    none = run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "none")
+    assert none.status == 0 and "measured" not in none.output
+    missing = run(
+        "prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "x", "--eval-dataset", "gone.jsonl"
+    )
+    assert missing.status == 2 and "gone.jsonl" in missing.error and not (tmp_path / "x").exists()
 
 
 def test_help_of_every_command(run):

@@ -1,0 +1,99 @@
+# Licensed under the Apache License, Version 2.0
+"""Messages obey the verbosity of transformers and of optimum; bars say where they are."""
+
+import io
+import logging
+import sys
+from types import SimpleNamespace
+
+import optimum.utils.logging as optimum_logging
+import pytest
+import transformers.utils.logging as transformers_logging
+
+from optimum_heapr.utils.logging import get_logger, progress, show_throughput, with_paths
+
+
+@pytest.fixture
+def levels():
+    """Both at their default, and as they were afterwards."""
+    before = transformers_logging.get_verbosity(), optimum_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    optimum_logging.set_verbosity_warning()
+    yield
+    transformers_logging.set_verbosity(before[0])
+    optimum_logging.set_verbosity(before[1])
+
+
+def messages(log) -> list[str]:
+    logger = get_logger("optimum_heapr.somewhere")
+    log.clear()
+    logger.info("an %s", "information")
+    logger.warning("a warning")
+    logger.error("an error")
+    return list(dict.fromkeys(record.getMessage() for record in log.records))  # the root may hand them over as well
+
+
+@pytest.mark.parametrize("library", [transformers_logging, optimum_logging])
+def test_verbosity_of_either_library(library, levels, heapr_log):
+    assert messages(heapr_log) == ["a warning", "an error"]
+    library.set_verbosity_error()
+    assert messages(heapr_log) == ["an error"]
+    library.set_verbosity_info()
+    assert messages(heapr_log) == ["an information", "a warning", "an error"]
+    library.set_verbosity_warning()
+    assert messages(heapr_log) == ["a warning", "an error"]
+
+
+def test_what_was_set_for_optimum_goes_first(levels, heapr_log):
+    transformers_logging.set_verbosity_info()
+    optimum_logging.set_verbosity_error()
+    assert messages(heapr_log) == ["an error"]
+
+
+def test_records_name_the_line_that_logged(levels, heapr_log):
+    messages(heapr_log)
+    record = heapr_log.records[0]
+    assert record.name == "optimum.heapr.somewhere" and record.funcName == "messages"
+    logging.disable(logging.CRITICAL)
+    try:
+        assert messages(heapr_log) == []
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def terminal(monkeypatch) -> Terminal:
+    for name in ("RANK", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_a_bar_shows_speed_and_memory(monkeypatch):
+    stream = terminal(monkeypatch)
+    bar = progress(range(3), desc="Calibrating", mininterval=0)
+    for index in bar:
+        show_throughput(bar, 1000 * (index + 1))
+    assert "tokens/s" in stream.getvalue() and "GiB at most" in stream.getvalue()
+
+
+def test_a_bar_over_layers_names_them(monkeypatch):
+    stream = terminal(monkeypatch)
+    blocks = [SimpleNamespace(path=f"model.layers.{index}.mlp.experts") for index in range(3)]
+    assert list(with_paths(blocks, desc="Pruning", mininterval=0)) == blocks
+    assert "model.layers.1.mlp.experts" in stream.getvalue()
+
+
+def test_off_a_terminal_nothing_is_shown(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = progress(range(3))
+    for _ in bar:
+        show_throughput(bar, 10)
+    list(with_paths([SimpleNamespace(path="x")]))
+    assert stream.getvalue() == ""
