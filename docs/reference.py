@@ -54,14 +54,15 @@ def autodoc(name: str, members: Iterable[str] = ()) -> str:
         LookupError: if there is no such object, or it has no docstring.
     """
     thing = find(name)
-    full_name = f"{PACKAGE}.{name}" if name in optimum_heapr.__all__ else canonical_name(thing)
+    home = canonical_name(thing)
+    public = f"{PACKAGE}.{name}" if name in optimum_heapr.__all__ else home
     if not inspect.isclass(thing):
-        return _directive("function", full_name, thing, _docstring(thing), level=0)
+        return _directive("function", public + _signature(thing), home, _docstring(thing))
     named = [member for member in members if member != "all"] or [
         member for member, value in vars(thing).items() if not member.startswith("_") and _is_documented(value)
     ]
     parts = [_docstring(thing), *(_member(thing, member) for member in named)]
-    return _directive("class", full_name, thing, "\n".join(parts), level=1)
+    return _directive("class", public + _signature(thing), home, "\n".join(parts), fence="::::")
 
 
 def canonical_name(thing: Any) -> str:
@@ -104,19 +105,33 @@ def find(name: str, scopes: Iterable[str] = (PACKAGE,)) -> Any:
     Raises:
         LookupError: if there is none.
     """
-    for start in (name, *(f"{scope}.{name}" for scope in scopes)):
+    return pkgutil.resolve_name(_path_of(name, scopes))
+
+
+def _path_of(name: str, scopes: Iterable[str]) -> str:
+    for path in (name, *(f"{scope}.{name}" for scope in scopes)):
         try:
-            return pkgutil.resolve_name(start)
+            pkgutil.resolve_name(path)
         except (ImportError, AttributeError, ValueError):
             continue
+        return path
     raise LookupError(f"{name}: there is no such object")
+
+
+def _target(name: str, scopes: Iterable[str]) -> str:
+    """What a reference leads to: methods are named by the class that has them, be they inherited or not."""
+    path = _path_of(name, scopes)
+    owner, _, last = path.rpartition(".")
+    if owner and inspect.isclass(pkgutil.resolve_name(owner)):
+        return f"{canonical_name(pkgutil.resolve_name(owner))}.{last}"
+    return canonical_name(pkgutil.resolve_name(path))
 
 
 def _linked(text: str, scopes: Iterable[str] = (PACKAGE,)) -> str:
     """[`~a.b.C.d`] as a reference that Sphinx follows; outside the package, as code."""
 
     def link(match: re.Match) -> str:
-        target = canonical_name(find(match["name"], scopes))
+        target = _target(match["name"], scopes)
         # Modules begin with a small letter: of a.b.C.d the class and its method are shown, of a.b.f the function.
         shown = re.sub(r"^(?:[a-z]\w*\.)+", "", target) if match["short"] else match["name"]
         return f"{{py:obj}}`{shown} <{target}>`" if target.startswith(f"{PACKAGE}.") else f"`{shown}`"
@@ -157,28 +172,28 @@ def _public(text: str) -> str:
 
 
 def _member(owner: type, name: str) -> str:
-    value = inspect.getattr_static(owner, name)
-    bound = value if isinstance(value, property) else getattr(owner, name)
-    kind = "property" if isinstance(value, property) else "method"
-    option = {classmethod: ":classmethod:", staticmethod: ":staticmethod:"}.get(type(value))
-    return _directive(kind, name, bound, _docstring(bound, canonical_name(owner)), 0, *([option] if option else []))
+    value, home = inspect.getattr_static(owner, name), f"{canonical_name(owner)}.{name}"
+    if isinstance(value, property):
+        return _directive("property", name, home, _docstring(value, canonical_name(owner)))
+    method = getattr(owner, name)
+    option = {classmethod: [":classmethod:"], staticmethod: [":staticmethod:"]}.get(type(value), [])
+    return _directive("method", name + _signature(method), home, _docstring(method, canonical_name(owner)), *option)
 
 
-def _directive(kind: str, name: str, thing: Any, body: str, level: int, *options: str) -> str:
-    signature = "" if kind == "property" else _signature(thing, without_first=kind == "method")
-    fence = ":" * (3 + level)
-    if not name.startswith(f"{PACKAGE}.") or canonical_name(thing) != name:
-        options = (*options, f":canonical: {canonical_name(thing)}")
-    return "\n".join([f"{fence}{{py:{kind}}} {name}{signature}", *options, "", body.strip(), fence, ""])
+def _directive(kind: str, heading: str, home: str, body: str, *options: str, fence: str = ":::") -> str:
+    """One of Sphinx's directives for objects; `home` is where it is defined, for references that name it so."""
+    return "\n".join([f"{fence}{{py:{kind}}} {heading}", f":canonical: {home}", *options, "", body.strip(), fence, ""])
 
 
-def _signature(thing: Any, without_first: bool) -> str:
+def _signature(thing: Any) -> str:
     if isinstance(thing, type) and issubclass(thing, Exception):
         return ""  # made from a message, like any other
     signature = inspect.signature(thing)
-    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-    if without_first and parameters and parameters[0].name == "self":
-        parameters = parameters[1:]
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
