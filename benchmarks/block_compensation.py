@@ -36,7 +36,6 @@ from quality import Increase, evaluation_windows, named_paths, window_losses
 from optimum_heapr import AtomicStatistics, HeaprConfig
 from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.criteria.elimination import ridge_for_tokens
 from optimum_heapr.experts import ExpertBlock, find_expert_blocks
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.pruner import load_model
@@ -159,11 +158,13 @@ class Sums:
     gram: torch.Tensor | float = 0.0
     cross: torch.Tensor | float = 0.0
     tokens: torch.Tensor | int = 0
+    top_k: int = 1
 
     def add(self, block: Block, target: torch.Tensor) -> None:
         self.gram = self.gram + block.phi.T @ block.phi
         self.cross = self.cross + target.T @ block.phi
         self.tokens = self.tokens + block.tokens
+        self.top_k = int(block.tokens.sum()) // len(block.phi)
 
 
 def fitted(columns: torch.Tensor, sums: Sums, kept: list[torch.Tensor], width: int, free: str) -> torch.Tensor:
@@ -177,14 +178,21 @@ def fitted(columns: torch.Tensor, sums: Sums, kept: list[torch.Tensor], width: i
     for expert, (indices, count) in enumerate(zip(kept, sums.tokens.tolist())):
         part = slice(expert * width, (expert + 1) * width)
         gram = sums.gram[part, part] / max(count, 1)
-        ridge[part] = sums.gram.diagonal()[part].mean() * ridge_for_tokens(RIDGE, width, max(count, 1))
         if len(indices):
             own = columns[:, part]
             alone = own[:, indices] if free == "none" else compensate(own, gram, indices, count, RIDGE).down_proj
             start[:, part.start + indices] = alone
     if free in ("none", "expert"):
         return start
-    ridge[shared] = sums.gram.diagonal()[shared].mean() * RIDGE
+    # Columns that are fitted together share their tokens: as many columns as one token meets count against them.
+    tokens = sums.tokens.sum() / sums.top_k
+    together = len(shared) + (sums.top_k * width if free == "block" else 0)
+    for expert, count in enumerate(sums.tokens.tolist()):
+        part = slice(expert * width, (expert + 1) * width)
+        least = sums.top_k * width / max(count, 1) + len(shared) / tokens
+        ridge[part] = sums.gram.diagonal()[part].mean() * max(RIDGE, least)
+    if len(shared):
+        ridge[shared] = sums.gram.diagonal()[shared].mean() * max(RIDGE, together / tokens)
     stay = torch.cat([indices + expert * width for expert, indices in enumerate(kept)] + [shared])
     stay = stay[sums.gram.diagonal()[stay] > 0]
     refit = shared if free == "shared" else stay
