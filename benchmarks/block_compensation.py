@@ -38,7 +38,7 @@ from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import ExpertBlock, find_expert_blocks
 from optimum_heapr.planning.allocation import allocate
-from optimum_heapr.pruner import load_model
+from optimum_heapr.loading import load_model
 from optimum_heapr.surgery.compensation import compensate
 
 

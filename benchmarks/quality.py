@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.sources import open_dataset, tokenized_documents
-from optimum_heapr.pruner import load_model
+from optimum_heapr.loading import load_model
 
 
 # By name, options of HeaprConfig. `drop` takes the lowest-ranked experts out of the router too, as REAP does;
