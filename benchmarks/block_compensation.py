@@ -37,8 +37,8 @@ from optimum_heapr import AtomicStatistics, HeaprConfig
 from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import ExpertBlock, find_expert_blocks
-from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.loading import load_model
+from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.compensation import compensate
 
 

@@ -30,8 +30,8 @@ from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria.elimination import ridge_for_tokens
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.loading import load_model
+from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.compensation import compensate_experts, compensation_weights
 
 

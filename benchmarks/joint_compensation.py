@@ -26,8 +26,8 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
 from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, scores_of_order, token_dependence
 from optimum_heapr.experts import ExpertBlock, find_expert_blocks
-from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.loading import load_model
+from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.compensation import compensate
 
 
