@@ -3,13 +3,14 @@
 
     python benchmarks/moe_block.py --kept 0.4
 
-Prints one table of ratios to the stock block. Stock runs its fastest implementation of those named in the table's last
-column; so does the pruned block. Times are medians of interleaved runs.
+Prints one table of ratios to the stock block's fastest implementation. Times are medians of interleaved runs; each round
+draws a new routing, as a model does, so that nothing profits from shapes that were seen before.
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import Qwen3MoeConfig
@@ -33,20 +34,22 @@ def pruned_block(stock: torch.nn.Module, kept: float, multiple: int, seed: int =
 
 
 @torch.no_grad()
-def timed(calls: dict, seconds: float, device: torch.device) -> dict[str, float]:
-    """Median seconds of each call, run in turn until the time is up."""
+def timed(calls: dict, draw, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each call over the second half of the rounds; `draw` gives the inputs of a round.
+
+    On a CPU, seconds of the processor: other processes cost less of those.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     samples = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+    for _ in range(rounds):
+        inputs = draw()
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
+            start = clock()
+            call(*inputs)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            samples[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in samples.items()}
+            samples[name].append(clock() - start)
+    return {name: statistics.median(values[rounds // 2 :]) for name, values in samples.items()}
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each row")
+    parser.add_argument("--rounds", type=int, default=40, help="runs of each cell; the second half of them counts")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -80,20 +83,22 @@ def main() -> None:
         torch.nn.init.normal_(stock.down_proj, std=0.02)
         blocks = {multiple: pruned_block(stock, args.kept, multiple) for multiple in args.multiples}
         for tokens in args.tokens:
-            hidden = torch.randn(tokens, args.hidden, device=device, dtype=dtype)
-            weights, index = torch.rand(tokens, args.experts, device=device).topk(args.top_k)
-            weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
 
-            def call(block, implementation, hidden=hidden, index=index, weights=weights):
+            def draw(tokens=tokens, dtype=dtype):
+                weights, index = torch.rand(tokens, args.experts, device=device).topk(args.top_k)
+                hidden = torch.randn(tokens, args.hidden, device=device, dtype=dtype)
+                return hidden, index, (weights / weights.sum(1, keepdim=True)).to(dtype)
+
+            def call(block, implementation, *inputs):
                 config._experts_implementation = implementation
-                block(hidden, index, weights)
+                block(*inputs)
 
             names = ["eager", "grouped_mm"] + (["batched_mm"] if tokens <= 4 else [])
-            calls = {f"stock {name}": lambda n=name: call(stock, n) for name in names}
+            calls = {f"stock {name}": partial(call, stock, name) for name in names}
             for multiple, block in blocks.items():
                 for name in ("eager", "grouped_mm"):
-                    calls[f"pruned/{multiple} {name}"] = lambda b=block, n=name: call(b, n)
-            times = timed(calls, args.seconds, device)
+                    calls[f"pruned/{multiple} {name}"] = partial(call, block, name)
+            times = timed(calls, draw, args.rounds, device)
             best_stock = min((value, name) for name, value in times.items() if name.startswith("stock"))
             row = [dtype_name, tokens, f"{best_stock[0] * 1e3:.2f}", best_stock[1].split()[1]]
             for multiple, block in blocks.items():

@@ -21,6 +21,9 @@ HOOK_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook")
 # Tokens that the loop gathers at once. Few: what is gathered should still be in the cache when it is used.
 ROWS_AT_ONCE = 256
 
+# Where products should come in few shapes: their tokens are a multiple of this, which is what matrix units take at once.
+ROWS_STEP = 16
+
 
 def storage_order(widths: list[int]) -> list[int]:
     """Experts in the order in which `AtomicExperts` stores them: from wide to narrow, equal ones by number.
@@ -61,7 +64,10 @@ class AtomicExperts(nn.Module):
         # The inverse of `order`, made on the device of the first call.
         self._slot_of_expert: torch.Tensor | None = None
 
-        total, hidden_size = sum(widths), stock.down_proj.shape[2 if stock.is_transposed else 1]
+        hidden_size, stock_width = stock.down_proj.shape[1:][:: -1 if stock.is_transposed else 1]
+        total = sum(widths)
+        # Where products should come in few shapes: their widths are multiples of this, at most 16 different ones.
+        self.width_step = _round_up(stock_width, 256) // 16
         options = {"device": stock.down_proj.device, "dtype": stock.down_proj.dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(2 * total, hidden_size, **options))
         self.down_proj = nn.Parameter(torch.empty(total, hidden_size, **options))
@@ -75,15 +81,23 @@ class AtomicExperts(nn.Module):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.stock_class._apply_gate(self, gate_up)
 
+    def weighted_activation(self, gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """gate_up [n, 2 width], router weight [n, 1] of any dtype -> [n, width].
+
+        The weight goes to the activation, which is narrower than the output that it would scale.
+        """
+        activation = self._apply_gate(gate_up) if gate_up.shape[1] else gate_up
+        return (activation * weight).to(gate_up.dtype)
+
     def sorted_by_slot(
         self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Tokens and router weights [tokens K] sorted by where their expert is stored, and how many each slot gets."""
+        """Tokens [tokens K] and router weights [tokens K, 1] sorted by where their expert is stored, and each slot's share."""
         if self._slot_of_expert is None or self._slot_of_expert.device != top_k_index.device:
             self._slot_of_expert = torch.tensor(self.order, device=top_k_index.device).argsort()
         slots, permutation = torch.sort(self._slot_of_expert[top_k_index].reshape(-1), stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts).tolist()
-        return permutation // top_k_index.shape[-1], top_k_weights.reshape(-1)[permutation], counts
+        return permutation // top_k_index.shape[-1], top_k_weights.reshape(-1, 1)[permutation], counts
 
     def groups(self) -> Iterator[tuple[int, int, int]]:
         """Runs of slots of equal width: (first slot, slots, width)."""
@@ -92,6 +106,45 @@ class AtomicExperts(nn.Module):
             slots = len(list(run))
             yield first, slots, width
             first += slots
+
+    def runs(self, counts: list[int], split: bool = False) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+        """Slots that have tokens, in order, together while they have no more than `ROWS_AT_ONCE`.
+
+        Each run comes as its part of the sorted tokens and its (slot, tokens). Experts that give nothing are left out.
+
+        Args:
+            counts (`list[int]`): tokens of each slot.
+            split (`bool`): whether a slot with more tokens comes in several parts.
+        """
+        if not self.has_bias:
+            counts = counts[: sum(width > 0 for width in self.widths)]  # empty experts are stored last
+        start, run = 0, []
+        for slot, left in enumerate(counts):
+            while left:
+                count = min(left, ROWS_AT_ONCE) if split else left
+                rows = sum(others for _, others in run)
+                if run and rows + count > ROWS_AT_ONCE:
+                    yield slice(start, start + rows), run
+                    start, run = start + rows, []
+                run.append((slot, count))
+                left -= count
+        if run:
+            yield slice(start, start + sum(count for _, count in run)), run
+
+    def add_partials(
+        self,
+        output: torch.Tensor,
+        partials: list[torch.Tensor],
+        run: list[tuple[int, int]],
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        """Adds what a run's experts give, and their biases, to the output of the run's tokens."""
+        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
+        if self.has_bias:
+            experts = _repeat([self.order[slot] for slot, _ in run], [count for _, count in run], tokens.device)
+            partial = partial + weights * self.down_proj_bias[experts]
+        output.index_add_(0, tokens, partial.to(output.dtype))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -108,6 +161,8 @@ def eager_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """One expert after another, each on its own tokens; those with few tokens share a gather and a scatter."""
+    if _wants_few_shapes(self, hidden_states, top_k_weights):
+        return few_shapes_atomic_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
     widths = [self.widths[expert] for expert in self.order]
     gate_up_weights = self.gate_up_proj.split([2 * width for width in widths])
@@ -115,38 +170,68 @@ def eager_atomic_experts_forward(
     gate_up_biases = self.gate_up_proj_bias.split([2 * width for width in widths]) if self.has_bias else None
 
     output = torch.zeros_like(hidden_states)
-    row = 0
-    if not self.has_bias:
-        counts = counts[: sum(width > 0 for width in widths)]  # empty experts are stored last, and give nothing
-    for slots in _runs(counts):
-        run = slice(row, row + sum(counts[slot] for slot in slots))
-        row = run.stop
-        parts = [counts[slot] for slot in slots]
+    for own, run in self.runs(counts):
+        parts = [count for _, count in run]
         partials = []
-        for slot, rows, weight in zip(slots, hidden_states[tokens[run]].split(parts), weights[run].split(parts)):
-            weight = weight.unsqueeze(-1)
+        for (slot, _), rows, weight in zip(run, hidden_states[tokens[own]].split(parts), weights[own].split(parts)):
             gate_up = F.linear(rows, gate_up_weights[slot], gate_up_biases[slot] if self.has_bias else None)
-            # The router weight, of any dtype, goes to the activation, which is narrower than the output it would scale.
-            activation = self._apply_gate(gate_up) if widths[slot] else gate_up
-            partial = (activation * weight).to(gate_up.dtype) @ down_weights[slot]
-            partials.append(partial + weight * self.down_proj_bias[self.order[slot]] if self.has_bias else partial)
-        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
-        output.index_add_(0, tokens[run], partial.to(output.dtype))
+            partials.append(self.weighted_activation(gate_up, weight) @ down_weights[slot])
+        self.add_partials(output, partials, run, tokens[own], weights[own])
     return output
 
 
-def _runs(counts: list[int]) -> Iterator[list[int]]:
-    """Slots that have tokens, in order, together while they have no more than `ROWS_AT_ONCE`."""
-    run, rows = [], 0
-    for slot, count in enumerate(counts):
-        if run and rows + count > ROWS_AT_ONCE:
-            yield run
-            run, rows = [], 0
-        if count:
-            run.append(slot)
-            rows += count
-    if run:
-        yield run
+@torch.compiler.disable
+def few_shapes_atomic_experts_forward(
+    self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The loop with products of few different shapes.
+
+    Tokens and widths are rounded up by taking some of the next expert's tokens, and some of its atomic experts or of the
+    previous one's. What they compute is dropped; into the down projection zeros take their place.
+    """
+    tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
+    widths = [self.widths[expert] for expert in self.order]
+    starts = [0, *itertools.accumulate(widths)]
+    gate_up_weights, down_weights, total = self.gate_up_proj, self.down_proj, starts[-1]
+
+    output = torch.zeros_like(hidden_states)
+    surplus = ROWS_STEP - 1
+    padded_tokens = F.pad(tokens, (0, surplus))
+    for own, run in self.runs(counts, split=True):
+        all_rows = hidden_states[padded_tokens[own.start : own.stop + surplus]]
+        row, partials = 0, []
+        for slot, count in run:
+            width, rounded_count = widths[slot], _round_up(count, ROWS_STEP) if count > 1 else 1
+            rounded_width = min(_round_up(width, self.width_step), total)
+            first = min(starts[slot], total - rounded_width)
+            before, end = starts[slot] - first, first + rounded_width
+
+            gate_up = F.linear(all_rows[row : row + rounded_count], gate_up_weights[2 * first : 2 * end])
+            gate_up = gate_up[:count, 2 * before : 2 * (before + width)]
+            if self.has_bias:
+                gate_up = gate_up + self.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
+            activation = self.weighted_activation(gate_up, weights[own][row : row + count])
+            activation = F.pad(activation, (before, rounded_width - width - before, 0, rounded_count - count))
+            partials.append((activation @ down_weights[first:end])[:count])
+            row += count
+        self.add_partials(output, partials, run, tokens[own], weights[own])
+    return output
+
+
+def _wants_few_shapes(self: AtomicExperts, *inputs: torch.Tensor) -> bool:
+    """Whether products should come in few shapes.
+
+    On a CPU, oneDNN compiles a kernel for each new shape of a product in half precision, which takes longer than the
+    product, and keeps 1024 of them. Tokens and widths of experts hardly ever repeat, so they are rounded up. Not for
+    training: the gradient of a view into a packed parameter is as large as the parameter.
+    """
+    half = self.down_proj.dtype in (torch.bfloat16, torch.float16)
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+    return half and self.down_proj.device.type == "cpu" and not trained
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 @torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer
@@ -157,13 +242,15 @@ def grouped_mm_atomic_experts_forward(
 
     A good `width_multiple` leaves few distinct widths, so few products.
     """
+    if _wants_few_shapes(self, hidden_states, top_k_weights):
+        return few_shapes_atomic_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
     output = torch.zeros_like(hidden_states)
     row, start = 0, 0
     for first, slots, width in self.groups():
         group_counts = counts[first : first + slots]
         rows, atoms = sum(group_counts), slots * width
-        own, weight = tokens[row : row + rows], weights[row : row + rows].unsqueeze(-1)
+        own, weight = tokens[row : row + rows], weights[row : row + rows]
         slice_of_atoms = slice(start, start + atoms)
         slice_of_pairs = slice(2 * start, 2 * (start + atoms))
         row, start = row + rows, start + atoms
@@ -177,8 +264,7 @@ def grouped_mm_atomic_experts_forward(
             if self.has_bias:
                 gate_up = gate_up + self.gate_up_proj_bias[slice_of_pairs].view(slots, 2 * width)[slot_of_row]
             down_weight = self.down_proj[slice_of_atoms].view(slots, width, -1)
-            activation = (self._apply_gate(gate_up) * weight).to(gate_up.dtype)
-            partial = _grouped(activation, down_weight, offsets, group_counts)
+            partial = _grouped(self.weighted_activation(gate_up, weight), down_weight, offsets, group_counts)
             output.index_add_(0, own, partial.to(output.dtype))
         if self.has_bias:
             experts = torch.tensor(self.order[first : first + slots], device=own.device)[slot_of_row]
