@@ -6,6 +6,8 @@ projection, which is stored as a row. An expert is then a contiguous view, and p
 """
 
 import itertools
+import re
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -63,6 +65,7 @@ class AtomicExperts(nn.Module):
         self.order = storage_order(widths)
         # The inverse of `order`, made on the device of the first call.
         self._slot_of_expert: torch.Tensor | None = None
+        self._take_number()
 
         hidden_size, stock_width = stock.down_proj.shape[1:][:: -1 if stock.is_transposed else 1]
         total = sum(widths)
@@ -150,13 +153,23 @@ class AtomicExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As the stock module: [tokens, d], [tokens, K], [tokens, K] -> [tokens, d]."""
-        implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
-            self.config._experts_implementation, eager_atomic_experts_forward
-        )
-        return implementation(self, hidden_states, top_k_index, top_k_weights)
+        # Shapes inside depend on the routing, so `torch.compile` must not look into it. Without gradients the block is one
+        # operation with an output of known shape; with them, the graph breaks here.
+        if not torch.compiler.is_compiling():
+            return _forward(self, hidden_states, top_k_index, top_k_weights)
+        if torch.is_grad_enabled():
+            return _breaking_forward(self, hidden_states, top_k_index, top_k_weights)
+        return _opaque_forward(hidden_states, top_k_index, top_k_weights, self.number)
+
+    def _take_number(self) -> None:
+        self.number = next(_NUMBERS)
+        _BLOCKS[self.number] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._take_number()  # a copy, or from a pickle
 
 
-@torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer
 def eager_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -180,7 +193,6 @@ def eager_atomic_experts_forward(
     return output
 
 
-@torch.compiler.disable
 def few_shapes_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -234,7 +246,6 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-@torch.compiler.disable  # shapes depend on the routing: one graph break, not a compilation a layer
 def grouped_mm_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -295,3 +306,32 @@ class AtomicExpertsInterface(ExpertsInterface):
 
 
 ATOMIC_EXPERTS_FUNCTIONS = AtomicExpertsInterface()
+
+
+def _forward(
+    self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
+        self.config._experts_implementation, eager_atomic_experts_forward
+    )
+    return implementation(self, hidden_states, top_k_index, top_k_weights)
+
+
+_breaking_forward = torch.compiler.disable(_forward)
+
+# Operations take tensors and numbers, so a block is named by its number. The operation is named after this module: a copy of
+# the file that came with a checkpoint has its own blocks.
+_NUMBERS = itertools.count()
+_BLOCKS: weakref.WeakValueDictionary[int, AtomicExperts] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op(f"heapr::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}", mutates_args=())
+def _opaque_forward(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, number: int
+) -> torch.Tensor:
+    return _forward(_BLOCKS[number], hidden_states, top_k_index, top_k_weights)
+
+
+@_opaque_forward.register_fake
+def _(hidden_states, top_k_index, top_k_weights, number):
+    return torch.empty_like(hidden_states)
