@@ -16,6 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HeaprError
+from .logging import get_logger
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = get_logger(__name__)
 
 
 @contextmanager
@@ -27,16 +36,14 @@ def replace_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     with _parents(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(temporary)
-        try:
-            yield temporary
-            _flush_to_disk(temporary)
-            os.chmod(temporary, 0o666 & ~_current_umask())  # mkstemp makes files that only the owner can read
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _temporary(path, folder=False) as temporary:
+            try:
+                yield temporary
+                _flush_to_disk(temporary)
+                os.chmod(temporary, 0o666 & ~_current_umask())  # mkstemp makes files that only the owner can read
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -50,20 +57,67 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
     check_output_folder(path, overwrite)
     path = path.resolve()  # a link to a folder, or `.`, cannot be renamed onto
     with _parents(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            os.chmod(temporary, 0o777 & ~_current_umask())
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush_to_disk(file)
-            check_output_folder(path, overwrite)  # it may have been filled in the meantime
-            if path.is_dir() and any(path.iterdir()):
-                _replace_filled_folder(temporary, path)
-            else:
-                os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _temporary(path, folder=True) as temporary:
+            try:
+                os.chmod(temporary, 0o777 & ~_current_umask())
+                yield temporary
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _flush_to_disk(file)
+                check_output_folder(path, overwrite)  # it may have been filled in the meantime
+                if path.is_dir() and any(path.iterdir()):
+                    _replace_filled_folder(temporary, path)
+                else:
+                    os.replace(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _temporary(path: Path, folder: bool) -> Iterator[Path]:
+    """Makes an empty temporary file or folder beside `path`, and removes those that killed runs left there.
+
+    Its maker holds a lock on it, which ends with the process: what can be locked is nobody's any more.
+    """
+    _remove_leftovers(path, folder)
+    while True:
+        make = tempfile.mkdtemp if folder else tempfile.mkstemp
+        made = make(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(made if folder else made[1])
+        if not folder:
+            os.close(made[0])
+        with _locked(temporary, wait=True):
+            if temporary.exists():  # else another run took it for a leftover before it was locked
+                yield temporary
+                return
+
+
+def _remove_leftovers(path: Path, folder: bool) -> None:
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # the eight are those of tempfile
+    for entry in list(path.parent.iterdir()):
+        if not pattern.fullmatch(entry.name) or entry.is_symlink() or entry.is_dir() != folder:
+            continue
+        with _locked(entry) as locked:
+            if locked:
+                logger.info("Removing %s, which an interrupted run left.", entry)
+                shutil.rmtree(entry, ignore_errors=True) if folder else entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether a lock on a file or folder was got; it is held while the block runs. `False` where there are no such locks."""
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        locked = True
+    except (OSError, AttributeError):
+        locked = False
+    try:
+        yield locked
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -103,14 +103,18 @@ main()
 """
 
 
+def arguments_of(inputs, output) -> list:
+    return ["-m", inputs.model, "-o", output, "--overwrite", "-s", inputs.statistics]
+
+
 @pytest.mark.slow
-def test_signals_while_writing(inputs, tmp_path):
+def test_signals_while_writing(run, inputs, tmp_path):
     processes = {}
     for number in (signal.SIGINT, signal.SIGKILL):
         output = tmp_path / number.name / "out"
         output.mkdir(parents=True)
         (output / "notes.txt").write_text("old")
-        arguments = ["heapr", "prune", "-m", inputs.model, "-o", output, "--overwrite", "-s", inputs.statistics]
+        arguments = ["heapr", "prune", *arguments_of(inputs, output)]
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         processes[number] = start_python(STALLED, *arguments, env=environment)  # both at once: starting takes long
     try:
@@ -128,8 +132,10 @@ def test_signals_while_writing(inputs, tmp_path):
                 assert [path.name for path in folder.iterdir()] == ["out"]
             else:
                 assert process.returncode == -number
-                # What nobody could clean up is hidden and says what it is.
+                # What nobody could clean up is hidden and says what it is, and the next run removes it.
                 assert all(path.name.startswith(".out.") for path in folder.iterdir() if path.name != "out")
+                assert run("prune", *arguments_of(inputs, folder / "out")).status == 0
+                assert [path.name for path in folder.iterdir()] == ["out"]
     finally:
         for process in processes.values():
             if process.poll() is None:

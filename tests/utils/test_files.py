@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -400,3 +402,36 @@ def test_the_kind_of_a_foreign_or_torn_file_is_unknown(tmp_path):
         artefact_format(tmp_path / "torn")
     with pytest.raises(HeaprError, match="no such file; name a statistics file, a plan or a pruned model"):
         artefact_format(tmp_path / "missing")
+
+
+HALF_WRITTEN = """
+import sys, time
+from optimum_heapr.utils import files
+
+with getattr(files, sys.argv[1])(sys.argv[2]) as temporary:
+    (temporary / "weights" if temporary.is_dir() else temporary).write_text("half")
+    print("written", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind")
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path, replace):
+    """And nothing else: neither what another output's run left, nor what a living run writes."""
+    others = [tmp_path / name for name in (".out.tmp", ".out.abcdefgh.old", ".out.abc.tmp", ".out2.abcdefgh.tmp")]
+    for other in others:
+        other.mkdir() if replace is replace_folder else other.touch()
+    arguments = [sys.executable, "-c", HALF_WRITTEN, replace.__name__, str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "written\n"
+            (half,) = set(tmp_path.iterdir()) - set(others)
+            with replace(tmp_path / "out"):
+                assert half.exists()  # its process lives
+        finally:
+            process.kill()
+    assert half.exists()
+    with replace(tmp_path / "out", **({"overwrite": True} if replace is replace_folder else {})):
+        assert not half.exists()
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
