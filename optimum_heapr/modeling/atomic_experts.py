@@ -210,7 +210,7 @@ def few_shapes_atomic_experts_forward(
     surplus = ROWS_STEP - 1
     padded_tokens = F.pad(tokens, (0, surplus))
     for own, run in self.runs(counts, split=True):
-        all_rows = hidden_states[padded_tokens[own.start : own.stop + surplus]]
+        all_rows, weight = hidden_states[padded_tokens[own.start : own.stop + surplus]], weights[own]
         row, partials = 0, []
         for slot, count in run:
             width, rounded_count = widths[slot], _round_up(count, ROWS_STEP) if count > 1 else 1
@@ -222,11 +222,11 @@ def few_shapes_atomic_experts_forward(
             gate_up = gate_up[:count, 2 * before : 2 * (before + width)]
             if self.has_bias:
                 gate_up = gate_up + self.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
-            activation = self.weighted_activation(gate_up, weights[own][row : row + count])
+            activation = self.weighted_activation(gate_up, weight[row : row + count])
             activation = F.pad(activation, (before, rounded_width - width - before, 0, rounded_count - count))
             partials.append((activation @ down_weights[first:end])[:count])
             row += count
-        self.add_partials(output, partials, run, tokens[own], weights[own])
+        self.add_partials(output, partials, run, tokens[own], weight)
     return output
 
 
