@@ -94,7 +94,11 @@ def _temporary(path: Path, folder: bool) -> Iterator[Path]:
 
 def _remove_leftovers(path: Path, folder: bool) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # the eight are those of tempfile
-    for entry in list(path.parent.iterdir()):
+    try:
+        entries = list(path.parent.iterdir())
+    except OSError:  # a folder that may be written to, but not listed
+        return
+    for entry in entries:
         if not pattern.fullmatch(entry.name) or entry.is_symlink() or entry.is_dir() != folder:
             continue
         with _locked(entry) as locked:
