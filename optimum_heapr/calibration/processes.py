@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from .statistics import BlockStatistics
 
 
@@ -21,16 +23,76 @@ if TYPE_CHECKING:
     from .state import Progress
 
 
+logger = get_logger(__name__)
+
 PATIENCE = timedelta(days=1)
 """How long a process that is done waits for the others. Shares may take hours longer than one another: hosts differ, and a
 resumed process may have more left. One that died does not take this long to be noticed: its connection is closed, or the
 launcher ends the run."""
 
 
+_SHARDING_LAUNCHES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""What `accelerate launch` sets for each way of spreading one model over processes."""
+
+_WHOLE_MODEL = (
+    "each process of a calibration holds the whole model and measures its share of the samples; leave the sharding out, and "
+    "where a model does not fit use one process with --memory auto or --device-map auto"
+)
+
+
+def check_launcher() -> None:
+    """Refuses launchers that have the model spread over processes, before it is loaded.
+
+    With FSDP, for one, transformers loads the weights on the first process only, and the others would measure noise.
+
+    Raises:
+        HeaprError: naming what the launcher was told to use.
+    """
+    for variable, name in _SHARDING_LAUNCHES.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise HeaprError(f"launcher: accelerate uses {name} ({variable}); {_WHOLE_MODEL}")
+
+
+def check_model_is_whole(model: torch.nn.Module) -> None:
+    """Refuses a model that was wrapped or sharded for several processes.
+
+    Raises:
+        HeaprError: naming what was done to it.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise HeaprError("model: is wrapped in DistributedDataParallel; pass what is inside, model.module")
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        raise HeaprError(f"model: is sharded by FSDP; {_WHOLE_MODEL}")
+    if (getattr(model, "_tp_size", None) or 1) > 1 or any(isinstance(part, DTensor) for part in model.parameters()):
+        raise HeaprError(
+            f"model: is sharded by tensor or expert parallelism (tp_plan, DTensor weights); {_WHOLE_MODEL}"
+        )
+
+
 def start_processes() -> Accelerator:
-    """Connects the processes of this run, if there are several."""
+    """Connects the processes of this run, if there are several.
+
+    Raises:
+        HeaprError: as [`check_launcher`].
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    check_launcher()
+    asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
+    if asked and "WORLD_SIZE" not in os.environ:
+        # Without several GPUs in this host, or with --cpu, accelerate prepares for several processes and starts one.
+        logger.warning(
+            "accelerate launch was asked for several processes but started one, which does all the work. On CPUs use "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 

@@ -16,7 +16,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress, show_throughput
 from .loss import summed_token_loss
 from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
-from .processes import add_over_processes, check_placement, start_processes
+from .processes import add_over_processes, check_model_is_whole, check_placement, start_processes
 from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint, storage_of
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
@@ -58,9 +58,11 @@ def calibrate(
         `AtomicStatistics`: on the CPU.
 
     Raises:
-        HeaprError: if the model has no prunable experts or no embedding for a token id, the second-order statistics do
-            not fit into memory, a loss or gradient is not finite, or the state is of another run.
+        HeaprError: if the model has no prunable experts, is sharded over processes, or has no embedding for a token id, the
+            second-order statistics do not fit into memory, a loss or gradient is not finite, or the state is of another
+            run.
     """
+    check_model_is_whole(model)
     blocks = find_expert_blocks(model)
     accelerator = start_processes()
     check_placement(model, accelerator.num_processes)

@@ -76,11 +76,13 @@ class CalibrateCommand(HeaprSubcommand):
                 "or measure none with --statistics vector"
             )
         check_output_file(self.args.output, self.args.overwrite)
+        from ..calibration.processes import check_launcher
         from ..calibration.state import StateFile
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
         from .tables import statistics_table
 
+        check_launcher()
         saving = {"resume": self.args.resume, "save_every": self.args.save_every}
         state = StateFile(f"{self.args.output}.state", **saving) if any(saving.values()) else None
         run = {} if state is None else {"state_path": f"{self.args.output}.state", "keep_state": True, **saving}

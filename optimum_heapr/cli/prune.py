@@ -55,10 +55,12 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
+        from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
         from .tables import compensation_lines, measured_lines, plan_table
 
+        check_launcher()
         options = model_options_from(self.args)
         pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
         pruner.check()

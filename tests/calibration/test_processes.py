@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
 from optimum_heapr import HeaprError
-from optimum_heapr.calibration.processes import check_placement
+from optimum_heapr.calibration.processes import check_launcher, check_placement, start_processes
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from tests.helpers import assert_same_statistics, calibration_data, repository, tiny_model
@@ -83,3 +85,77 @@ def test_a_model_spread_over_devices_is_for_one_process():
         check_placement(model, 2)
     model.hf_device_map = {"": 1}
     check_placement(model, 2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_a_launcher_that_shards_is_refused(variable, name, monkeypatch):
+    check_launcher()
+    monkeypatch.setenv(variable, "false")
+    check_launcher()
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(
+        HeaprError,
+        match=rf"launcher: accelerate uses {name} \({variable}\); each process of a calibration holds the whole model.*"
+        "use one process with --memory auto or --device-map auto",
+    ):
+        check_launcher()
+    with pytest.raises(HeaprError, match=f"launcher: accelerate uses {name}"):
+        calibrate(tiny_model(), calibration_data(8))
+
+
+@pytest.fixture
+def one_process_group():
+    """A process group of this process alone, on which models can be sharded."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_is_refused(one_process_group):
+    data = calibration_data(8)
+    sharded = tiny_model()
+    for layer in sharded.model.layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=one_process_group)
+    with pytest.raises(HeaprError, match="model: is sharded by FSDP; each process of a calibration holds the whole"):
+        calibrate(sharded, data)
+
+    parallel = tiny_model()
+    attention = parallel.model.layers[0].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(
+        torch.distributed.tensor.distribute_tensor(attention.q_proj.weight.detach(), one_process_group)
+    )
+    with pytest.raises(HeaprError, match="model: is sharded by tensor or expert parallelism"):
+        calibrate(parallel, data)
+
+    copied = torch.nn.parallel.DistributedDataParallel(tiny_model())
+    with pytest.raises(HeaprError, match="DistributedDataParallel; pass what is inside, model.module"):
+        calibrate(copied, data)
+
+
+def test_a_model_under_a_tensor_parallel_plan_is_refused():
+    """What `from_pretrained(..., tp_plan="auto")` leaves on each of two processes, where experts are plain tensors."""
+    model = tiny_model()
+    model._tp_size = 2
+    with pytest.raises(HeaprError, match="model: is sharded by tensor or expert parallelism"):
+        calibrate(model, calibration_data(8))
+
+
+def test_one_process_where_several_were_asked_for_is_said(monkeypatch, heapr_log):
+    for variable in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
+    start_processes()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch --num_processes 1
+    start_processes()
+    assert not heapr_log.records
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # accelerate launch --cpu --num_processes 2
+    start_processes()
+    assert "asked for several processes but started one" in heapr_log.text

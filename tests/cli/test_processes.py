@@ -85,6 +85,25 @@ def test_the_result_does_not_depend_on_the_number_of_processes(processes, inputs
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[path], experts, strict=True))
 
 
+def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):
+    """A flag of accelerate, not ours; should it ever start two, the guide and the warning are to be changed."""
+    output = tmp_path / "statistics"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command = [*launcher, "--module", "optimum.commands.optimum_cli", "heapr", "calibrate", "-m", inputs.model]
+    command += ["-o", output, *inputs.calibration]
+    result = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0 and output.exists(), result.stderr
+    assert result.stderr.count("asked for several processes but started one, which does all the work") == 1
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune"])
+def test_a_launcher_that_shards_is_refused_before_anything_is_loaded(command, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    result = run(command, "-m", tmp_path / "nothing here", "--dataset", "demo", "-o", tmp_path / "out")
+    assert result.status == 2
+    assert "error: launcher: accelerate uses FSDP (ACCELERATE_USE_FSDP)" in result.error
+
+
 def test_prune_writes_once(inputs, tmp_path):
     result = accelerate(2, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
     assert result.returncode == 0, result.stderr
