@@ -91,6 +91,9 @@ class HeaprConfig(Options):
         packing (`bool`, *optional*, defaults to `True`):
             Join documents and cut them into samples of equal length; if off, a document is a sample, cut off after
             `seq_length` tokens, and its padding is left out of every statistic.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Read files and datasets on the Hub only as far as the samples need them, in place of whole. Documents are then
+            shuffled within a buffer of 1000.
         num_samples (`int`, *optional*, defaults to 128):
             Calibration samples.
         seq_length (`int`, *optional*, defaults to 2048):
@@ -152,6 +155,7 @@ class HeaprConfig(Options):
     split: str = option("train", "split of the dataset")
     text_column: str = option("text", "column that holds the text")
     packing: bool = option(True, "join documents into samples of equal length; if off, a document is a sample")
+    dataset_streaming: bool = option(False, "read the dataset only as far as the samples need it")
     num_samples: int = option(128, "calibration samples")
     seq_length: int = option(2048, "tokens in a sample")
     batch_size: int = option(1, "samples in a micro-batch; changes speed and memory, not the statistics")

@@ -47,6 +47,7 @@ OTHER = {
     "split": "validation",
     "text_column": "body",
     "packing": False,
+    "dataset_streaming": True,
     "num_samples": 32,
     "seq_length": 256,
     "batch_size": 4,

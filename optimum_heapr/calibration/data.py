@@ -14,11 +14,11 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
-from .sources import open_source, parse_sources, shares_of, tokenized_documents
+from .sources import SHUFFLE_BUFFER, columns_of, open_source, parse_sources, rows_of, shares_of, tokenized_documents
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
     from ..configuration import HeaprConfig
@@ -83,21 +83,24 @@ class CalibrationData:
 
 
 def load_calibration_data(
-    config: HeaprConfig, tokenizer: PreTrainedTokenizerBase | None, dataset: Dataset | str | None = None
+    config: HeaprConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Dataset | IterableDataset | str | None = None,
 ) -> CalibrationData:
     """Loads and tokenizes the samples that `config` asks for.
 
     A column `input_ids` is used as it is, one row a sample. `messages` are rendered by the chat template of the
     tokenizer. Other text is shuffled by document, tokenized, joined with end-of-text tokens and cut into
     `num_samples` rows of `seq_length` tokens, without padding; with `packing=False` a document is a sample, cut off
-    after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed.
+    after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a stream, the documents
+    are drawn from a buffer of `SHUFFLE_BUFFER`, and no more are read than it takes.
 
     `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on.
 
     Args:
         config (`HeaprConfig`): its calibration part is used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
-        dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
+        dataset (`Dataset`, `IterableDataset` or `str`, *optional*): used in place of `config.dataset`.
 
     Raises:
         HeaprError: if the data is missing, empty, has no usable column, or has samples shorter than two tokens, or a
@@ -113,7 +116,7 @@ def load_calibration_data(
     sources = parse_sources(dataset)
     samples, origins, held_out = [], [], []
     for source, count in zip(sources, shares_of(sources, config.num_samples)):
-        rows = open_source(source, config.dataset_config, config.split)
+        rows = open_source(source, config.dataset_config, config.split, config.dataset_streaming)
         found, further = _samples(rows, source.label, count, config, tokenizer)
         samples += found
         held_out += further
@@ -125,16 +128,26 @@ def load_calibration_data(
 
 
 def _samples(
-    rows: Dataset, source: str, count: int, config: HeaprConfig, tokenizer: PreTrainedTokenizerBase | None
+    rows: Dataset | IterableDataset,
+    source: str,
+    count: int,
+    config: HeaprConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """At most `count` samples of one source, each of at least two tokens, and its share of those held out."""
-    if len(rows) == 0:
+    is_stream = not hasattr(rows, "__len__")
+    columns = columns_of(rows, source)
+    if not columns or not is_stream and len(rows) == 0:
         raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
     held_out = 0 if config.eval_dataset is not None else -(-config.eval_samples * count // config.num_samples)
-    if "input_ids" in rows.column_names:
-        samples = [torch.tensor(row, dtype=torch.int64) for row in rows[: count + held_out]["input_ids"]]
+    if "input_ids" in columns:
+        first = itertools.islice(rows_of(rows, source), count + held_out)
+        samples = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in first]
     else:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        if is_stream:
+            rows, order = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER), None
+        else:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         documents = tokenized_documents(rows, order, source, tokenizer, config.text_column)
         cut = packed if config.packing else one_a_row
         samples = list(itertools.islice(cut(documents, config.seq_length), count + held_out))

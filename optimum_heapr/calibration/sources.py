@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from ..utils.errors import HeaprError
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -33,6 +34,9 @@ FILE_BUILDERS = {
 # name: (dataset on the Hub, configuration, split)
 PRESETS = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")}
 """Calibration text of published results, by a name that stands for all of it."""
+
+SHUFFLE_BUFFER = 1000
+"""Documents of a stream that are held at once, and drawn from; its files, if there are several, are shuffled as well."""
 
 # Columns that hold the two sides of a dialogue of one turn.
 _PAIRS = (("prompt", "response"), ("instruction", "output"))
@@ -128,7 +132,9 @@ def shares_of(sources: list[Source], num_samples: int) -> list[int]:
     return counts
 
 
-def open_source(source: Source, dataset_config: str | None = None, split: str = "train") -> Dataset:
+def open_source(
+    source: Source, dataset_config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
     """Opens one source. Its own configuration and split go before the ones given here.
 
     Raises:
@@ -139,8 +145,9 @@ def open_source(source: Source, dataset_config: str | None = None, split: str = 
             raise HeaprError(
                 f"dataset={source.label!r}: the preset has its own split; name the dataset itself instead"
             )
-        return articles(open_dataset(*PRESETS[source.name]))
-    return open_dataset(source.name, source.dataset_config or dataset_config, source.split or split)
+        return articles(open_dataset(*PRESETS[source.name]))  # small, and its lines belong together
+    dataset_config, split = source.dataset_config or dataset_config, source.split or split
+    return open_dataset(source.name, dataset_config, split, streaming=streaming)
 
 
 def open_dataset(
@@ -149,7 +156,8 @@ def open_dataset(
     split: str = "train",
     demo_split: str = "calibration",
     revision: str | None = None,
-) -> Dataset:
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Opens a local file or folder, the embedded demonstration text (`demo`), or a dataset on the Hub.
 
     Args:
@@ -157,6 +165,8 @@ def open_dataset(
         dataset_config, split (`str`, *optional*): of a dataset on the Hub.
         demo_split (`str`): which part of the demonstration text `demo` stands for.
         revision (`str`, *optional*): of a dataset on the Hub.
+        streaming (`bool`): read files and what is on the Hub only as far as rows are asked for. What is small or
+            memory-mapped anyway, `demo` and saved datasets, is opened as without.
 
     Raises:
         HeaprError: if a local path does not exist or cannot be parsed, or the Hub has no such dataset.
@@ -167,7 +177,7 @@ def open_dataset(
     if str(name) == DEMO_MODEL:
         return datasets.Dataset.from_dict({"text": demo_texts(demo_split)})
     builder = FILE_BUILDERS.get(path.suffix)
-    try:
+    with _loading_errors(name):
         if path.is_dir() and (path / "dataset_info.json").is_file():
             return datasets.load_from_disk(str(path))
         if path.is_file() and path.stat().st_size == 0:
@@ -175,17 +185,43 @@ def open_dataset(
         if path.is_file() and builder:
             # A text file is one document, not one document a line.
             options = {"sample_by": "document"} if builder == "text" else {}
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+            return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
         if path.exists() and not path.is_dir():
             raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(FILE_BUILDERS)}")
         if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
             raise HeaprError(f"dataset={str(name)!r}: no such file or folder")
-        return datasets.load_dataset(str(name), dataset_config, split=split, revision=revision)
+        options = {"split": split, "revision": revision, "streaming": streaming}
+        return datasets.load_dataset(str(name), dataset_config, **options)
+
+
+@contextmanager
+def _loading_errors(name: str | os.PathLike) -> Iterator[None]:
+    """Turns what `datasets` raises into an error that names the source."""
+    import datasets
+
+    try:
+        yield
     except HeaprError:
         raise
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def rows_of(stream: IterableDataset, source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, which shows only while it is read whether it can be.
+
+    Raises:
+        HeaprError: as [`open_dataset`].
+    """
+    with _loading_errors(source):
+        yield from stream
+
+
+def columns_of(rows: Dataset | IterableDataset, source: str) -> list[str]:
+    """Names of the columns; of a stream that does not tell they are those of its first row, and none if it has no row."""
+    known = rows.column_names
+    return list(next(rows_of(rows, source), {})) if known is None else known
 
 
 def articles(lines: Dataset) -> Dataset:
@@ -202,37 +238,41 @@ def articles(lines: Dataset) -> Dataset:
 
 
 def tokenized_documents(
-    rows: Dataset, order: Iterable[int], source: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str
+    rows: Dataset | IterableDataset,
+    order: Iterable[int] | None,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_column: str,
 ) -> Iterator[list[int]]:
     """Token ids of one document after another, each closed by the end-of-text token if the tokenizer has one.
 
     A document is a row's `messages` or dialogue of one turn (`prompt` and `response`, `instruction` and `output`),
-    rendered by the chat template, or its text.
+    rendered by the chat template, or its text. The rows are those of `order`, or, of a stream, all as they come.
 
     Raises:
         HeaprError: if there is no tokenizer, no such column, or no chat template for messages.
     """
     if tokenizer is None:
         raise HeaprError(f"dataset={source!r}: holds text but the model has no tokenizer; pass one, or input_ids")
-    if "messages" in rows.column_names and tokenizer.chat_template is None:
+    columns = columns_of(rows, source)
+    if "messages" in columns and tokenizer.chat_template is None:
         raise HeaprError(f"dataset={source!r}: holds messages but the tokenizer has no chat template; use text")
-    read = _reader_of(rows, source, text_column)
-    for index in order:
-        document = read(rows[index])
+    read = _reader_of(columns, source, text_column)
+    for row in rows_of(rows, source) if order is None else map(rows.__getitem__, order):
+        document = read(row)
         if document:
             yield _encoded(document, tokenizer) + (
                 [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
             )
 
 
-def _reader_of(rows: Dataset, source: str, text_column: str) -> Any:
+def _reader_of(columns: list[str], source: str, text_column: str) -> Any:
     """What takes a text or messages out of a row, by the columns there are; both are empty where a row holds nothing."""
-    columns = rows.column_names
     if "messages" in columns:
-        return lambda row: row["messages"]
+        return lambda row: row.get("messages")
 
     def text_of(row: dict[str, Any], column: str) -> str:
-        if not isinstance(value := row[column] or "", str):
+        if not isinstance(value := row.get(column) or "", str):
             raise HeaprError(
                 f"dataset={source!r}: {column!r} holds {type(value).__name__}, not text; name another column"
             )

@@ -25,6 +25,7 @@ CALIBRATION_OPTIONS = (
     "split",
     "text_column",
     "packing",
+    "dataset_streaming",
     "num_samples",
     "seq_length",
     "batch_size",
