@@ -1,0 +1,112 @@
+# Licensed under the Apache License, Version 2.0
+"""The formulas of benchmarks/extrapolation.py against counted operations and bytes, and the documentation against them."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForCausalLM
+
+from optimum_heapr.calibration.runner import calibrate
+from tests.helpers import calibration_data, repository, tiny_model
+
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def extrapolation():
+    spec = importlib.util.spec_from_file_location("extrapolation", repository() / "benchmarks" / "extrapolation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small(extrapolation):
+    """A model, calibration data, and what the formulas say of them."""
+    model = tiny_model("qwen3_moe", **SIZES)
+    return model, calibration_data(24, 24, 24), extrapolation.Calibration(model.config, 3, 24, itemsize=4)
+
+
+# torch counts neither of these: the product of rows with the matrix of their expert, and attention on a CPU.
+def grouped_mm_flop(rows, matrices, *args, out_shape=None, **kwargs):
+    return 2 * rows[0] * matrices[-2] * matrices[-1]
+
+
+COUNTED = {
+    torch.ops.aten._grouped_mm: grouped_mm_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *args, out_shape=None, **kwargs: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(
+            gradient, query, key, value
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["plain", "offload"])
+def test_operations_are_those_counted(mode, small):
+    model, data, run = small
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        calibrate(model, data, checkpointing=mode == "offload")
+    counted = counter.get_flop_counts()["Global"]
+    assert {torch.ops.aten.mm, torch.ops.aten._grouped_mm} <= set(counted), "the kernels that the formulas are about"
+    assert counter.get_total_flops() == run.flops(mode)
+
+
+def test_bytes_are_those_there_are(small, tmp_path):
+    model, data, run = small
+    assert run.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert run.layer_bytes == sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    vectors = calibrate(model, data).blocks
+    assert run.statistics_bytes == sum(t.nbytes for block in vectors.values() for t in block.sums.values())
+    both = calibrate(model, data, gram=True).blocks
+    assert run.matrix_bytes + run.statistics_bytes == sum(
+        t.nbytes for block in both.values() for t in block.sums.values()
+    )
+
+
+def test_offloaded_layers_are_read_twice_a_micro_batch(small, tmp_path, monkeypatch):
+    model, data, run = small
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{number}": "disk" for number in range(3)}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload", "dtype": "auto"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    names, get = [], OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(
+        OffloadedWeightsLoader, "__getitem__", lambda self, name: names.append(name) or get(self, name)
+    )
+    calibrate(offloaded, data)
+    # The norms of the weights are a statistic as well, and take one more reading of the experts.
+    norms = sum(sizes[name] for name in sizes if "mlp.experts" in name)
+    kept = run.weight_bytes - run.layer_bytes
+    assert sum(map(sizes.__getitem__, names)) == run.bytes_read("offload") - kept + norms
+
+
+def test_the_published_sizes(extrapolation):
+    """30.5 billion parameters, 29.9 without the embeddings; 235 and 234."""
+    sizes = [extrapolation.Calibration(config).parameters for config in extrapolation.MODELS.values()]
+    assert [round(size / 1e9, 1) for size in sizes] == [30.5, 235.1]
+
+
+def test_the_documentation_has_the_table(extrapolation):
+    page = repository() / "docs" / "source" / "guides" / "large_models.md"
+    assert extrapolation.markdown() in page.read_text(encoding="utf-8")
