@@ -35,6 +35,7 @@ from optimum_heapr.cli.tables import table
 
 
 VOCABULARY = 151_936  # that of Qwen3
+PARTS = ("cost", "processes", "loss", "ranking")
 
 
 def random_model(args: argparse.Namespace, dtype: torch.dtype) -> Qwen3MoeForCausalLM:
@@ -146,7 +147,7 @@ def process_rows(args: argparse.Namespace) -> list[list[str]]:
     """One process and two, each with one thread, in turns; the time from when all are ready to when all are done."""
     found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.process_rounds):
+        for number in range(args.rounds):
             for processes in found:
                 found[processes].append(run_processes(args, processes, Path(folder)))
         one, two = (AtomicStatistics.load(Path(folder) / str(processes)) for processes in found)
@@ -184,8 +185,8 @@ def work(args: argparse.Namespace) -> None:
     """One of the processes: measures its share, and prints the seconds that it took."""
     from accelerate import PartialState
 
-    model, data = random_model(args, torch.float32), random_data(8, args.length)
-    calibrate(model, random_data(2, args.length))  # warm
+    model, data = random_model(args, torch.float32), random_data(8, args.length // 2)
+    calibrate(model, random_data(2, args.length // 4))  # warm
     state = PartialState()
     state.wait_for_everyone()
     wall, processor = time.perf_counter(), time.process_time()
@@ -196,7 +197,7 @@ def work(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def loss_rows(tokens: int = 4096) -> list[list[str]]:
+def loss_rows(args: argparse.Namespace, tokens: int = 4096) -> list[list[str]]:
     """Peak memory of the loss and its gradient besides the logits, each side in a process of its own."""
     peaks = {}
     for side, share in (("ours", 1), ("stock", 4)):  # the stock loss is linear in the tokens, and 8 GiB are a lot
@@ -249,10 +250,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sample")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--process-rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--model", help="trained model for the rankings in half precision")
     parser.add_argument("--text", help="its calibration text")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -266,9 +267,8 @@ def main() -> None:
         return work(args)
     if args.loss:
         return peak_of_loss(args.loss, args.tokens)
-    rows = cost_rows(args) + process_rows(args) + loss_rows()
-    if args.model:
-        rows += ranking_rows(args)
+    measure = {"cost": cost_rows, "processes": process_rows, "loss": loss_rows, "ranking": ranking_rows}
+    rows = [row for part in args.parts if part != "ranking" or args.model for row in measure[part](args)]
     print(f"hidden {args.hidden}, {args.experts} experts x {args.width}, {args.top_k} a token, {args.layers} layers")
     print(table(["quantity", "of", "as a multiple of", "ratio", "target"], rows))
 
