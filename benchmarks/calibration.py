@@ -213,18 +213,22 @@ def loss_rows(args: argparse.Namespace, tokens: int = 4096) -> list[list[str]]:
 
 def peak_of_loss(side: str, tokens: int) -> None:
     """Prints the bytes that the loss takes at most besides the logits."""
-    import resource
-
     logits = torch.empty(1, tokens, VOCABULARY, dtype=torch.bfloat16).fill_(0.5).requires_grad_(True)
     ids = torch.arange(tokens)[None]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     if side == "ours":
         summed_token_loss(logits, ids, torch.ones_like(ids))[0].backward()
     else:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         ForCausalLMLoss(logits, ids, VOCABULARY).backward()
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(peak_memory() - before)
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most. (What `resource` says begins with the peak of the parent.)"""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def ranking_rows(args: argparse.Namespace) -> list[list[str]]:
