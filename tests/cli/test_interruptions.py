@@ -11,7 +11,7 @@ from tests.cli.conftest import listing, start_python
 
 # (module or class, function) to be interrupted in: while measuring, planning, cutting, writing, putting in place.
 MOMENTS = {
-    "loading": ("optimum_heapr.pruner", "load_model"),
+    "loading": ("optimum_heapr.loading", "load_model"),
     "calibrating": ("optimum_heapr.pruner", "calibrate"),
     "cutting": ("optimum_heapr.pruner", "apply_plan"),
     "writing weights": ("transformers.PreTrainedModel", "save_pretrained"),
