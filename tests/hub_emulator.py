@@ -215,6 +215,9 @@ class Handler(BaseHTTPRequestHandler):
         for model in metadata.get("model-index", []):
             if not model.get("name") or not all(result.get("metrics") for result in model["results"]):
                 errors.append("model-index needs a name and metrics")
+            for kind in (result["dataset"]["type"] for result in model["results"]):
+                if not re.fullmatch(r"([\w-]+/)?[\w.-]+", kind):
+                    errors.append(f"dataset type {kind!r} does not have the form of a name on the Hub")
         report = {"errors": [{"message": message} for message in errors], "warnings": []}
         self.reply(report, 400 if errors else 200)
 

@@ -3,6 +3,7 @@
 
 import functools
 import importlib.metadata
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.hub.card import BaseModel, model_card, perplexity_result, write_card
+from optimum_heapr.hub.card import BaseModel, held_out_result, model_card, perplexity_result, write_card
 from optimum_heapr.saving import apply_streaming
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
+from tests.report.reports import measured_pruner
 
 
 BASE = BaseModel("owner/base", True, "0" * 40, {"license": "apache-2.0", "language": ["en"]})
@@ -133,10 +135,38 @@ def test_a_local_base_gives_its_licence(tmp_path):
     assert str(found) == (tmp_path / "stream" / "README.md").read_text() and str(tmp_path) not in str(found)
 
 
+def test_what_the_report_says_is_in_the_card(tmp_path):
+    """The plot, which lies beside it, and what was measured; not the speed, which is that of one machine."""
+    folder = measured_pruner().save_pretrained(tmp_path / "pruned")
+    report, found = measured_pruner().report, ModelCard.load(folder / "README.md")
+    (name,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", found.text)
+    assert (folder / name).read_text().startswith("<svg") and "report.html" in found.text
+    (result,) = found.data.eval_results
+    measured = report["loss"]["measured"]
+    assert result.metric_value == measured["after"]["perplexity"] and result.dataset_name == "Dataset (held out)"
+    assert f"± {measured['increase_standard_error']:.4f}" in found.text and "was not measured" not in found.text
+    assert "tokens/s" not in found.text and "speed" in report
+
+
+@pytest.mark.parametrize(
+    "source, kind",
+    [
+        ("owner/text", "owner/text"),
+        ("a.jsonl:0.5,owner/b[train]:0.5", "a.jsonl-0.5-owner-b-train-0.5"),
+        ("my text (1).jsonl", "my-text-1-.jsonl"),
+    ],
+)
+def test_names_of_texts_have_the_form_that_the_hub_takes(source, kind):
+    figures = {"perplexity": 12.5, "loss": 2.5, "loss_standard_error": 0.1, "num_tokens": 1000}
+    result = held_out_result({"source": source, "held_out": True, "after": figures})
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == (kind, f"{source} (held out)", None)
+
+
 def test_the_hub_takes_it(hub, run_python, tmp_path):
     measured = {"perplexity": 12.5, "loss": 2.5, "loss_standard_error": 0.1, "num_tokens": 1000}
     pruner().model.save_pretrained(tmp_path)
-    write_card(tmp_path, pruner().model, pruner().applied_plan, BASE, [perplexity_result(measured, "owner/text")])
+    results, report = [perplexity_result(measured, "owner/text")], measured_pruner().report
+    write_card(tmp_path, pruner().model, pruner().applied_plan, BASE, results, report)
     code = "from huggingface_hub import ModelCard\nModelCard.load(sys.argv[1]).validate()\nanswer(True)"
     assert run_python(code, tmp_path / "README.md")
     assert hub.requests[-1] == ("POST", "/api/validate-yaml")
