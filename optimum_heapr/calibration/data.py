@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ def load_calibration_data(
     config: HeaprConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Dataset | IterableDataset | str | None = None,
+    part: Callable[[Dataset, str], Dataset] = lambda rows, source: rows,
 ) -> CalibrationData:
     """Loads and tokenizes the samples that `config` asks for.
 
@@ -101,6 +102,7 @@ def load_calibration_data(
         config (`HeaprConfig`): its calibration part is used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
         dataset (`Dataset`, `IterableDataset` or `str`, *optional*): used in place of `config.dataset`.
+        part (`Callable`, *optional*): takes the rows of each source and its name, returns the rows to use; by default all.
 
     Raises:
         HeaprError: if the data is missing, empty, has no usable column, or has samples shorter than two tokens, or a
@@ -111,13 +113,13 @@ def load_calibration_data(
         raise HeaprError("dataset=None: name calibration text, a local file or a dataset on the Hub; its kind matters")
     if not isinstance(dataset, (str, os.PathLike)):
         name = type(dataset).__name__
-        samples, held_out = _samples(dataset, name, config.num_samples, config, tokenizer)
+        samples, held_out = _samples(part(dataset, name), name, config.num_samples, config, tokenizer)
         return CalibrationData(samples, name, config.seed, config.seq_length, held_out=held_out)
     sources = parse_sources(dataset)
     samples, origins, held_out = [], [], []
     for source, count in zip(sources, shares_of(sources, config.num_samples)):
         rows = open_source(source, config.dataset_config, config.split, config.dataset_streaming)
-        found, further = _samples(rows, source.label, count, config, tokenizer)
+        found, further = _samples(part(rows, source.label), source.label, count, config, tokenizer)
         samples += found
         held_out += further
         origins += [source.label] * len(found)

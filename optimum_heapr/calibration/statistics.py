@@ -261,8 +261,8 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_per_atomic_expert": 3 * first.hidden_size + biases,
         "shapes": names.hexdigest()[:16],
-        "experts": _hash_of_values(block.down_rows(0) for block in blocks),
-        "weights": _hash_of_values(model.parameters()),
+        "experts": hash_of_values(block.down_rows(0) for block in blocks),
+        "weights": hash_of_values(model.parameters()),
     }
 
 
@@ -279,7 +279,7 @@ def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, i
     }
 
 
-def _hash_of_values(tensors: Iterable[torch.Tensor]) -> str | None:
+def hash_of_values(tensors: Iterable[torch.Tensor]) -> str | None:
     """Hash over `SAMPLED_VALUES` of each tensor; `None` if one has no storage."""
     tensors = list(tensors)
     if any(tensor.device.type == "meta" for tensor in tensors):

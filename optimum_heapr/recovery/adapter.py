@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0
+"""Adapters of recovery: which pruned model one belongs to, and putting it back on that model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.statistics import hash_of_values
+from ..experts import model_name
+from ..utils.errors import HeaprError
+from .report import REPORT_NAME
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def check_pruned(model: PreTrainedModel) -> None:
+    """Refuses a model that there is nothing to recover for.
+
+    Raises:
+        HeaprError: if it was not pruned by this package, or is in float16.
+    """
+    name = model_name(model)
+    if getattr(model.config, "heapr_config", None) is None:
+        raise HeaprError(f"model={name!r}: its config.json has no heapr_config; name a model that was pruned")
+    if str(model.dtype) == "torch.float16":
+        raise HeaprError(f"dtype=float16: training {name!r} in it overflows; use bfloat16 or float32")
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells one pruned model from another, in whatever precision it was loaded: its type and a hash of its weights."""
+    return {"model_type": model.config.model_type, "weights": hash_of_values(model.parameters())}
+
+
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, is_trainable: bool = False) -> PeftModel:
+    """`PeftModel.from_pretrained`, after a check that the adapter was trained on this very model.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model; its layers are wrapped in place.
+        folder (`str`): what a recovery run wrote.
+        is_trainable (`bool`): leave the adapter open for training.
+
+    Raises:
+        HeaprError: if there is no adapter there, or it is of another model.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise HeaprError(f"adapter={str(folder)!r}: holds no adapter_config.json; name what 'recover' wrote")
+    report = folder / REPORT_NAME
+    if report.is_file():
+        trained_on, ours = json.loads(report.read_text(encoding="utf-8"))["model"], identity_of(model)
+        for name in ours:
+            if trained_on[name] != ours[name]:
+                raise HeaprError(
+                    f"adapter={str(folder)!r}: was trained on a model with {name} {trained_on[name]}, this one has "
+                    f"{ours[name]}; name the pruned model that it was trained on"
+                )
+    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)

@@ -1,0 +1,62 @@
+# Licensed under the Apache License, Version 2.0
+"""What a recovery run measured: the loss after each stage, on text that the recovery was not fitted to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import write_json
+
+
+REPORT_NAME = "recovery_report.json"
+
+
+@dataclass
+class RecoveryReport:
+    """
+    Attributes:
+        stages (`dict[str, float]`): loss in nats a token on the samples that are held out, by stage, in the order in which
+            the stages were applied, as far as they were measured: `unpruned`, `pruned`, `pruned and compensated`, `start`
+            (a model that was recovered before), and last the one of this run.
+        improved (`bool`): whether the last is below the one before it.
+        best_step (`int`): step of the state that was kept, 0 for the start.
+        steps (`int`): steps that were made.
+        history (`list[dict]`): `step` and `loss` of each measurement on the way.
+        trained_parameters (`int`): parameters of the adapter.
+        seconds (`float`): of the training, measurements included.
+        data (`dict`): fingerprints of the samples, `training` and `held_out`.
+        config (`dict`): the `RecoveryConfig`.
+        model (`dict`): what tells the pruned model from others.
+        teacher (`str`, *optional*): name of the teacher.
+    """
+
+    stages: dict[str, float]
+    improved: bool
+    best_step: int
+    steps: int
+    history: list[dict[str, Any]]
+    trained_parameters: int
+    seconds: float
+    data: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    teacher: str | None = None
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes `recovery_report.json` into `folder` and returns its path."""
+        path = Path(folder) / REPORT_NAME
+        write_json(path, asdict(self))
+        return path
+
+    def rows(self) -> list[list[Any]]:
+        """Stage, loss, and its difference to the unpruned model (where that was measured) or else to the first stage."""
+        first = next(iter(self.stages.values()))
+        return [[stage, f"{loss:.4f}", f"{loss - first:+.4f}"] for stage, loss in self.stages.items()]
+
+    def markdown(self) -> str:
+        """The stages as a table."""
+        lines = ["| stage | held-out loss | difference |", "|---|---:|---:|"]
+        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())])

@@ -1,0 +1,67 @@
+# Licensed under the Apache License, Version 2.0
+"""The folder of a run: the checkpoints of the `Trainer`, the cached teacher, and what run they are of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import HeaprError
+from ..utils.files import write_json
+from ..utils.logging import is_main_process
+
+
+class RunFolder:
+    """Where a run keeps what it needs to go on after an interruption.
+
+    Args:
+        path (`str`): the folder; made when it is needed.
+        resume (`bool`): go on from it, if it is there.
+
+    Raises:
+        HeaprError: if it is there and `resume` is off.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: bool = False):
+        self.path = Path(path)
+        if self.path.exists() and not resume and is_main_process():
+            raise HeaprError(f"state={str(path)!r}: a run that was interrupted; pass --resume to go on, or remove it")
+
+    def begin(self, run: dict[str, Any]) -> None:
+        """Records what the run depends on, or compares it with what is recorded.
+
+        Args:
+            run (`dict`): JSON values: model, configuration, data.
+
+        Raises:
+            HeaprError: naming the first difference.
+        """
+        about = self.path / "run.json"
+        run = json.loads(json.dumps(run))
+        if not about.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if is_main_process():
+                write_json(about, run)
+            return
+        found = json.loads(about.read_text(encoding="utf-8"))
+        for name in run:
+            if found.get(name) != run[name]:
+                raise HeaprError(
+                    f"{name}={json.dumps(run[name])}: the run in {str(self.path)!r} has {json.dumps(found.get(name))}; resume "
+                    "with what it was started with, or remove it"
+                )
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        """Path of the newest checkpoint that is complete."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        return get_last_checkpoint(self.path) if self.path.is_dir() else None
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        if is_main_process():
+            shutil.rmtree(self.path, ignore_errors=True)
