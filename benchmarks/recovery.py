@@ -13,7 +13,6 @@ of windows. `--targets` measures what the presets of targets give.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import tempfile
 import time

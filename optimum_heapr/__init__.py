@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from .configuration import HeaprConfig
     from .planning.plan import PruningPlan
     from .pruner import HeaprPruner
+    from .recovery.configuration import RecoveryConfig
     from .utils.errors import HeaprError
 
 
 __version__ = "0.1.0.dev0"
-__all__ = ["AtomicStatistics", "HeaprConfig", "HeaprError", "HeaprPruner", "PruningPlan"]
+__all__ = ["AtomicStatistics", "HeaprConfig", "HeaprError", "HeaprPruner", "PruningPlan", "RecoveryConfig"]
 
 _HOMES = {
     "AtomicStatistics": "calibration.statistics",
@@ -27,6 +28,7 @@ _HOMES = {
     "HeaprError": "utils.errors",
     "HeaprPruner": "pruner",
     "PruningPlan": "planning.plan",
+    "RecoveryConfig": "recovery.configuration",
 }
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .calibration.data import CalibrationData
+    from .recovery.configuration import RecoveryConfig
+    from .recovery.report import RecoveryReport
 
 
 class HeaprPruner:
@@ -81,6 +83,7 @@ class HeaprPruner:
         self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None
         self.report: dict[str, Any] | None = None
+        self.recovery_report: RecoveryReport | None = None
         self.base: BaseModel | None = None
 
     @classmethod
@@ -251,6 +254,39 @@ class HeaprPruner:
             self.calibrate(config)
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)
 
+    def recover(
+        self,
+        config: RecoveryConfig,
+        dataset: Dataset | str | None = None,
+        teacher: PreTrainedModel | str | os.PathLike | None = None,
+        **options: Any,
+    ) -> RecoveryReport:
+        """Trains the pruned model with LoRA; the result is merged into `self.model` if it is better on held-out text.
+
+        Args:
+            config (`RecoveryConfig`): what is trained, and how.
+            dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
+            teacher (`PreTrainedModel` or `str`, *optional*): the unpruned model, for distillation and for the report; one
+                that is handed over as an object may be cut.
+            options: `state_path` (`str`), a folder that lets the run go on if it is interrupted; `resume` (`bool`), go on
+                from it; `adapter_folder` (`str`), where the adapter is written before it is merged.
+
+        Returns:
+            `RecoveryReport`: the loss of each stage, and whether it improved; also kept as `self.recovery_report`.
+
+        Raises:
+            HeaprError: if nothing was pruned yet, or as [`~optimum_heapr.recovery.runner.recover`].
+        """
+        from .recovery.session import recover_in_memory
+
+        plan = self.applied_plan
+        if plan is None:
+            raise HeaprError("model: was not pruned yet; call prune() or apply() first")
+        self.model, self.recovery_report = recover_in_memory(
+            self.model, self.tokenizer, config, dataset, teacher, plan, **options
+        )
+        return self.recovery_report
+
     def save_pretrained(
         self,
         folder: str | os.PathLike,
@@ -286,6 +322,8 @@ class HeaprPruner:
             save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, self.report, results)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
+            if self.recovery_report is not None and self.recovery_report.improved:
+                self.recovery_report.add_to(temporary)
         if push_to_hub:
             push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder

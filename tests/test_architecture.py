@@ -29,6 +29,7 @@ LAYERS = (
     "hub",
     "loading",
     "saving",
+    "recovery",
     "pruner",
     "cli",
 )

@@ -12,6 +12,7 @@ from .inspect import InspectCommand
 from .merge import MergeCommand
 from .plan import PlanCommand
 from .prune import PruneCommand
+from .recover import RecoverCommand
 
 
 class HeaprCommand(BaseOptimumCLICommand):
@@ -24,6 +25,7 @@ class HeaprCommand(BaseOptimumCLICommand):
             PlanCommand,
             ApplyCommand,
             PruneCommand,
+            RecoverCommand,
             EvaluateCommand,
             InspectCommand,
             FamiliesCommand,

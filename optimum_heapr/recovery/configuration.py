@@ -100,7 +100,9 @@ class RecoveryConfig(Options):
     patience: int = option(3, "measurements without an improvement before the training stops")
     bf16: bool = option(False, "compute in bfloat16")
     gradient_checkpointing: bool = option(False, "compute each layer twice and keep less")
-    dataset: str | None = option(None, "training text: a file or folder, a dataset on the Hub, wikitext2, or a mixture")
+    dataset: str | None = option(
+        None, "training text: a file or folder, a dataset on the Hub, wikitext2, or a mixture"
+    )
     dataset_config: str | None = option(None, "configuration of a dataset on the Hub")
     split: str = option("train", "split of the dataset")
     text_column: str = option("text", "column that holds the text")
@@ -128,7 +130,9 @@ class RecoveryConfig(Options):
         if self.seed >= 2**32:
             raise HeaprError(f"seed={self.seed}: must be below 2**32; name a smaller one")
         if self.cross_entropy_weight == self.distillation_weight == 0:
-            raise HeaprError("distillation_weight=0.0: cross_entropy_weight is 0 as well, so no loss is left; raise one")
+            raise HeaprError(
+                "distillation_weight=0.0: cross_entropy_weight is 0 as well, so no loss is left; raise one"
+            )
         if self.batch_size % self.micro_batch_size:
             raise HeaprError(
                 f"micro_batch_size={self.micro_batch_size}: must divide batch_size={self.batch_size}, the samples of a step"

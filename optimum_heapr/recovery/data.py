@@ -61,7 +61,9 @@ class RecoveryData:
                         f"dataset={source!r}: is one document, and recovery holds documents out to measure; cut it into "
                         "several, one a row"
                     )
-                return rows.train_test_split(test_size=max(1, math.floor(config.held_out * len(rows))), seed=config.seed)[name]
+                return rows.train_test_split(
+                    test_size=max(1, math.floor(config.held_out * len(rows))), seed=config.seed
+                )[name]
 
             options = {option: getattr(config, option) for option in DATA_OPTIONS}
             loading = HeaprConfig(**options, num_samples=sizes[name], eval_samples=0)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..hub.card import CARD_NAME
 from ..utils.files import write_json
 
 
@@ -51,12 +52,29 @@ class RecoveryReport:
         write_json(path, asdict(self))
         return path
 
+    def add_to(self, folder: str | os.PathLike) -> None:
+        """Saves the report into the folder of a model, and adds it to the card there, if there is one."""
+        self.save(folder)
+        card = Path(folder) / CARD_NAME
+        if card.is_file():
+            card.write_text(f"{card.read_text(encoding='utf-8')}\n{self.card_section()}", encoding="utf-8")
+
     def rows(self) -> list[list[Any]]:
         """Stage, loss, and its difference to the unpruned model (where that was measured) or else to the first stage."""
         first = next(iter(self.stages.values()))
         return [[stage, f"{loss:.4f}", f"{loss - first:+.4f}"] for stage, loss in self.stages.items()]
 
-    def markdown(self) -> str:
-        """The stages as a table."""
-        lines = ["| stage | held-out loss | difference |", "|---|---:|---:|"]
-        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())])
+    def card_section(self) -> str:
+        """The part of a model card about the recovery."""
+        import yaml
+
+        table = ["| stage | held-out loss | difference |", "|---|---:|---:|"]
+        table += [f"| {' | '.join(row)} |" for row in self.rows()]
+        options = {name: value for name, value in self.config.items() if value is not None}
+        return (
+            f"## Recovery\n\n{self.trained_parameters:,} parameters were trained for {self.steps} steps; kept is the state "
+            f"after step {self.best_step}. Losses in nats a token, on {self.data['held_out']['num_tokens']:,} tokens of "
+            "documents that were not trained on, of the same source:\n\n"
+            + "\n".join(table)
+            + f"\n\n```yaml\n{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}```\n"
+        )

@@ -1,0 +1,114 @@
+# Licensed under the Apache License, Version 2.0
+"""What a recovery run leaves: an adapter, or a merged model with what stood beside the pruned one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..configuration import CONFIG_NAME
+from ..hub.card import CARD_NAME
+from ..planning.plan import PLAN_NAME, PruningPlan
+from ..utils.files import replace_folder
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .runner import Recovery
+
+
+COMPANIONS = (CONFIG_NAME, PLAN_NAME, CARD_NAME)
+
+
+def companion(model: str | os.PathLike, name: str) -> Path | None:
+    """A file beside the weights of a model, in a folder or on the Hub, or `None`."""
+    from transformers.utils import cached_file
+
+    if not Path(model).is_dir() and Path(model).exists():
+        return None
+    try:
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no such repository any more, or no network
+        return None
+    return Path(found) if found else None
+
+
+def plan_of(model: str | os.PathLike) -> PruningPlan | None:
+    """The plan that a pruned model was cut by, if it stands beside it."""
+    path = companion(model, PLAN_NAME)
+    return PruningPlan.load(path) if path else None
+
+
+def save_adapter(
+    recovery: Recovery,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter in the format of PEFT, the tokenizer, `recovery_report.json` and a card.
+
+    Raises:
+        HeaprError: if the folder cannot be written or is not empty.
+    """
+    with replace_folder(folder, overwrite) as temporary:
+        recovery.model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / CARD_NAME).write_text(_ADAPTER_CARD, encoding="utf-8")
+        recovery.report.add_to(temporary)
+    return Path(folder)
+
+
+def save_merged(
+    recovery: Recovery,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pruned: str | os.PathLike,
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+) -> Path:
+    """Merges, and writes the model with the plan, the configuration and the card of the pruned one.
+
+    Args:
+        recovery (`Recovery`): its model is merged in place.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
+        pruned (`str`): folder or name of the pruned model.
+        folder (`str`): appears whole or not at all.
+        overwrite (`bool`): replace a folder that is not empty.
+
+    Raises:
+        HeaprError: if the folder cannot be written or is not empty.
+    """
+    with replace_folder(folder, overwrite) as temporary:
+        recovery.merge().save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        for path in filter(None, (companion(pruned, name) for name in COMPANIONS)):
+            shutil.copyfile(path, temporary / path.name)
+        recovery.report.add_to(temporary)
+    return Path(folder)
+
+
+_ADAPTER_CARD = """---
+library_name: peft
+tags:
+- lora
+- heapr
+- optimum-heapr
+---
+
+# Recovery adapter of a pruned model
+
+Trained on a model that optimum-heapr pruned, and of use with that model alone; `adapter_config.json` says which.
+
+```python
+import optimum_heapr  # makes transformers know the pruned model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/the/pruned/model")
+model = PeftModel.from_pretrained(model, "path/to/this/adapter")
+```
+"""

@@ -1,0 +1,62 @@
+# Licensed under the Apache License, Version 2.0
+"""A recovery run of a model that is in memory, from the text to the merged model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from .adapter import check_pruned
+from .data import RecoveryData
+from .output import save_adapter
+from .runner import recover
+from .state import RunFolder
+from .teacher import Teacher
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..planning.plan import PruningPlan
+    from .configuration import RecoveryConfig
+    from .report import RecoveryReport
+
+
+def recover_in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RecoveryConfig,
+    dataset: Dataset | str | None = None,
+    teacher: PreTrainedModel | str | os.PathLike | None = None,
+    plan: PruningPlan | None = None,
+    state_path: str | os.PathLike | None = None,
+    resume: bool = False,
+    adapter_folder: str | os.PathLike | None = None,
+) -> tuple[PreTrainedModel, RecoveryReport]:
+    """Prepares the teacher, trains, writes the adapter if that was asked for, and merges.
+
+    Args:
+        model (`PreTrainedModel`): pruned; changed in place.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
+        config, dataset, teacher, state_path, resume, adapter_folder: as for [`~optimum_heapr.HeaprPruner.recover`].
+        plan (`PruningPlan`, *optional*): what the model was pruned by.
+
+    Raises:
+        HeaprError: as [`~optimum_heapr.recovery.runner.recover`].
+    """
+    check_pruned(model)
+    data = RecoveryData.load(config, tokenizer, dataset)
+    with ExitStack() as stack:
+        # A folder that is there is gone on from; a temporary one is empty.
+        path = state_path or stack.enter_context(tempfile.TemporaryDirectory())
+        folder = RunFolder(path, resume or state_path is None)
+        taught = None if teacher is None else Teacher.prepare(teacher, model, config, data, folder, plan)
+        recovery = recover(model, config, data, folder, taught, plan)
+        if adapter_folder is not None and recovery.report.improved:
+            save_adapter(recovery, tokenizer, adapter_folder)
+        merged = recovery.merge()
+        folder.remove()
+        return merged, recovery.report
