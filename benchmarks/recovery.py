@@ -16,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from quality import Increase, evaluation_windows, named_paths, prune, window_losses
@@ -70,7 +71,7 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(stack: ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("-m", "--model", required=True, help="folder or name on the Hub")
     parser.add_argument("--calibration", required=True, help="text to calibrate on and to train on")
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=RecoveryConfig.rank)
     parser.add_argument("--temperature", type=float, default=RecoveryConfig.temperature)
     parser.add_argument("--statistics", help="statistics file to use, or to write if there is none")
+    parser.add_argument("--teacher-cache", help="folder for the output of the teacher, which serves several runs")
     parser.add_argument("--resume", action="store_true", help="keep what the output holds and measure what is missing")
     args = parser.parse_args()
 
@@ -134,7 +136,10 @@ def main() -> None:
     if args.resume and output.is_file():
         result["records"] = json.loads(output.read_text())["records"]
     known = {(record["stage"], record["ratio"]) for record in result["records"]}
-    teacher = Teacher("unpruned", model=model)
+    cache = RunFolder(args.teacher_cache or stack.enter_context(tempfile.TemporaryDirectory()), resume=True)
+    began = time.process_time()
+    teacher = Teacher.prepare(model, model, config.replace(cache_teacher=True, **DISTILLATION), data, cache)
+    result["teacher_cpu_minutes"] = (time.process_time() - began) / 60
     runs = [
         (stage if targets == "all" or STAGES[stage][1] is None else f"{stage}, {targets}", stage, targets)
         for stage in args.stages
@@ -173,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ExitStack() as stack:
+        main(stack)

@@ -42,7 +42,7 @@ class RecoveryConfig(Options):
             The likeliest tokens of the teacher that are kept; all others count as one.
         cache_teacher (`bool`, *optional*, defaults to `False`):
             Write these to the disk once, before the training, so that only one model is in memory at a time.
-        learning_rate (`float`, *optional*, defaults to 1e-3):
+        learning_rate (`float`, *optional*, defaults to 1e-4):
             Largest learning rate of AdamW; it rises over the first 5 % of the steps and falls as a cosine to 0.
         max_steps (`int`, *optional*, defaults to 300):
             Optimizer steps.
@@ -91,7 +91,7 @@ class RecoveryConfig(Options):
     temperature: float = option(1.0, "temperature of teacher and student in the divergence")
     top_k_logits: int = option(64, "likeliest tokens of the teacher that are kept; the others count as one")
     cache_teacher: bool = option(False, "write the teacher's logits to the disk first: one model in memory at a time")
-    learning_rate: float = option(1e-3, "largest learning rate; it warms up and falls as a cosine")
+    learning_rate: float = option(1e-4, "largest learning rate; it warms up and falls as a cosine")
     max_steps: int = option(300, "optimizer steps")
     batch_size: int = option(16, "samples in a step, over all processes")
     micro_batch_size: int = option(1, "samples that a process computes at once")

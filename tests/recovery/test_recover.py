@@ -1,0 +1,230 @@
+# Licensed under the Apache License, Version 2.0
+"""Runs of recovery: what is kept, what it loads into, and that neither interruptions nor their number change it."""
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from optimum_heapr import HeaprError
+from optimum_heapr.recovery.adapter import load_adapter
+from optimum_heapr.recovery.data import RecoveryData
+from optimum_heapr.recovery.output import plan_of, save_adapter, save_merged
+from optimum_heapr.recovery.teacher import held_out_loss
+from optimum_heapr.recovery.trainer import RecoveryTrainer
+from tests.helpers import random_ids, tiny_model
+from tests.recovery.conftest import DISTILLATION, ROWS, prune, quick, run
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=random_ids()).logits
+
+
+def reload(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+def adapter_weights(recovery):
+    return {name: p.detach().clone() for name, p in recovery.model.named_parameters() if p.requires_grad}
+
+
+def assert_close(first, second, **tolerance):
+    torch.testing.assert_close(first, second, **{"rtol": 0, "atol": 1e-4, **tolerance})
+
+
+def test_what_is_kept_is_better_and_loads_as_an_adapter_and_merged(pruned, model, tmp_path):
+    recovery = run(model, tmp_path / "state", copy.deepcopy(pruned.base), pruned.plan, **DISTILLATION)
+    report = recovery.report
+    assert list(report.stages) == ["unpruned", "pruned", "pruned and compensated", "recovered by distillation"]
+    assert report.improved and report.best_step in [entry["step"] for entry in report.history]
+    assert [entry["step"] for entry in report.history] == [3, 6]
+    data = RecoveryData.load(quick(), None, ROWS)
+    for stage, expected in (("unpruned", tiny_model("qwen3_moe")), ("pruned and compensated", pruned.model)):
+        assert report.stages[stage] == pytest.approx(held_out_loss(expected, data), abs=1e-5)
+    kept = held_out_loss(recovery.model, data)
+    assert report.stages["recovered by distillation"] == pytest.approx(kept, abs=1e-5)
+    assert kept < report.stages["pruned and compensated"]
+
+    trained = logits_of(recovery.model)
+    save_adapter(recovery, None, tmp_path / "adapter")
+    base = reload(pruned.folder)
+    assert (logits_of(base) - trained).abs().max() > 0.01
+    assert_close(logits_of(PeftModel.from_pretrained(base, tmp_path / "adapter")), trained, atol=1e-5)
+    assert_close(logits_of(load_adapter(reload(pruned.folder), tmp_path / "adapter")), trained, atol=1e-5)
+
+    save_merged(recovery, None, pruned.folder, tmp_path / "merged")
+    merged = reload(tmp_path / "merged")
+    assert type(merged) is type(pruned.model) and merged.config.expert_widths == pruned.model.config.expert_widths
+    assert_close(logits_of(merged), trained)
+    assert plan_of(tmp_path / "merged").widths == pruned.plan.widths
+    saved = json.loads((tmp_path / "merged" / "recovery_report.json").read_text())
+    assert saved["stages"] == report.stages and saved["improved"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "## Recovery" in card and f"| {report.stages['unpruned']:.4f} |" in card
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek", "deepseek_v2"])
+def test_families(family, targets, tmp_path):
+    pruner = prune(family)
+    pruner.save_pretrained(tmp_path / "pruned")
+    recovery = run(pruner.model, tmp_path / "state", targets=targets, max_steps=4, eval_steps=2)
+    assert recovery.report.improved
+    trained = logits_of(recovery.model)
+    save_adapter(recovery, None, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(reload(tmp_path / "pruned"), tmp_path / "adapter")
+    assert_close(logits_of(again), trained, atol=1e-5)
+    assert_close(logits_of(recovery.merge()), trained)
+
+
+@pytest.mark.parametrize(("targets", "layout"), [("router", "variable"), ("all", "uniform")])
+def test_routers_and_stock_checkpoints(targets, layout, tmp_path):
+    pruner = prune("qwen3_moe", layout=layout)
+    pruner.save_pretrained(tmp_path / "pruned")
+    recovery = run(pruner.model, tmp_path / "state", targets=targets)
+    assert recovery.report.improved
+    trained = logits_of(recovery.model)
+    save_adapter(recovery, None, tmp_path / "adapter")
+    base = reload(tmp_path / "pruned")
+    assert base.config.model_type == ("qwen3_moe" if layout == "uniform" else "heapr_qwen3_moe")
+    assert_close(logits_of(PeftModel.from_pretrained(base, tmp_path / "adapter")), trained, atol=1e-5)
+    assert_close(logits_of(recovery.merge()), trained)
+
+
+def test_nothing_is_kept_if_nothing_improved(pruned, model, tmp_path):
+    recovery = run(model, tmp_path / "state", targets="all", learning_rate=5.0, max_steps=20, eval_steps=1, patience=2)
+    assert not recovery.report.improved and recovery.report.best_step == 0
+    assert recovery.report.steps == 3, "two measurements after the first that are no better"
+    assert not isinstance(recovery.model, PeftModel)
+    assert torch.equal(logits_of(recovery.merge()), logits_of(pruned.model))
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in pruned.model.named_parameters()}
+
+
+def test_a_cached_teacher_says_what_one_beside_says(pruned, tmp_path):
+    beside, cached = (
+        run(
+            copy.deepcopy(pruned.model),
+            tmp_path / str(cache),
+            copy.deepcopy(pruned.base),
+            pruned.plan,
+            cache_teacher=cache,
+            **DISTILLATION,
+        )
+        for cache in (False, True)
+    )
+    assert beside.report.stages == pytest.approx(cached.report.stages)
+    files = sorted(path.name for path in (tmp_path / "True" / "teacher").iterdir())
+    assert files[0] == "000000.safetensors" and len(files) == 24 + 2
+    assert_close(adapter_weights(cached), adapter_weights(beside), atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
+    options = {"targets": "experts", "max_steps": 4, "eval_steps": 2}
+    whole = run(copy.deepcopy(pruned.model), tmp_path / "whole", **options)
+    compute_loss, calls = RecoveryTrainer.compute_loss, []
+
+    def stops(self, model, *arguments, **keywords):
+        calls.append(model.training)
+        if sum(calls) == 6:  # in the third step
+            raise KeyboardInterrupt
+        return compute_loss(self, model, *arguments, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(copy.deepcopy(pruned.model), tmp_path / "state", **options)
+    monkeypatch.undo()
+    with pytest.raises(HeaprError, match="a run that was interrupted; pass --resume"):
+        run(copy.deepcopy(pruned.model), tmp_path / "state", **options)
+    other = {"config=.*the run in": {**options, "rank": 2}}
+    for expected, changed in other.items():
+        with pytest.raises(HeaprError, match=expected):
+            run(copy.deepcopy(pruned.model), tmp_path / "state", resume=True, **changed)
+    with pytest.raises(HeaprError, match="model=.*the run in"):
+        run(prune("qwen3_moe", ratio=0.5).model, tmp_path / "state", resume=True, **options)
+    again = run(copy.deepcopy(pruned.model), tmp_path / "state", resume=True, **options)
+    for resumed, unbroken in zip(again.report.history, whole.report.history, strict=True):
+        assert resumed == pytest.approx(unbroken)
+    assert_close(adapter_weights(again), adapter_weights(whole), atol=1e-6)
+
+
+def test_micro_batches_checkpointing_and_bfloat16_give_the_same_to_tolerance(pruned, tmp_path):
+    options = {"targets": "all", "max_steps": 3, "eval_steps": 3}
+    losses = {
+        name: run(copy.deepcopy(pruned.model), tmp_path / name, **options, **changed).report.history[-1]["loss"]
+        for name, changed in {
+            "plain": {},
+            "accumulated": {"micro_batch_size": 1},
+            "checkpointed": {"gradient_checkpointing": True},
+            "bf16": {"bf16": True},
+        }.items()
+    }
+    assert losses["accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["checkpointed"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02) and losses["bf16"] != losses["plain"]
+
+
+def test_weights_in_bfloat16_are_trained_in_float32(pruned, model, tmp_path):
+    recovery = run(model.bfloat16(), tmp_path / "state")
+    assert {p.dtype for p in recovery.model.parameters() if p.requires_grad} == {torch.float32}
+    assert recovery.report.improved
+    assert recovery.merge().dtype == torch.bfloat16
+
+
+def test_teachers_that_cannot_be_are_refused(pruned, model, tmp_path):
+    for changes, expected in (({"vocab_size": 64}, "vocabulary of 64"), ({"hidden_size": 16}, "hidden size of 16")):
+        with pytest.raises(HeaprError, match=expected):
+            run(model, tmp_path / "state", tiny_model("qwen3_moe", **changes), **DISTILLATION)
+    with pytest.raises(HeaprError, match="teacher=None: distillation_weight=1.0 needs the unpruned model"):
+        run(model, tmp_path / "state", **DISTILLATION)
+
+
+def test_models_that_were_not_pruned_are_refused(tmp_path):
+    with pytest.raises(HeaprError, match="has no heapr_config; name a model that was pruned"):
+        run(tiny_model("qwen3_moe"), tmp_path / "state")
+    with pytest.raises(HeaprError, match="dtype=float16"):
+        run(prune("qwen3_moe").model.half(), tmp_path / "state")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pruned, model, tmp_path, monkeypatch):
+    compute_loss = RecoveryTrainer.compute_loss
+
+    def breaks(self, model, *arguments, **keywords):
+        if model.training:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+        return compute_loss(self, model, *arguments, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", breaks)
+    with pytest.raises(HeaprError, match="loss=nan: not finite in step 1; lower learning_rate=0.01"):
+        run(model, tmp_path / "state")
+
+
+def test_an_adapter_of_another_plan_is_refused(pruned, model, tmp_path):
+    recovery = run(model, tmp_path / "state", targets="attention", max_steps=2, eval_steps=1)
+    save_adapter(recovery, None, tmp_path / "adapter")
+    with pytest.raises(HeaprError, match="was trained on a model with weights"):
+        load_adapter(prune("qwen3_moe", ratio=0.5).model, tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "adapter")
+    with pytest.raises(HeaprError, match="holds no adapter_config.json"):
+        load_adapter(pruned.model, tmp_path / "adapter")
+
+
+def test_the_pruner_recovers_what_it_pruned(tmp_path):
+    pruner = prune("qwen3_moe")
+    with pytest.raises(HeaprError, match="state"):
+        (tmp_path / "state").mkdir()
+        pruner.recover(quick(), ROWS, state_path=tmp_path / "state")
+    report = pruner.recover(quick(**DISTILLATION), ROWS, tiny_model("qwen3_moe"), adapter_folder=tmp_path / "adapter")
+    assert report.improved and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    pruner.save_pretrained(tmp_path / "recovered")
+    assert "## Recovery" in (tmp_path / "recovered" / "README.md").read_text()
+    assert_close(logits_of(reload(tmp_path / "recovered")), logits_of(pruner.model), atol=1e-5)
+    unpruned = prune("qwen3_moe")
+    unpruned.applied_plan = None
+    with pytest.raises(HeaprError, match="was not pruned yet"):
+        unpruned.recover(quick(), ROWS)
