@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ def load_model(
     """Loads a model with a head, and its tokenizer if it has one.
 
     Args:
-        name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
+        name (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model; where it holds an
+            adapter of recovery, that is put on the model that it was trained on.
         allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
         skeleton (`bool`): leave the model without storage, on the meta device; only headers of weight files are read.
         model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
@@ -96,7 +98,7 @@ def load_model(
     if "trust_remote_code" in model_options:
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
-        config = AutoConfig.from_pretrained(path, **hub_options)
+        config = AutoConfig.from_pretrained(_base_of_adapter(path, hub_options) or path, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
@@ -124,3 +126,15 @@ def load_model(
     if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
         tokenizer = None  # where a model comes without its files, transformers makes one that knows no text
     return model, tokenizer
+
+
+def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
+    """The model that an adapter in PEFT's format belongs to, or `None` for a model; transformers loads both together."""
+    from transformers.utils import find_adapter_config_file
+
+    options = {name: value for name, value in hub_options.items() if name in ("revision", "token", "cache_dir")}
+    found = find_adapter_config_file(path, **options)
+    if found is None:
+        return None
+    with open(found, encoding="utf-8") as file:
+        return json.load(file)["base_model_name_or_path"]

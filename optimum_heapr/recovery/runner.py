@@ -34,6 +34,9 @@ logger = get_logger(__name__)
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
 
+LEAST_IMPROVEMENT = 1e-4
+"""Nats a token; what is less may be rounding."""
+
 
 @dataclass
 class Recovery:
@@ -95,7 +98,7 @@ def recover(
 
     history = _history(trainer)
     best = min(history, key=lambda measured: measured["loss"])
-    improved = best["loss"] < start
+    improved = best["loss"] < start - LEAST_IMPROVEMENT
     if teacher is not None and teacher.model is not None:
         teacher.measure_pruned(teacher.model, plan, data)
     before = {name: teacher.stages[name] for name in ("unpruned", "pruned") if teacher and name in teacher.stages}
