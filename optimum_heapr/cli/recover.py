@@ -69,18 +69,18 @@ class RecoverCommand(HeaprSubcommand):
             loading = {name: value for name, value in options.items() if name != "revision"}
             teacher = Teacher.prepare(args.teacher, skeleton, config, data, folder, plan, **loading)
         model, tokenizer = load_model(args.model, **options)
-        recovery = recover(model, config, data, folder, teacher, plan)
+        recovery = recover(model, config, data, folder, teacher, plan, saved_at=args.model)
         report = recovery.report
         if is_main_process():
             if report.improved and args.merge:
                 save_merged(recovery, tokenizer, args.model, args.output, args.overwrite)
             elif report.improved:
                 save_adapter(recovery, tokenizer, args.output, args.overwrite)
-            folder.remove()
             print(table(["stage", "held-out loss", "difference"], report.rows()))
             if report.improved:
                 what = "Merged model" if args.merge else "Adapter"
                 print(f"{what} of step {report.best_step} of {report.steps} written to {args.output}")
             else:
                 print(f"Nothing improved in {report.steps} steps; nothing was written to {args.output}")
+        folder.remove()
         end_processes()

@@ -63,6 +63,7 @@ def recover(
     folder: RunFolder,
     teacher: Teacher | None = None,
     plan: PruningPlan | None = None,
+    saved_at: str | None = None,
 ) -> Recovery:
     """Trains an adapter on a pruned model.
 
@@ -73,6 +74,7 @@ def recover(
         folder (`RunFolder`): for checkpoints; one that is there already is gone on from.
         teacher (`Teacher`, *optional*): the unpruned model or its output, and what was measured of it.
         plan (`PruningPlan`, *optional*): as for [`Teacher.prepare`]; used when the teacher is not needed any more.
+        saved_at (`str`, *optional*): folder or name of the pruned model, for the adapter to say.
 
     Raises:
         HeaprError: if the model was not pruned, has nothing of what is to be trained, a loss is not finite, the teacher is
@@ -89,7 +91,7 @@ def recover(
 
     start = held_out_loss(model, data)
     stage = "pruned and compensated" if model.config.heapr_config.get("compensate") else "pruned"
-    peft_model = _with_adapter(model, config)
+    peft_model = _with_adapter(model, config, saved_at)
     trainer = _trainer(peft_model, config, data, folder, teacher)
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +125,7 @@ def _fingerprints(data: RecoveryData) -> dict[str, Any]:
     return {"training": data.training.fingerprint, "held_out": data.held_out.fingerprint}
 
 
-def _with_adapter(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, config: RecoveryConfig, saved_at: str | None) -> PeftModel:
     """Wraps the model; what is trained is in float32, or small steps would be lost to rounding."""
     from peft import get_peft_model
 
@@ -131,6 +133,8 @@ def _with_adapter(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         peft_model = get_peft_model(model, adapter_config(model, config))
+    # Of a model that was pruned in memory PEFT would name the unpruned one.
+    peft_model.active_peft_config.base_model_name_or_path = saved_at
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

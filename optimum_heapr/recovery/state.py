@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..calibration.processes import start_processes
 from ..utils.errors import HeaprError
 from ..utils.files import write_json
 from ..utils.logging import is_main_process
@@ -62,6 +63,13 @@ class RunFolder:
         return get_last_checkpoint(self.path) if self.path.is_dir() else None
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Deletes the folder, once no process needs it any more."""
+        wait_for_all()
         if is_main_process():
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def wait_for_all() -> None:
+    """Returns when all processes of this run have come here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        start_processes().wait_for_everyone()

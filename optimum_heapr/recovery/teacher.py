@@ -19,6 +19,7 @@ from ..utils.files import replace_file, write_json
 from ..utils.logging import get_logger, progress
 from .data import RecoveryData
 from .loss import TeacherOutput
+from .state import wait_for_all
 
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Teacher:
             made.cache.fill(model)
         made.measure_pruned(model, plan, data)
         if made.cache is not None:
+            wait_for_all()  # each has written its part
             made.cache.complete(made.stages)
         return made
 
