@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ..configuration import CONFIG_NAME
 from ..hub.card import CARD_NAME
 from ..planning.plan import PLAN_NAME, PruningPlan
+from ..report.files import REPORT_NAME
+from ..report.markdown import CHART_NAME
 from ..utils.files import replace_folder
 
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from .runner import Recovery
 
 
-COMPANIONS = (CONFIG_NAME, PLAN_NAME, CARD_NAME)
+# What stands beside a pruned model, as far as it does.
+COMPANIONS = (CONFIG_NAME, PLAN_NAME, CARD_NAME, REPORT_NAME, "report.md", "report.html", CHART_NAME)
 
 
 def companion(model: str | os.PathLike, name: str) -> Path | None:

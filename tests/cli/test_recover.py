@@ -43,7 +43,7 @@ def test_an_adapter_and_a_merged_model(run, inputs, text, tmp_path):
     assert set(listing(inputs.pruned)) - set(listing(tmp_path / "merged")) == {"statistics.safetensors"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "recipe.yaml"]
     evaluation = run("evaluate", "-m", tmp_path / "merged", tmp_path / "adapter", "--dataset", text, "--json")
-    assert evaluation.status == 0 and len(json.loads(evaluation.output)) == 2
+    assert evaluation.status == 0 and len(json.loads(evaluation.output)["perplexity"]) == 2
     model, _ = load_model(inputs.pruned)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(model, tmp_path / "adapter")(input_ids=random_ids()).logits
