@@ -110,7 +110,7 @@ def main(stack: ExitStack) -> None:
         batch_size=args.batch_size,
         micro_batch_size=args.batch_size,
         max_steps=args.max_steps,
-        eval_steps=max(1, args.max_steps // 6),
+        eval_steps=max(1, args.max_steps // 3),
         learning_rate=args.learning_rate,
         rank=args.rank,
         temperature=args.temperature,

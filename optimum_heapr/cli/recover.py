@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
 from .base import (
@@ -16,6 +17,12 @@ from .base import (
     model_options_from,
     source_names,
 )
+
+
+if TYPE_CHECKING:
+    from ..recovery.configuration import RecoveryConfig
+    from ..recovery.report import RecoveryReport
+    from ..recovery.state import RunFolder
 
 
 class RecoverCommand(HeaprSubcommand):
@@ -48,7 +55,22 @@ class RecoverCommand(HeaprSubcommand):
                 f"teacher=None: distillation_weight={config.distillation_weight} needs the unpruned model; name it with "
                 "--teacher"
             )
-        folder = RunFolder(f"{args.output}.state", args.resume)
+        from ..utils.logging import is_main_process
+        from .tables import table
+
+        with RunFolder(f"{args.output}.state", args.resume) as folder:
+            report = self._recover(config, folder)
+        end_processes()
+        if is_main_process():
+            print(table(["stage", "held-out loss", "difference"], report.rows()))
+            if report.improved:
+                what = "Merged model" if args.merge else "Adapter"
+                print(f"{what} of step {report.best_step} of {report.steps} written to {args.output}")
+            else:
+                print(f"Nothing improved in {report.steps} steps; nothing was written to {args.output}")
+
+    def _recover(self, config: RecoveryConfig, folder: RunFolder) -> RecoveryReport:
+        """Loads, trains and writes; returns what was measured."""
         from ..loading import load_model
         from ..recovery.adapter import check_pruned
         from ..recovery.data import RecoveryData
@@ -56,31 +78,21 @@ class RecoverCommand(HeaprSubcommand):
         from ..recovery.runner import recover
         from ..recovery.teacher import Teacher
         from ..utils.logging import is_main_process
-        from .tables import table
 
-        options = model_options_from(args)
+        args, options = self.args, model_options_from(self.args)
         # Its shapes and its tokenizer are enough to begin with: the teacher may want the memory for itself.
         skeleton, tokenizer = load_model(args.model, skeleton=True, **{**options, "device_map": None})
         check_pruned(skeleton)
-        data, plan = RecoveryData.load(config, tokenizer), plan_of(args.model)
-        teacher = None
+        data, plan, teacher = RecoveryData.load(config, tokenizer), plan_of(args.model), None
         if args.teacher is not None:
-            # The revision is that of the pruned model.
+            # A revision is that of the pruned model.
             loading = {name: value for name, value in options.items() if name != "revision"}
             teacher = Teacher.prepare(args.teacher, skeleton, config, data, folder, plan, **loading)
         model, tokenizer = load_model(args.model, **options)
         recovery = recover(model, config, data, folder, teacher, plan, saved_at=args.model)
-        report = recovery.report
-        if is_main_process():
-            if report.improved and args.merge:
+        if recovery.report.improved and is_main_process():
+            if args.merge:
                 save_merged(recovery, tokenizer, args.model, args.output, args.overwrite)
-            elif report.improved:
-                save_adapter(recovery, tokenizer, args.output, args.overwrite)
-            print(table(["stage", "held-out loss", "difference"], report.rows()))
-            if report.improved:
-                what = "Merged model" if args.merge else "Adapter"
-                print(f"{what} of step {report.best_step} of {report.steps} written to {args.output}")
             else:
-                print(f"Nothing improved in {report.steps} steps; nothing was written to {args.output}")
-        folder.remove()
-        end_processes()
+                save_adapter(recovery, tokenizer, args.output, args.overwrite)
+        return recovery.report

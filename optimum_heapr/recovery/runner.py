@@ -92,9 +92,9 @@ def recover(
     start = held_out_loss(model, data)
     stage = "pruned and compensated" if model.config.heapr_config.get("compensate") else "pruned"
     peft_model = _with_adapter(model, config, saved_at)
-    trainer = _trainer(peft_model, config, data, folder, teacher)
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the Trainer seeds the generators of this process
+        trainer = _trainer(peft_model, config, data, folder, teacher)
         trainer.train(resume_from_checkpoint=folder.last_checkpoint)
     seconds = time.perf_counter() - began
 

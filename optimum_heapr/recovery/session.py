@@ -52,11 +52,9 @@ def recover_in_memory(
     with ExitStack() as stack:
         # A folder that is there is gone on from; a temporary one is empty.
         path = state_path or stack.enter_context(tempfile.TemporaryDirectory())
-        folder = RunFolder(path, resume or state_path is None)
+        folder = stack.enter_context(RunFolder(path, resume or state_path is None))
         taught = None if teacher is None else Teacher.prepare(teacher, model, config, data, folder, plan)
         recovery = recover(model, config, data, folder, taught, plan)
         if adapter_folder is not None and recovery.report.improved:
             save_adapter(recovery, tokenizer, adapter_folder)
-        merged = recovery.merge()
-        folder.remove()
-        return merged, recovery.report
+        return recovery.merge(), recovery.report

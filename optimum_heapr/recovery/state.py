@@ -12,11 +12,16 @@ from typing import Any
 from ..calibration.processes import start_processes
 from ..utils.errors import HeaprError
 from ..utils.files import write_json
-from ..utils.logging import is_main_process
+from ..utils.logging import get_logger, is_main_process
+
+
+logger = get_logger(__name__)
 
 
 class RunFolder:
     """Where a run keeps what it needs to go on after an interruption.
+
+    As a context it is deleted when the run ends, or when it fails before there is anything to go on from.
 
     Args:
         path (`str`): the folder; made when it is needed.
@@ -62,9 +67,15 @@ class RunFolder:
 
         return get_last_checkpoint(self.path) if self.path.is_dir() else None
 
-    def remove(self) -> None:
-        """Deletes the folder, once no process needs it any more."""
-        wait_for_all()
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        if error_type is None:
+            wait_for_all()  # the best state is read from here
+        elif self.last_checkpoint or any(self.path.glob("teacher/*.safetensors")):
+            logger.warning("%s was kept; resume to go on from it", self.path)
+            return
         if is_main_process():
             shutil.rmtree(self.path, ignore_errors=True)
 

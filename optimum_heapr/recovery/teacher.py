@@ -151,7 +151,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, config: RecoveryConfig, data: RecoveryData, teacher: str):
         self.folder, self.config, self.samples = folder, config, data.training.samples
-        made_of = {
+        self.made_of = made_of = {
             "teacher": teacher,
             "temperature": config.temperature,
             "top_k_logits": config.top_k_logits,
@@ -165,8 +165,6 @@ class TeacherCache:
                 raise HeaprError(
                     f"{name}={value!r}: {str(folder)!r} was written with {found.get(name)!r}; remove it to begin anew"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(about, made_of)
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
@@ -191,6 +189,8 @@ class TeacherCache:
         """Runs the teacher on the samples that have no file yet; under a launcher, processes take turns."""
         from safetensors.torch import save_file
 
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "teacher.json", self.made_of)
         device = teacher.get_input_embeddings().weight.device
         rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         own = [index for index in range(rank, len(self.samples), processes) if not self.path(index).is_file()]

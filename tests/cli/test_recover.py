@@ -78,7 +78,8 @@ def test_wrong_models_and_outputs_are_refused(run, inputs, text, tmp_path):
     result = run("recover", "-m", inputs.model, "-o", tmp_path / "out", *flags)
     assert result.status == 2 and "has no heapr_config; name a model that was pruned" in result.error
     tiny_model("qwen3_moe", vocab_size=64).save_pretrained(tmp_path / "other")
-    result = run("recover", "-m", inputs.pruned, "--teacher", tmp_path / "other", "-o", tmp_path / "out", *flags)
+    teaches = ["--teacher", tmp_path / "other", "--distillation-weight", 1, "--cache-teacher"]
+    result = run("recover", "-m", inputs.pruned, *teaches, "-o", tmp_path / "out", *flags)
     assert result.status == 2 and "has a vocabulary of 64, the pruned model one of 320" in result.error
     result = run("recover", "-m", inputs.pruned, "-o", inputs.pruned, "--overwrite", *flags)
     assert result.status == 2 and "is the input" in result.error
