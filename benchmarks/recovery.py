@@ -156,7 +156,7 @@ def main(stack: ExitStack) -> None:
                 pruned, report = train(pruned, teacher, config.replace(targets=targets, **training), data)
             wall, cpu = (now - then for now, then in zip((time.perf_counter(), time.process_time()), began))
             losses = window_losses(pruned.eval(), windows, args.batch_size)
-            found = {domain: Increase.over(losses, base, sets) for domain, sets in domains.items()}
+            found = {domain: Increase.over(losses, base, windows, sets) for domain, sets in domains.items()}
             print(f"{name:40s} {ratio:.0%}  " + "  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
             result["records"].append(
                 {
