@@ -25,6 +25,7 @@ REDUCTIONS = ("mean", "total")
 STATISTICS = ("auto", "vector", "gram")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
+MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
 
 

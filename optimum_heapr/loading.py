@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from .configuration import MEMORY
 from .demo import DEMO_MODEL, demo_model_path
 from .experts import find_expert_blocks
 from .hub.statistics import load_statistics, measured_before
-from .utils.errors import HeaprError
+from .utils.errors import HeaprError, did_you_mean
 from .utils.logging import get_logger
 from .utils.quantized import unquantized_loading
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .calibration.memory import MemoryEstimate
+    from .checkpoint import SourceCheckpoint
+    from .configuration import HeaprConfig
 
 
 logger = get_logger(__name__)
@@ -138,3 +144,72 @@ def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
         return None
     with open(found, encoding="utf-8") as file:
         return json.load(file)["base_model_name_or_path"]
+
+
+def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:
+    """Where the weights of a model without storage are read from, piece by piece.
+
+    Args:
+        model (`PreTrainedModel`): from [`load_model`] with `skeleton=True`.
+        model_options: those that it was loaded with.
+
+    Raises:
+        HeaprError: if its checkpoint cannot be read piece by piece.
+    """
+    from .checkpoint import SourceCheckpoint
+    from .utils.tensor_files import checkpoint_files
+
+    return SourceCheckpoint(model, checkpoint_files(model.config._name_or_path, **hub_options_in(model_options)))
+
+
+def choose_memory(
+    name: str | os.PathLike,
+    config: HeaprConfig,
+    memory: str = "auto",
+    activation_memory: int | None = None,
+    **model_options: Any,
+) -> tuple[str, MemoryEstimate | None]:
+    """How to calibrate a model, and what that takes, before anything is loaded.
+
+    What fits is loaded whole. What does not is calibrated layer by layer, or, where its layers need more than hidden states
+    of one another, with its weights offloaded.
+
+    Args:
+        name (`str`): as for [`load_model`].
+        config (`HeaprConfig`): its calibration part is used.
+        memory (`str`): `plain`, `offload` or `streaming`, or `auto` for what the estimate says.
+        activation_memory (`int`, *optional*): bytes of layer inputs on the host, for `streaming`.
+        model_options: as for [`load_model`].
+
+    Returns:
+        `tuple[str, MemoryEstimate | None]`: `plain`, `offload` or `streaming`; and no estimate where none is asked for, or
+        sizes cannot be read.
+
+    Raises:
+        HeaprError: if `memory` is none of these.
+    """
+    if memory not in MEMORY:
+        raise HeaprError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}{did_you_mean(memory, MEMORY)}")
+    # Where the weights go is said already.
+    if memory == "plain" or (memory == "auto" and {"device_map", "dequantize"} & set(model_options)):
+        return "plain", None
+    from .calibration.layers import check_layers
+    from .calibration.memory import MemoryEstimate
+
+    try:
+        model, _ = load_model(name, skeleton=True, **{**model_options, "device_map": None})
+        estimate = MemoryEstimate.of(model, config)
+    except HeaprError:
+        # Sizes are read from safetensors; what else can be loaded, or why it cannot be, is for the loading to say.
+        return "plain" if memory == "auto" else memory, None
+    if memory == "auto" and not estimate.fits:
+        memory = "streaming"
+        try:
+            check_layers(model, source_of(model, **model_options))
+        except HeaprError as error:
+            logger.warning("%s", error)
+            memory = "offload"
+    memory = "plain" if memory == "auto" else memory
+    if memory == "streaming":
+        return memory, MemoryEstimate.of(model, config, memory, activation_memory)
+    return memory, replace(estimate, mode=memory)

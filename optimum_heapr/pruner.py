@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calibration.data import load_calibration_data
+from .calibration.layer_state import StateFolder
 from .calibration.runner import calibrate
 from .calibration.state import StateFile
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
@@ -24,16 +25,19 @@ from .experts import find_expert_blocks
 from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
 from .hub.statistics import load_statistics
-from .loading import hub_options_in, load_measured
+from .loading import choose_memory, hub_options_in, load_measured
 from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PruningPlan
 from .planning.protection import protected_experts
 from .report.content import build_report
 from .report.observation import Workload, observe
 from .saving import save_companions
-from .surgery.apply import apply_plan, check_plan
+from .streamed import StreamedCheckpoint
+from .surgery.apply import apply_plan, check_compensation, check_plan
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
+from .utils.logging import get_logger
+from .utils.sizes import parse_size
 
 
 if TYPE_CHECKING:
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from .calibration.data import CalibrationData
     from .recovery.configuration import RecoveryConfig
     from .recovery.report import RecoveryReport
+
+
+logger = get_logger(__name__)
 
 
 class HeaprPruner:
@@ -85,6 +92,8 @@ class HeaprPruner:
         self.report: dict[str, Any] | None = None
         self.recovery_report: RecoveryReport | None = None
         self.base: BaseModel | None = None
+        self.memory = "plain"
+        self._checkpoint: StreamedCheckpoint | None = None  # of a model that is not cut in memory
 
     @classmethod
     def from_pretrained(
@@ -92,6 +101,8 @@ class HeaprPruner:
         model: str | os.PathLike,
         config: HeaprConfig | None = None,
         statistics: AtomicStatistics | str | os.PathLike | None = None,
+        memory: str = "plain",
+        activation_memory: int | str | None = None,
         **model_options: Any,
     ) -> HeaprPruner:
         """Loads a model and its tokenizer, and statistics that were measured before.
@@ -104,6 +115,11 @@ class HeaprPruner:
             config (`HeaprConfig`, *optional*): how to prune.
             statistics (`AtomicStatistics` or `str`, *optional*): a file, or a folder or repository that holds
                 `statistics.safetensors`, such as that of a pruned model.
+            memory (`str`): `plain` loads the model; `offload` leaves what does not fit on the host or the disk, in
+                `offload_folder`; `streaming` never loads it: it is calibrated layer by layer; `auto` decides from the
+                memory there is. Unless it is `plain`, [`~HeaprPruner.save_pretrained`] cuts the checkpoint file by file.
+            activation_memory (`int` or `str`, *optional*): for `streaming`, how much of the memory of the host, e.g. `"8GB"`,
+                the inputs of all layers may take before they go to `offload_folder`; by default a quarter of what is free.
             model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `revision`, `token`,
                 `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
@@ -111,12 +127,21 @@ class HeaprPruner:
             HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned, or if the statistics cannot be
                 read or are of another model.
         """
-        loaded, tokenizer, statistics = load_measured(
-            model, statistics, reuse=config is None or config.dataset is None, **model_options
-        )
+        budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
+        if memory not in ("plain", "offload", "streaming"):
+            memory, estimate = choose_memory(model, config or HeaprConfig(), memory, budget, **model_options)
+            logger.info("%s", estimate or memory)
+        options = {"device_map": "auto", **model_options} if memory == "offload" else model_options
+        if memory == "streaming":
+            kept_out = ("device_map", "offload_folder")
+            options = {"skeleton": True, **{key: options[key] for key in options if key not in kept_out}}
+        reuse = config is None or config.dataset is None
+        loaded, tokenizer, statistics = load_measured(model, statistics, reuse=reuse, **options)
         pruner = cls(loaded, tokenizer, config)
         pruner.base = BaseModel.of(loaded, hub_options_in(model_options))
-        pruner.statistics = statistics
+        pruner.statistics, pruner.memory = statistics, memory
+        if memory != "plain":
+            pruner._checkpoint = StreamedCheckpoint(loaded, model_options, budget)
         return pruner
 
     def check(self, config: HeaprConfig | None = None) -> None:
@@ -147,6 +172,7 @@ class HeaprPruner:
         save_every: int = 0,
         keep_state: bool = False,
         checkpointing: bool = False,
+        keep_grams: bool = True,
     ) -> AtomicStatistics:
         """Measures the statistics of every atomic expert; they serve for any ratio and criterion.
 
@@ -157,12 +183,15 @@ class HeaprPruner:
                 `self.config`, or data in place of `config.dataset`: a local path, a name on the Hub, or a
                 `datasets.Dataset` with a column `text`, `messages` or `input_ids`.
             state_path (`str`, *optional*): file that lets the run go on if it is interrupted: it is written every
-                `save_every` micro-batches, and when SIGTERM or Ctrl-C arrives.
+                `save_every` micro-batches, and when SIGTERM or Ctrl-C arrives. With `memory="streaming"` a folder, written
+                after each layer.
             resume (`bool`): go on from the file, if it exists; the statistics are those of an unbroken run.
             save_every (`int`): micro-batches between two savings; 0 saves only when interrupted.
             keep_state (`bool`): leave the file at the end, to be removed once the statistics are safe.
-            checkpointing (`bool`): compute each layer twice and keep less for the backward; always so for a model whose
-                weights `device_map` has offloaded.
+            checkpointing (`bool`): compute each layer twice and keep less for the backward; always so with
+                `memory="offload"`, and for a model whose weights `device_map` has offloaded.
+            keep_grams (`bool`): with `memory="streaming"`, keep the matrices of the activations, for compensation. Those of
+                the gradients are dropped once there are removal curves, unless `statistics` of the config is `"gram"`.
 
         Returns:
             `AtomicStatistics`: also kept as `self.statistics`.
@@ -173,15 +202,20 @@ class HeaprPruner:
         """
         if state_path is None and (resume or save_every):
             raise HeaprError(f"state_path=None: resume={resume} and save_every={save_every} need a file; name one")
-        state = None if state_path is None else StateFile(state_path, resume, save_every)
         config = dataset if isinstance(dataset, HeaprConfig) else self.config
+        state_class = StateFolder if self.memory == "streaming" else StateFile
+        state = None if state_path is None else state_class(state_path, resume, save_every)
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
         self.calibration_data = data
-        self.statistics = calibrate(
-            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
-        )
-        if config.criterion == "obs":
-            store_removal_curves(self.statistics, config.ridge)
+        if self.memory == "streaming":
+            self.statistics = self._checkpoint.calibrate(data, config, state, keep_grams)
+        else:
+            checkpointing = checkpointing or self.memory == "offload"
+            self.statistics = calibrate(
+                self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
+            )
+            if config.criterion == "obs":
+                store_removal_curves(self.statistics, config.ridge)
         if state is not None and not keep_state:
             state.remove()
         return self.statistics
@@ -214,6 +248,9 @@ class HeaprPruner:
     ) -> PreTrainedModel:
         """Cuts the model in place and returns it; `self.report` then says what that did.
 
+        With `memory="streaming"` or `"offload"` its weights are not here to be cut: the plan is checked and kept, the model
+        returned as it is, and [`~HeaprPruner.save_pretrained`] cuts the checkpoint. Nothing is measured then.
+
         Args:
             plan (`PruningPlan` or `str`): what stays.
             statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation; defaults to those
@@ -228,6 +265,13 @@ class HeaprPruner:
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
         statistics = self.statistics if statistics is None else load_statistics(statistics)
+        if self._checkpoint is not None:
+            plan.check_shapes(
+                {block.path: (block.num_experts, block.width) for block in find_expert_blocks(self.model)}
+            )
+            check_compensation(plan, statistics)
+            self.applied_plan, self.statistics = plan, statistics
+            return self.model
         if measure:
             check_plan(self.model, plan)  # before minutes are spent on it
         base = self.base or BaseModel.of(self.model)
@@ -251,7 +295,7 @@ class HeaprPruner:
         config = self.config.replace(**changes)
         self.check(config)
         if self.statistics is None:
-            self.calibrate(config)
+            self.calibrate(config, keep_grams=config.compensate)
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)
 
     def recover(
@@ -317,9 +361,12 @@ class HeaprPruner:
             raise HeaprError("model: was not pruned yet; call prune() or apply() first")
         folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
-            self.model.save_pretrained(temporary, **save_options)
-            base = self.base or BaseModel.of(self.model)
-            save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, self.report, results)
+            if self._checkpoint is not None:
+                self._checkpoint.save(temporary, self.applied_plan, self.statistics, results, **save_options)
+            else:
+                self.model.save_pretrained(temporary, **save_options)
+                base = self.base or BaseModel.of(self.model)
+                save_companions(temporary, self.model, self.tokenizer, self.applied_plan, base, self.report, results)
             if self.statistics is not None:
                 self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
             if self.recovery_report is not None and self.recovery_report.improved:

@@ -52,19 +52,32 @@ def apply_streaming(
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     statistics = load_statistics(statistics)
+    folder = Path(folder)
+    with replace_folder(folder, overwrite) as temporary:
+        write_streaming(model, plan, temporary, statistics, model_options, max_shard_size=max_shard_size)
+    return folder
+
+
+def write_streaming(
+    model: str | os.PathLike,
+    plan: PruningPlan,
+    folder: Path,
+    statistics: AtomicStatistics | None,
+    model_options: dict[str, Any],
+    results: Sequence[EvalResult] = (),
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """What [`apply_streaming`] does, into an empty folder."""
     from .surgery.streaming import stream_plan
     from .utils.tensor_files import checkpoint_files
 
-    folder = Path(folder)
-    with replace_folder(folder, overwrite) as temporary:
-        skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
-        files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
-        base = BaseModel.of(skeleton, hub_options_in(model_options))
-        before = observe(skeleton, plan)
-        stream_plan(skeleton, files, plan, temporary, max_shard_size, statistics)
-        report = build_report(plan, base.name, before, observe(skeleton, plan))
-        save_companions(temporary, skeleton, tokenizer, plan, base, report)
-    return folder
+    skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
+    files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
+    base = BaseModel.of(skeleton, hub_options_in(model_options))
+    before = observe(skeleton, plan)
+    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics)
+    report = build_report(plan, base.name, before, observe(skeleton, plan))
+    save_companions(folder, skeleton, tokenizer, plan, base, report, results)
 
 
 def save_companions(

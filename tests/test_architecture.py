@@ -29,6 +29,7 @@ LAYERS = (
     "hub",
     "loading",
     "saving",
+    "streamed",
     "recovery",
     "pruner",
     "cli",

@@ -73,11 +73,10 @@ class Decoder:
         inside = {id(module) for module in self.layers.modules()}
         return (entry for entry in self.model.named_modules() if id(entry[1]) not in inside)
 
-    @torch.no_grad()
     def calls(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall], list[torch.Tensor]]:
         """The input of the first layer, what each layer is called with, and the tensors that the calls refer to.
 
-        To be called within [`rest`].
+        The weights outside of layers must be there.
 
         Args:
             ids (`torch.Tensor`): [samples, tokens].
@@ -104,17 +103,32 @@ class Decoder:
 
             return forward
 
-        with replaced_forwards(self.layers, stand_in):
+        with replaced_forwards(self.layers, stand_in), torch.enable_grad(), self._marked_embeddings():
             try:
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except (TypeError, ValueError, IndexError, AttributeError) as error:  # its layers return something else
+            except HeaprError:
+                raise
+            except (TypeError, ValueError, IndexError) as error:  # its layers return something else
                 raise self._refusal(f"its layers hand on more than hidden states ({error})") from error
         if len(found) != len(self.layers):
             raise self._refusal(f"{len(found)} of {len(self.layers)} layers are called")
-        return hidden_states[0], found, [tensor for _, tensor in tensors.values()]
+        return hidden_states[0].detach(), found, [tensor for _, tensor in tensors.values()]
+
+    @contextmanager
+    def _marked_embeddings(self) -> Iterator[None]:
+        """What is made of embeddings requires a gradient, and tells itself apart from positions and masks."""
+        handle = self.model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.detach().requires_grad_(True).clone()
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _slotted(self, value: Any, name: str, tensors: dict[int, tuple[Slot, torch.Tensor]]) -> Any:
         """An argument with its tensors replaced by their slots."""
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise self._refusal(f"{name!r} is made of hidden states of layers before")
         if isinstance(value, torch.Tensor):
             return tensors.setdefault(id(value), (Slot(len(tensors)), value))[0]
         if isinstance(value, (tuple, list)) and value:
@@ -137,7 +151,7 @@ class Decoder:
         return output
 
     def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_hidden: torch.Tensor) -> torch.Tensor:
-        """What the model makes of the output of its last layer, [samples, tokens, vocabulary]. Within [`rest`]."""
+        """What the model makes of the output of its last layer, [samples, tokens, vocabulary]."""
         last = len(self.layers) - 1
         # If anything read the output of another layer, the backward would reach these.
         self._others = torch.zeros(last, dtype=last_hidden.dtype, device=last_hidden.device, requires_grad=True)

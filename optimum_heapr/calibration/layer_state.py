@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError
 from ..utils.files import write_json
 from ..utils.logging import get_logger
-from .state import differences
+from .state import differences, state_path
 from .statistics import BlockStatistics
 
 
@@ -39,6 +41,36 @@ class LayerProgress:
     backward: int = 0
     losses: dict[str, list] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+
+
+class StateFolder:
+    """The folder that a calibration layer by layer is resumed from. With several processes each has its own.
+
+    Args:
+        path (`str`): the folder.
+        resume (`bool`): go on from the folder, if there is one.
+        save_every (`int`): not used: it is written after each layer.
+
+    Raises:
+        HeaprError: if the folder exists and `resume` is off, or it is the file of a calibration of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: bool = False, save_every: int = 0):
+        self.path = state_path(path)
+        if self.path.is_file():
+            raise HeaprError(
+                f"state={str(self.path)!r}: was saved by a calibration that is not streaming; go on with --memory plain or "
+                "offload, or delete the file to begin anew"
+            )
+        if self.path.exists() and not resume:
+            raise HeaprError(
+                f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
+                "delete the folder to begin anew"
+            )
+
+    def remove(self) -> None:
+        """Deletes the folder, once the statistics are safe."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class LayerState:

@@ -87,8 +87,7 @@ class StreamedModel(Decoder):
                         continue
                     stored = self._stored_as[full_name]
                     if stored not in made:
-                        made[stored] = self.source.load(stored, self.device)
-                        self.samples[stored] = sampled_values(made[stored])
+                        made[stored] = self._read(stored)
                     if name in module._parameters:
                         module._parameters[name] = torch.nn.Parameter(made[stored], requires_grad=False)
                     else:
@@ -98,6 +97,11 @@ class StreamedModel(Decoder):
             for module, parameters, buffers in before:
                 module._parameters.update(parameters)
                 module._buffers.update(buffers)
+
+    def _read(self, stored: str) -> torch.Tensor:
+        tensor = self.source.load(stored, self.device)
+        self.samples[stored] = sampled_values(tensor)
+        return tensor
 
     def _make_buffers(self, module: torch.nn.Module) -> None:
         """Computes the buffers that no checkpoint holds, such as rotary frequencies, as loading a model does."""
@@ -114,3 +118,27 @@ class StreamedModel(Decoder):
             if stored not in self.samples:
                 self.samples[stored] = sampled_values(self.source.parameter(stored))
             yield self.samples[stored]
+
+
+class _WithoutWeights(StreamedModel):
+    """One zero in place of all numbers of a weight."""
+
+    def _read(self, stored: str) -> torch.Tensor:
+        zero = torch.zeros(1, dtype=self.source.dtypes[stored], device=self.device)
+        return zero.expand(self.source.empty[stored].shape)
+
+
+def check_layers(model: PreTrainedModel, source: SourceCheckpoint) -> None:
+    """Refuses a model that cannot be calibrated layer by layer, without reading its weights.
+
+    Args:
+        model (`PreTrainedModel`): without storage.
+        source (`SourceCheckpoint`): its checkpoint.
+
+    Raises:
+        HeaprError: naming the reason.
+    """
+    probe = _WithoutWeights(model, source, torch.device("cpu"))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with probe.rest():
+        probe.calls(ids, torch.ones_like(ids))

@@ -62,10 +62,14 @@ class StateFile:
     def __init__(self, path: str | os.PathLike, resume: bool = False, save_every: int = 0):
         if save_every < 0:
             raise HeaprError(f"save_every={save_every}: must be at least 0, where 0 saves only when interrupted")
-        rank = int(os.environ.get("RANK", "0"))
-        self.path = Path(f"{os.fspath(path)}.{rank}" if rank else path)
+        self.path = state_path(path)
         self.save_every = save_every
         self.run: dict[str, Any] = {}
+        if self.path.is_dir():
+            raise HeaprError(
+                f"state={str(self.path)!r}: was saved by a calibration that is streaming; go on with --memory streaming, or "
+                "delete the folder to begin anew"
+            )
         if self.path.exists() and not resume:
             raise HeaprError(
                 f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
@@ -116,6 +120,12 @@ class StateFile:
     def remove(self) -> None:
         """Deletes the file, once the statistics are safe."""
         self.path.unlink(missing_ok=True)
+
+
+def state_path(path: str | os.PathLike) -> Path:
+    """Where this process has its state: the first at the path itself, the others beside it."""
+    rank = int(os.environ.get("RANK", "0"))
+    return Path(f"{os.fspath(path)}.{rank}" if rank else path)
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

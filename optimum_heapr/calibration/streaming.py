@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,6 +61,7 @@ def calibrate_streaming(
     resumable: bool = False,
     activation_memory: int | None = None,
     finish: Callable[[str, BlockStatistics], BlockStatistics] = lambda path, block: block,
+    kept: dict[str, Any] | None = None,
 ) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of a model that is read from its checkpoint layer by layer.
 
@@ -80,6 +81,7 @@ def calibrate_streaming(
         activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
             quarter of what is free.
         finish (`Callable`): makes what is kept of a block from its sums over all data.
+        kept (`dict`, *optional*): what `finish` depends on, plain JSON types: a run is not resumed with another.
 
     Returns:
         `AtomicStatistics`: tensors are mapped from the files in `folder`.
@@ -107,7 +109,7 @@ def calibrate_streaming(
         "statistics": "gram" if gram else "vector",
         "skip_nonfinite": skip_nonfinite,
         "processes": accelerator.num_processes,
-        "memory": "streaming",
+        "kept": kept,
     }
     state = LayerState(folder, resumable)
     store = ActivationStore(folder, 0 if resumable else activation_budget(activation_memory))

@@ -6,14 +6,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from ..configuration import HeaprConfig
+from ..configuration import MEMORY, HeaprConfig
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.options import Options, option_type, option_types, read_mapping
 
@@ -139,6 +141,50 @@ def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--memory` and `--activation-memory`, for commands that calibrate."""
+    parser.add_argument(
+        "--memory",
+        default="auto",
+        metavar="{" + ",".join(MEMORY) + "}",
+        help="plain: all weights at once; streaming: one layer at a time, each read twice in all; offload: what does not "
+        "fit stays on the host or the disk, and layers are computed twice; auto: as the estimate says (default: auto)",
+    )
+    parser.add_argument(
+        "--activation-memory",
+        metavar="SIZE",
+        help="for streaming: host memory for the inputs of all layers, e.g. 8GB; more goes to the disk of the output "
+        "(default: a quarter of what is free)",
+    )
+
+
+@contextmanager
+def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dict[str, Any]]:
+    """Prints what calibrating needs, and yields how to load the model, as keyword arguments of `from_pretrained`.
+
+    What does not fit goes into a hidden folder on the disk of the output, which is gone when the block ends.
+
+    Raises:
+        HeaprError: if there is no such mode, size or dtype.
+    """
+    from ..loading import choose_memory
+    from ..utils.logging import is_main_process
+    from ..utils.sizes import parse_size
+
+    options = model_options_from(args)
+    budget = parse_size("activation_memory", args.activation_memory) if args.activation_memory else None
+    memory, estimate = choose_memory(args.model, config, args.memory, budget, **options)
+    if estimate is not None and is_main_process():
+        print(estimate, flush=True)
+    output = Path(args.output or "pruned")
+    folder = Path(f"{output.parent / ('.' + output.name)}.{os.getpid()}.offload")
+    try:
+        placed = {} if memory == "plain" else {"offload_folder": str(folder)}
+        yield {"memory": memory, "activation_memory": budget, **placed, **options}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_processes() -> None:

@@ -11,11 +11,12 @@ from .base import (
     PLANNING_OPTIONS,
     HeaprSubcommand,
     add_config_options,
+    add_memory_options,
     add_model_options,
     check_output_is_not_input,
+    chosen_memory,
     config_from,
     end_processes,
-    model_options_from,
     source_names,
 )
 
@@ -28,6 +29,7 @@ class PruneCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         add_output_options(parser, required=False)
+        add_memory_options(parser)
         parser.add_argument(
             "-s", "--statistics", help="statistics file, folder or name on the Hub, in place of calibrating"
         )
@@ -61,20 +63,30 @@ class PruneCommand(HeaprSubcommand):
         from .tables import compensation_lines, measured_lines, plan_table
 
         check_launcher()
-        options = model_options_from(self.args)
-        pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
-        pruner.check()
-        if pruner.statistics is None:
-            pruner.calibrate()
-        end_processes()
-        if not is_main_process():
-            return  # under `accelerate launch` all processes calibrate, one cuts
-        plan = pruner.plan()
-        print(plan_table(plan))
-        if not self.args.dry_run:
+        if self.args.statistics is not None and self.args.memory == "auto":
+            self.args.memory = "plain"  # nothing is calibrated
+        with chosen_memory(self.args, config) as options:
+            if self.args.packed and options["memory"] != "plain":
+                raise HeaprError(
+                    f"packed=True: needs the model in memory, and this one is calibrated with --memory {options['memory']}; "
+                    "leave --packed out, or pass --memory plain"
+                )
+            pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
+            pruner.check()
+            if pruner.statistics is None:
+                pruner.calibrate(keep_grams=config.compensate)
+            end_processes()
+            if not is_main_process():
+                return  # under `accelerate launch` all processes calibrate, one cuts
+            if pruner.statistics.cost is not None:
+                print(pruner.statistics.cost)
+            plan = pruner.plan()
+            print(plan_table(plan))
+            if self.args.dry_run:
+                return
             pruner.apply(plan, measure=True, prompts=self.args.prompt)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
-            for line in [*compensation_lines(plan), *measured_lines(pruner.report)]:
-                print(line)
-            print(f"Pruned model written to {self.args.output}, with report.html")
-            push(self.args)
+        for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
+            print(line)
+        print(f"Pruned model written to {self.args.output}, with report.html")
+        push(self.args)

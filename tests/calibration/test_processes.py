@@ -29,13 +29,23 @@ from optimum_heapr.calibration.runner import calibrate
 from tests.helpers import calibration_data, tiny_model
 statistics = calibrate(tiny_model(dtype=torch.float64), calibration_data(*{LENGTHS}), batch_size=2, gram=True)
 statistics.save(os.path.join(sys.argv[1], os.environ["RANK"]))
+from pathlib import Path
+from optimum_heapr.calibration.streaming import calibrate_streaming
+from optimum_heapr.loading import load_model, source_of
+model, _ = load_model(sys.argv[1] + "/model", skeleton=True)
+source = source_of(model)
+work = Path(sys.argv[1], "work" + os.environ["RANK"])
+work.mkdir()
+statistics = calibrate_streaming(model, source, calibration_data(*{LENGTHS}), work, batch_size=2, gram=True)
+statistics.save(os.path.join(sys.argv[1], "streamed" + os.environ["RANK"]))
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
-    """Three micro-batches for two processes: one gets two of them, and samples of different length."""
+    """Three micro-batches for two processes: one gets two of them, and samples of different length. Streaming as well."""
+    tiny_model(dtype=torch.float64).save_pretrained(tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,13 +75,13 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
 
     expected = calibrate(tiny_model(dtype=torch.float64), calibration_data(*LENGTHS), batch_size=2, gram=True)
-    for rank in range(2):
-        actual = AtomicStatistics.load(tmp_path / str(rank))
+    for name in ("0", "1", "streamed0", "streamed1"):
+        actual = AtomicStatistics.load(tmp_path / name)
         assert_same_statistics(actual, expected)
         assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
         for path, block in expected.blocks.items():
-            for name in ("output_norm_sum", "activation_gram_sum", "gradient_gram_sum"):
-                torch.testing.assert_close(getattr(actual.blocks[path], name), getattr(block, name))
+            for part in ("output_norm_sum", "activation_gram_sum", "gradient_gram_sum"):
+                torch.testing.assert_close(getattr(actual.blocks[path], part), getattr(block, part))
             assert torch.equal(actual.blocks[path].weight_norm, block.weight_norm)
 
 

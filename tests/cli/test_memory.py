@@ -16,7 +16,8 @@ from tests.cli.conftest import listing
     ("flags", "available", "expected"),
     [
         ([], 2**40, "plain: needs"),
-        ([], 2**10, "offload: needs"),
+        ([], 2**10, "streaming: needs"),
+        (["--memory", "streaming", "--activation-memory", "20KB"], 2**40, "streaming: needs"),
         (["--memory", "offload"], 2**40, "offload: needs"),
         (["--memory", "plain"], 2**10, None),
         (["--device-map", "cpu"], 2**10, None),
@@ -38,7 +39,7 @@ def test_memory(flags, available, expected, run, inputs, tmp_path, monkeypatch):
 def test_a_word_that_is_none_of_them_is_refused(run, inputs, tmp_path):
     flags = ["-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--memory", "offlaod"]
     result = run("calibrate", *flags)
-    assert result.status == 2 and "memory='offlaod': must be one of auto, plain, offload" in result.error
+    assert result.status == 2 and "memory='offlaod': must be one of auto, plain, offload, streaming" in result.error
 
 
 def test_weights_that_are_no_safetensors_have_no_estimate(run, inputs, tmp_path):

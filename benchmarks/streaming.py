@@ -1,0 +1,155 @@
+# Licensed under the Apache License, Version 2.0
+"""Calibration layer by layer against the plain run: peak memory, time, and whether the statistics are the same.
+
+A random Qwen3-MoE of `--gigabytes` is written to a temporary folder. Each row of the table is a process of its own, from
+loading to statistics, so that its peak memory is its own; what a process takes that has imported everything and loaded
+nothing is the first row. Times are of the processor, loading included. Prints one Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+ROWS = (
+    # name, memory, criterion
+    ("plain", "plain", "heapr"),
+    ("streaming", "streaming", "heapr"),
+    ("plain, second order", "plain", "obs"),
+    ("streaming, second order", "streaming", "obs"),
+)
+
+
+def make_checkpoint(folder: Path, args: argparse.Namespace) -> int:
+    """Writes the model and returns the bytes of its weights."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    dtype = getattr(torch, args.dtype)
+    one = 16 * 3 * args.hidden * args.width + 2 * args.hidden * args.hidden * 3 // 2
+    layers = max(24, round(args.gigabytes * 1e9 / dtype.itemsize / one))
+    config = Qwen3MoeConfig(
+        vocab_size=8192,
+        hidden_size=args.hidden,
+        moe_intermediate_size=args.width,
+        num_hidden_layers=layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size="500MB")
+    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters())
+
+
+def measure(folder: str, memory: str, criterion: str, output: str, samples: int, length: int, budget: str) -> None:
+    """One row: loads, calibrates, writes the statistics, prints what it took."""
+    from datasets import Dataset
+
+    from optimum_heapr import HeaprConfig, HeaprPruner
+
+    ids = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
+    config = HeaprConfig(criterion=criterion, num_samples=samples, seq_length=length)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    began = time.process_time(), time.perf_counter()
+    spent, cost = (0.0, 0.0), None
+    if memory != "none":
+        pruner = HeaprPruner.from_pretrained(folder, config, memory=memory, activation_memory=budget)
+        statistics = pruner.calibrate(Dataset.from_dict({"input_ids": ids}), keep_grams=False)
+        spent = time.process_time() - began[0], time.perf_counter() - began[1]
+        peak, cost = statistics.cost.peak_bytes, str(statistics.cost)
+        statistics.save(output)
+    else:
+        import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+        import optimum_heapr.calibration.streaming  # noqa: F401
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "before": before, "cpu": spent[0], "wall": spent[1], "cost": cost}))
+
+
+def run_row(arguments: list[str]) -> dict:
+    output = subprocess.run([sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True)
+    if output.returncode:
+        raise SystemExit(output.stderr)
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def agreement(one: Path, other: Path) -> str:
+    """Largest relative difference of the statistics, and whether half the atomic experts kept are the same ones."""
+    from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+
+    first, second = AtomicStatistics.load(one), AtomicStatistics.load(other)
+    names = ("activation_sq_sum", "gradient_sq_sum", "fisher_sum")
+    worst = max(
+        float(((getattr(block, name) - getattr(second.blocks[path], name)).abs() / getattr(block, name)).max())
+        for path, block in first.blocks.items()
+        for name in names
+    )
+    criterion = "obs" if next(iter(first.blocks.values())).has_curves else "heapr"
+    config = HeaprConfig(ratio=0.5, criterion=criterion)
+    kept, others = PruningPlan.build(first, config).kept, PruningPlan.build(second, config).kept
+    atoms = sum(len(indices) for experts in kept.values() for indices in experts)
+    shared = sum(
+        len(set(a.tolist()) & set(b.tolist())) for path in kept for a, b in zip(kept[path], others[path], strict=True)
+    )
+    return f"{worst:.1e} | {shared / atoms:.2%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.2)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--activation-memory", default="64MB")
+    parser.add_argument("--folder", default=None, help="where the model is written; needs its size free")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        place = Path(folder)
+        size = make_checkpoint(place / "model", args)
+        common = [str(args.samples), str(args.length), args.activation_memory]
+        base = run_row([str(place / "model"), "none", "heapr", "-", *common])["peak"]
+        print(
+            f"{size / 1e9:.2f} GB of weights, {args.samples} x {args.length} tokens, budget {args.activation_memory}\n"
+        )
+        print(
+            "| run | peak, MB | without libraries, share of the weights | processor s | ratio | difference | same kept |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        print(f"| nothing loaded | {base / 1e6:.0f} | | | | | |")
+        results, files = {}, {}
+        for name, memory, criterion in ROWS:
+            files[memory, criterion] = place / f"{memory}-{criterion}.safetensors"
+            found = run_row([str(place / "model"), memory, criterion, str(files[memory, criterion]), *common])
+            results[memory, criterion] = found
+            ratio, same = "1.00", "|"
+            if memory == "streaming":
+                ratio = f"{found['cpu'] / results['plain', criterion]['cpu']:.2f}"
+                same = agreement(files["plain", criterion], files[memory, criterion])
+            share = (found["peak"] - base) / size
+            print(
+                f"| {name} | {found['peak'] / 1e6:.0f} | {share:.2f} | {found['cpu']:.0f} | {ratio} | {same} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        folder, memory, criterion, output, samples, length, budget = sys.argv[2:]
+        measure(folder, memory, criterion, output, int(samples), int(length), budget)
+    else:
+        main()
