@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..experts import find_expert_blocks
 from .decoder import decoder_layers
+from .loss import CHUNK_TOKENS
 
 
 if TYPE_CHECKING:
@@ -108,12 +109,13 @@ class MemoryEstimate:
         device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        by_layer, head = activation_bytes(model, blocks, config)
+        activations = activation_bytes(model, blocks, config)
+        graph = activations.kept * model.config.get_text_config().num_hidden_layers
         estimate = cls(
             mode,
             weights=_bytes_of(model.parameters()),
             statistics=_statistics_bytes(blocks, config) * (2 if config.skip_nonfinite else 1),
-            activations=by_layer * model.config.get_text_config().num_hidden_layers + head,
+            activations=graph + max(activations.passing, activations.head),
             available=available_bytes(device) // (1 if device.type == "cuda" else processes_here()),
             device=device,
         )
@@ -126,7 +128,7 @@ class MemoryEstimate:
             ]
             estimate.weights = max(*of_layers, _bytes_of(_own_parameters(model, inside)))
             estimate.statistics = max(_statistics_bytes(part, config) for part in at_once)
-            estimate.activations = max(by_layer, head)
+            estimate.activations = max(activations.kept + activations.passing, activations.head)
             tokens = -(-config.num_samples // processes_here()) * config.seq_length
             width = model.config.get_text_config().hidden_size
             # The inputs of all layers, and the gradients of one.
@@ -158,13 +160,51 @@ class MemoryEstimate:
         return text
 
 
-def activation_bytes(model: torch.nn.Module, blocks: list[ExpertBlock], config: HeaprConfig) -> tuple[int, int]:
-    """What the backward of one micro-batch keeps of a layer, and what the head takes, in bytes."""
+class ActivationBytes(NamedTuple):
+    """Bytes of one micro-batch.
+
+    Attributes:
+        kept (`int`): of a layer, for the backward.
+        passing (`int`): of a layer while it computes, besides.
+        head (`int`): of the logits and their softmax, which is made of a chunk of tokens at a time.
+    """
+
+    kept: int
+    passing: int
+    head: int
+
+
+ALLOCATION_LOSS = 1.2
+"""What allocators take besides, as measured; `benchmarks/activations.py`."""
+
+
+def activation_bytes(model: torch.nn.Module, blocks: list[ExpertBlock], config: HeaprConfig) -> ActivationBytes:
+    """What the activations of one micro-batch take, from the shapes of a layer with gated experts and attention.
+
+    A layer keeps, for each token: of each expert it is routed to, gate and up, the activated gate, their product, and the
+    output; the input of two norms in float32; queries and the attention's output, keys and values, and in float32 queries
+    and keys once more; and the probabilities, where attention is computed as matrices (`eager`).
+    """
     text = model.config.get_text_config()
-    itemsize = blocks[0].module.down_proj.dtype.itemsize
-    tokens, top_k = config.batch_size * config.seq_length, getattr(text, "num_experts_per_tok", None) or 1
-    routed = top_k * (2 * blocks[0].hidden_size + 4 * max(block.width for block in blocks))
-    return tokens * itemsize * (16 * blocks[0].hidden_size + routed), tokens * itemsize * 2 * text.vocab_size
+    size, samples = blocks[0].module.down_proj.dtype.itemsize, config.batch_size
+    tokens = samples * config.seq_length
+    hidden, width = blocks[0].hidden_size, max(block.width for block in blocks)
+    top_k = getattr(text, "num_experts_per_tok", None) or 1
+    shared = getattr(text, "shared_expert_intermediate_size", None) or width * (
+        getattr(text, "n_shared_experts", 0) or 0
+    )
+    heads = getattr(text, "num_attention_heads", 1)
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_size, (getattr(text, "num_key_value_heads", None) or heads) * head_size
+    kept = tokens * (
+        size * (top_k * (hidden + 4 * width) + 4 * shared + 2 * (queries + keys)) + 4 * (2 * hidden + queries + keys)
+    )
+    passing = tokens * size * top_k * (3 * hidden + 4 * width)
+    if getattr(text, "_attn_implementation", None) == "eager":
+        probabilities = samples * heads * config.seq_length**2 * size
+        kept, passing = kept + probabilities, passing + 2 * probabilities
+    head = text.vocab_size * (tokens * size + 2 * min(tokens, CHUNK_TOKENS) * 4)
+    return ActivationBytes(*(int(ALLOCATION_LOSS * part) for part in (kept, passing, head)))
 
 
 def activation_budget(activation_memory: int | None) -> int:
