@@ -16,7 +16,7 @@ import torch
 
 from ..experts import find_expert_blocks
 from .decoder import decoder_layers
-from .loss import CHUNK_TOKENS
+from .loss import CHUNK_ELEMENTS
 
 
 if TYPE_CHECKING:
@@ -203,7 +203,8 @@ def activation_bytes(model: torch.nn.Module, blocks: list[ExpertBlock], config: 
     if getattr(text, "_attn_implementation", None) == "eager":
         probabilities = samples * heads * config.seq_length**2 * size
         kept, passing = kept + probabilities, passing + 2 * probabilities
-    head = text.vocab_size * (tokens * size + 2 * min(tokens, CHUNK_TOKENS) * 4)
+    logits = tokens * text.vocab_size
+    head = logits * size + 2 * min(logits, CHUNK_ELEMENTS) * 4
     return ActivationBytes(*(int(ALLOCATION_LOSS * part) for part in (kept, passing, head)))
 
 
