@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -58,10 +57,10 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
     from datasets import Dataset
 
     from optimum_heapr import HeaprConfig, HeaprPruner
+    from optimum_heapr.calibration.memory import peak_resident_bytes
 
     ids = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
     config = HeaprConfig(criterion=criterion, num_samples=samples, seq_length=length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began = time.process_time(), time.perf_counter()
     spent, cost = (0.0, 0.0), None
     if memory != "none":
@@ -75,8 +74,8 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
 
         import optimum_heapr.calibration.streaming  # noqa: F401
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "before": before, "cpu": spent[0], "wall": spent[1], "cost": cost}))
+        peak = peak_resident_bytes()
+    print(json.dumps({"peak": peak, "cpu": spent[0], "wall": spent[1], "cost": cost}))
 
 
 def run_row(arguments: list[str]) -> dict:

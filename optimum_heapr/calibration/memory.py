@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,10 +55,20 @@ def measured_cost() -> Iterator[Cost]:
     if torch.cuda.is_available():
         cost.peak_bytes = torch.cuda.max_memory_allocated()
     else:
+        cost.peak_bytes = peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process had since its start."""
+    try:
+        # What the system reports of its use of resources may be that of the process that started this one.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
         import resource  # not on every system
 
         unit = 1 if sys.platform == "darwin" else 1024
-        cost.peak_bytes = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass
