@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optimum_heapr.calibration import memory
+from optimum_heapr.calibration import memory, streaming
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from tests.cli.conftest import listing
 
@@ -55,3 +55,46 @@ def test_weights_that_are_no_safetensors_have_no_estimate(run, inputs, tmp_path)
 def test_a_model_that_is_missing_is_refused_once(run, inputs, tmp_path):
     result = run("calibrate", "-m", tmp_path / "none", "-o", tmp_path / "out", *inputs.calibration)
     assert result.status == 2 and result.error.count("\n") == 1 and "cannot be loaded" in result.error
+
+
+def test_prune_streaming(run, inputs, tmp_path):
+    """From text to pruned folder without the model: the same weights as in memory."""
+    flags = ["--ratio", "0.25", "--eval-samples", "0", *inputs.calibration]
+    for mode in ("plain", "streaming", "offload"):
+        output = ["-o", tmp_path / mode, "--memory", mode]
+        result = run("prune", "-m", inputs.model, *output, *flags)
+        assert result.status == 0, result.error
+        assert "tokens/s, at most" in result.output and "Pruned model written" in result.output
+        assert (tmp_path / mode / "model.safetensors").read_bytes() == (
+            inputs.pruned / "model.safetensors"
+        ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["offload", "plain", "streaming"]
+    packed = run("prune", "-m", inputs.model, "-o", tmp_path / "packed", "--memory", "streaming", "--packed", *flags)
+    assert packed.status == 2 and "leave --packed out, or pass --memory plain" in packed.error
+
+
+def test_streaming_is_resumed(run, inputs, tmp_path, monkeypatch):
+    command = ["calibrate", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--memory", "streaming"]
+    measured = streaming._Schedule._measure
+
+    def interrupted(self, number, layer):
+        if number == 0:
+            raise KeyboardInterrupt
+        return measured(self, number, layer)
+
+    monkeypatch.setattr(streaming._Schedule, "_measure", interrupted)
+    assert run(*command, "--save-every", 1).status == 130
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
+    assert "pass --resume" in run(*command, "--save-every", 1).error
+    other = run(*command[:-1], "plain", "--resume")
+    assert other.status == 2 and "go on with --memory streaming" in other.error
+    assert run(*command, "--resume").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_bytes() == inputs.statistics.read_bytes()
+
+
+def test_a_size_that_is_none_is_refused(run, inputs, tmp_path):
+    flags = ["-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--activation-memory", "much"]
+    result = run("calibrate", *flags)
+    assert result.status == 2 and "activation_memory='much': must be a number of bytes" in result.error
