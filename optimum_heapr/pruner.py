@@ -26,14 +26,13 @@ from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
 from .hub.statistics import load_statistics
 from .loading import choose_memory, hub_options_in, load_measured
-from .planning.alignment import check_uniform_width, effective_multiple
 from .planning.plan import PruningPlan
-from .planning.protection import protected_experts
 from .report.content import build_report
 from .report.observation import Workload, observe
 from .saving import save_companions
 from .streamed import StreamedCheckpoint
 from .surgery.apply import apply_plan, check_compensation, check_plan
+from .surgery.feasibility import check_feasible
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 from .utils.logging import get_logger
@@ -153,16 +152,7 @@ class HeaprPruner:
         Raises:
             HeaprError: naming what is possible.
         """
-        from .surgery.stock import find_stock_layout
-
-        config, blocks = config or self.config, find_expert_blocks(self.model)
-        effective_multiple(config, [block.width for block in blocks])
-        protected_experts(config, {block.path: block.num_experts for block in blocks})
-        if config.allocation == "uniform":
-            for width in {block.width for block in blocks}:
-                check_uniform_width(config, width)
-        if config.layout == "uniform":
-            find_stock_layout(self.model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
+        check_feasible(self.model, config or self.config)
 
     def calibrate(
         self,

@@ -1,0 +1,37 @@
+# Licensed under the Apache License, Version 2.0
+"""Whether a model can be pruned in the way that a config asks for, before anything is spent on measuring it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..experts import find_expert_blocks
+from ..planning.alignment import check_uniform_width, effective_multiple
+from ..planning.protection import protected_experts
+from .stock import find_stock_layout
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..configuration import HeaprConfig
+
+
+def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
+    """Refuses a layout, an alignment, a uniform ratio or a protection that a model cannot have.
+
+    Args:
+        model (`PreTrainedModel`): only shapes are read.
+        config (`HeaprConfig`): its planning part is used.
+
+    Raises:
+        HeaprError: naming what is possible.
+    """
+    blocks = find_expert_blocks(model)
+    effective_multiple(config, [block.width for block in blocks])
+    protected_experts(config, {block.path: block.num_experts for block in blocks})
+    if config.allocation == "uniform":
+        for width in {block.width for block in blocks}:
+            check_uniform_width(config, width)
+    if config.layout == "uniform":
+        find_stock_layout(model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
