@@ -94,7 +94,9 @@ def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> N
     Raises:
         HeaprError: if they would have to be computed and the statistics are vectors.
     """
-    for path, block in progress(statistics.blocks.items(), desc="Ordering", unit="layer"):
+    bar = progress(statistics.blocks.items(), desc="Ordering", unit="layer")
+    for path, block in bar:
+        bar.set_postfix_str(path, refresh=False)
         store_removal_curve(path, block, ridge)
 
 

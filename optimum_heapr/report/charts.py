@@ -196,7 +196,7 @@ def _columns(
     bottom = top + height
     most = most or max(max(values) for _, values in series) or 1.0
     step = (WIDTH - LEFT - RIGHT) / len(names)
-    width = min(step * 0.72, 60) / len(series)
+    width = min(step * 0.72 / len(series), 60)
     fills = [DARK] if len(series) == 1 else [canvas.hatching(LIGHT), DARK]
     most = _axis(canvas, top, bottom, most, write)
     for index in range(len(names)):
@@ -206,7 +206,7 @@ def _columns(
             tall = height * values[index] / most
             outline = INK if fills[place] != DARK else None
             canvas.rectangle(x, bottom - tall, width * 0.96, tall, fills[place], outline)
-            if step >= 46 * len(series):
+            if width >= 34:
                 canvas.write(x + width / 2, bottom - tall - 5, write(values[index]), "middle", 11, FAINT)
         if ranges:
             low, high = (bottom - height * share / most for share in ranges[index])
