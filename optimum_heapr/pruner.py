@@ -27,7 +27,7 @@ from .hub.push import PUSH_OPTIONS, push_folder
 from .hub.statistics import load_statistics
 from .loading import choose_memory, hub_options_in, load_measured
 from .planning.plan import PruningPlan
-from .report.content import build_report
+from .report.content import build_report, without_measurements
 from .report.observation import Workload, observe
 from .saving import save_companions
 from .streamed import StreamedCheckpoint
@@ -319,6 +319,8 @@ class HeaprPruner:
         self.model, self.recovery_report = recover_in_memory(
             self.model, self.tokenizer, config, dataset, teacher, plan, **options
         )
+        if self.report is not None and self.recovery_report.improved:
+            self.report = without_measurements(self.report, "the model was trained after it was cut and measured")
         return self.recovery_report
 
     def save_pretrained(

@@ -152,6 +152,16 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
+def without_measurements(card: str) -> str:
+    """A card whose model has changed since it was measured, without the figures."""
+    from huggingface_hub import ModelCard
+
+    card = re.sub(r"^## Measured\n.*?(?=^## )", "", card, flags=re.MULTILINE | re.DOTALL)
+    changed = ModelCard(card, ignore_metadata_errors=True)
+    changed.data.eval_results = None
+    return str(changed)
+
+
 def perplexity_result(
     measured: dict[str, float], dataset: str, dataset_config: str | None = None, split: str | None = "test"
 ) -> EvalResult:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..configuration import CONFIG_NAME
 from ..hub.card import CARD_NAME
+from ..hub.card import without_measurements as card_without_measurements
 from ..planning.plan import PLAN_NAME, PruningPlan
-from ..report.files import REPORT_NAME
+from ..report.content import without_measurements
+from ..report.files import REPORT_NAME, read_report, write_report
 from ..report.markdown import CHART_NAME
 from ..utils.files import replace_folder
 
@@ -90,8 +92,19 @@ def save_merged(
             tokenizer.save_pretrained(temporary)
         for path in filter(None, (companion(pruned, name) for name in COMPANIONS)):
             shutil.copyfile(path, temporary / path.name)
+        _drop_measurements(temporary)
         recovery.report.add_to(temporary)
     return Path(folder)
+
+
+def _drop_measurements(folder: Path) -> None:
+    """Takes what was measured of the model before it was trained out of its report and its card."""
+    if (folder / REPORT_NAME).is_file():
+        reason = "the model was trained after it was cut and measured"
+        write_report(folder, without_measurements(read_report(folder / REPORT_NAME), reason))
+    if (folder / CARD_NAME).is_file():
+        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        (folder / CARD_NAME).write_text(card_without_measurements(card), encoding="utf-8")
 
 
 _ADAPTER_CARD = """---

@@ -78,6 +78,13 @@ def build_report(
     return report
 
 
+def without_measurements(report: dict[str, Any], reason: str) -> dict[str, Any]:
+    """A report of a model that has changed since it was measured: what was measured of it goes, and the reason is given."""
+    kept = {name: value for name, value in report.items() if name not in ("speed", "samples")}
+    loss = {"estimated_increase": report["loss"]["estimated_increase"]}
+    return {**kept, "loss": loss, "problems": [*report.get("problems", []), reason]}
+
+
 def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
     block = {
         "path": path,

@@ -12,7 +12,15 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.hub.card import BaseModel, held_out_result, model_card, perplexity_result, write_card
+from optimum_heapr.hub.card import (
+    BaseModel,
+    held_out_result,
+    model_card,
+    perplexity_result,
+    without_measurements,
+    write_card,
+)
+from optimum_heapr.report.content import without_measurements as report_without_measurements
 from optimum_heapr.saving import apply_streaming
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
 from tests.report.reports import measured_pruner
@@ -146,6 +154,21 @@ def test_what_the_report_says_is_in_the_card(tmp_path):
     assert result.metric_value == measured["after"]["perplexity"] and result.dataset_name == "Dataset (held out)"
     assert f"± {measured['increase_standard_error']:.4f}" in found.text and "was not measured" not in found.text
     assert "tokens/s" not in found.text and "speed" in report
+
+
+def test_figures_of_a_model_that_has_changed_are_taken_out(tmp_path):
+    folder = measured_pruner().save_pretrained(tmp_path / "pruned")
+    before = (folder / "README.md").read_text()
+    text = without_measurements(before)
+    found, old = ModelCard(text), ModelCard(before)
+    assert "model-index" in before and "model-index" not in text and "## Measured" not in text
+    assert found.data.tags == old.data.tags and found.data.library_name == "transformers"
+    for heading in ("## Use it", "## What was removed", "## Recipe", "## Limits"):
+        assert heading in text
+    report = report_without_measurements(measured_pruner().report, "it was trained")
+    assert report["loss"].keys() == {"estimated_increase"} and not {"speed", "samples"} & set(report)
+    assert report["size"] == measured_pruner().report["size"] and report["problems"] == ["it was trained"]
+    assert "measured" in measured_pruner().report["loss"]
 
 
 @pytest.mark.parametrize(
