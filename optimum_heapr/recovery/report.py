@@ -20,8 +20,8 @@ class RecoveryReport:
     """
     Attributes:
         stages (`dict[str, float]`): loss in nats a token on the samples that are held out, by stage, in the order in which
-            the stages were applied, as far as they were measured: `unpruned`, `pruned`, `pruned and compensated`, `start`
-            (a model that was recovered before), and last the one of this run.
+            the stages were applied, as far as they were measured: `unpruned`, `pruned`, `pruned and compensated` or
+            `recovered before`, and last `recovered` or `recovered by distillation`, which is this run.
         improved (`bool`): whether the last is below the one before it.
         best_step (`int`): step of the state that was kept, 0 for the start.
         steps (`int`): steps that were made.

@@ -14,6 +14,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from .adapter import check_pruned, identity_of
 from .data import RecoveryData
+from .placement import has_accelerator, place
 from .report import RecoveryReport
 from .targets import adapter_config
 from .teacher import held_out_loss
@@ -34,6 +35,9 @@ logger = get_logger(__name__)
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
 
+RECOVERED = "heapr_recovered"
+"""Entry of the configuration of merged models."""
+
 LEAST_IMPROVEMENT = 1e-4
 """Nats a token; what is less may be rounding."""
 
@@ -53,7 +57,11 @@ class Recovery:
 
     def merge(self) -> PreTrainedModel:
         """Adds the adapter, if there is one, to the weights, in place, and returns the plain model."""
-        return self.model.merge_and_unload() if self.report.improved else self.model
+        if not self.report.improved:
+            return self.model
+        merged = self.model.merge_and_unload()
+        setattr(merged.config, RECOVERED, True)
+        return merged
 
 
 def recover(
@@ -89,8 +97,7 @@ def recover(
     identity = identity_of(model)
     folder.begin({"model": identity, "config": config.to_dict(), "data": _fingerprints(data)})
 
-    start = held_out_loss(model, data)
-    stage = "pruned and compensated" if model.config.heapr_config.get("compensate") else "pruned"
+    start, stage = held_out_loss(place(model), data), _stage_of(model)
     peft_model = _with_adapter(model, config, saved_at)
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # the Trainer seeds the generators of this process
@@ -119,6 +126,13 @@ def recover(
         teacher=teacher.name if teacher else None,
     )
     return Recovery(peft_model.eval() if improved else peft_model.unload(), report)
+
+
+def _stage_of(model: PreTrainedModel) -> str:
+    """What the report calls the model that is trained."""
+    if getattr(model.config, RECOVERED, False):
+        return "recovered before"
+    return "pruned and compensated" if model.config.heapr_config.get("compensate") else "pruned"
 
 
 def _fingerprints(data: RecoveryData) -> dict[str, Any]:
@@ -156,8 +170,6 @@ def _trainer(
     beside, cache = (teacher.model, teacher.cache) if teacher else (None, None)
     if beside is not None:
         beside.requires_grad_(False).eval()
-        if not hasattr(beside, "hf_device_map"):
-            beside.to(arguments.device)
     trainer = RecoveryTrainer(
         recovery=config,
         teacher=beside,
@@ -213,8 +225,8 @@ def _arguments(config: RecoveryConfig, folder: RunFolder, is_bfloat16: bool) -> 
         greater_is_better=False,
         label_names=["labels"],
         remove_unused_columns=False,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not has_accelerator(),
+        dataloader_pin_memory=has_accelerator(),
         disable_tqdm=_no_bars(),
         report_to="none",
         seed=config.seed,

@@ -19,6 +19,7 @@ from ..utils.files import replace_file, write_json
 from ..utils.logging import get_logger, progress
 from .data import RecoveryData
 from .loss import TeacherOutput
+from .placement import place
 from .state import wait_for_all
 
 
@@ -84,6 +85,7 @@ class Teacher:
                 return made
         model = load_model(teacher, **model_options)[0] if is_name else teacher
         check_teacher(model, student, made.name)
+        place(model)
         made.stages["unpruned"] = held_out_loss(model, data)
         if config.distills and not config.cache_teacher:
             made.model = model

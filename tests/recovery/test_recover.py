@@ -65,6 +65,8 @@ def test_what_is_kept_is_better_and_loads_as_an_adapter_and_merged(pruned, model
     assert plan_of(tmp_path / "merged").widths == pruned.plan.widths
     saved = json.loads((tmp_path / "merged" / "recovery_report.json").read_text())
     assert saved["stages"] == report.stages and saved["improved"]
+    again = run(merged, tmp_path / "again", targets="attention", max_steps=1, eval_steps=1)
+    assert list(again.report.stages) == ["recovered before", "recovered"]
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "## Recovery" in card and f"| {report.stages['unpruned']:.4f} |" in card
 
