@@ -87,7 +87,7 @@ def calibrate_streaming(
         `AtomicStatistics`: tensors are mapped from the files in `folder`.
 
     Raises:
-        HeaprError: as for [`calibrate`], or if the layers of the model need more than hidden states of one another.
+        HeaprError: as for `calibrate`, or if the layers of the model need more than hidden states of one another.
     """
     accelerator = start_processes()
     streamed = StreamedModel(model, source, accelerator.device)

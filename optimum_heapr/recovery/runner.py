@@ -81,7 +81,8 @@ def recover(
         data (`RecoveryData`): samples.
         folder (`RunFolder`): for checkpoints; one that is there already is gone on from.
         teacher (`Teacher`, *optional*): the unpruned model or its output, and what was measured of it.
-        plan (`PruningPlan`, *optional*): as for [`Teacher.prepare`]; used when the teacher is not needed any more.
+        plan (`PruningPlan`, *optional*): as for
+            [`~optimum_heapr.recovery.teacher.Teacher.prepare`]; used when the teacher is not needed any more.
         saved_at (`str`, *optional*): folder or name of the pruned model, for the adapter to say.
 
     Raises:
