@@ -180,8 +180,8 @@ class HeaprPruner:
             keep_state (`bool`): leave the file at the end, to be removed once the statistics are safe.
             checkpointing (`bool`): compute each layer twice and keep less for the backward; always so with
                 `memory="offload"`, and for a model whose weights `device_map` has offloaded.
-            keep_grams (`bool`): with `memory="streaming"`, keep the matrices of the activations, for compensation. Those of
-                the gradients are dropped once there are removal curves, unless `statistics` of the config is `"gram"`.
+            keep_grams (`bool`): with `memory="streaming"`, keep the matrices of second-order statistics, on the disk. Without
+                them there are removal curves, but no compensation.
 
         Returns:
             `AtomicStatistics`: also kept as `self.statistics`.

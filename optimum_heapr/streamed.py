@@ -51,16 +51,14 @@ class StreamedCheckpoint:
             data (`CalibrationData`): tokenized samples.
             config (`HeaprConfig`): how to measure, and by which criterion removal curves are made.
             state (`StateFolder`, *optional*): where the run is saved and goes on from. The caller removes it.
-            keep_grams (`bool`): keep the matrices of the activations, for compensation.
+            keep_grams (`bool`): keep the matrices, in the folder.
         """
 
         def finish(path: str, block: BlockStatistics) -> BlockStatistics:
             if config.criterion == "obs":
                 store_removal_curve(path, block, config.ridge)
-                if config.statistics != "gram":
-                    block.gradient_gram_sum = None  # the curves are what was to be made of it
-                if not keep_grams:
-                    block.activation_gram_sum = block.gradient_gram_sum = None
+            if not keep_grams:
+                block.activation_gram_sum = block.gradient_gram_sum = None
             return block
 
         source = source_of(self._model, **self._options)

@@ -70,7 +70,7 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
         if block.has_curves and not block.has_grams:
             raise HeaprError(
                 f"statistics to merge: those of {path} hold removal curves without the matrices that gave them; calibrate "
-                "without --no-grams, and with --statistics gram if --memory is streaming"
+                "without --no-grams"
             )
         if not torch.allclose(block.weight_norm.float(), other.blocks[path].weight_norm.float(), rtol=1e-2):
             raise HeaprError(f"statistics to merge: the weights of {path} differ; calibrate one model")

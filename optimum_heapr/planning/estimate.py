@@ -21,8 +21,7 @@ def estimated_loss_increase(
     """Increase of the loss when the other atomic experts of one block go, in nats a token.
 
     With second-order statistics, atomic experts of one expert are taken together, and what compensation leaves over is
-    what counts; where the removal curves are all that was kept of them, their costs are added up; without either, atomic
-    experts are added up as if each went alone. Experts and blocks are always added up, and
+    what counts; without them they are added up as if each went alone. Experts and blocks are always added up, and
     experts that no token reached count for nothing.
 
     Args:
@@ -34,9 +33,6 @@ def estimated_loss_increase(
     removed = torch.ones(block.num_experts, block.width, dtype=torch.bool)
     for expert, indices in enumerate(kept):
         removed[expert, indices] = False
-    if not block.has_grams and block.has_curves and config.compensate:
-        cost = torch.empty_like(block.removal_cost).scatter_(1, block.removal_order.long(), block.removal_cost)
-        return float(cost[removed].sum()) / num_tokens
     if not block.has_grams:
         cost = 0.5 * block.activation_sq_sum.double() * block.mean("gradient_sq_sum") / num_tokens
         return float(cost[removed].sum())

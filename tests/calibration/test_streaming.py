@@ -256,16 +256,22 @@ def test_a_model_that_was_never_loaded_is_pruned_as_one_that_was(tmp_path):
     tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     config = HeaprConfig(ratio=0.4, criterion="obs", compensate=True, num_samples=12, seq_length=16, batch_size=2)
     rows = Dataset.from_dict({"input_ids": random_ids(12, 16).tolist()})
+    estimates = []
     for memory in ("plain", "offload", "streaming"):
         options = {} if memory == "plain" else {"offload_folder": tmp_path / "offload"}
         pruner = HeaprPruner.from_pretrained(tmp_path / "model", config, memory=memory, **options)
         pruner.calibrate(rows)
         pruner.prune()
         pruner.save_pretrained(tmp_path / memory)
+        estimates.append(pruner.applied_plan.estimated_loss_increase)
     assert all(parameter.device.type == "meta" for parameter in pruner.model.parameters())
     block = next(iter(pruner.statistics.blocks.values()))
-    assert block.has_curves and block.gradient_gram_sum is None and block.activation_gram_sum is not None
-    assert pruner.applied_plan.estimated_loss_increase > 0
+    assert block.has_curves and block.has_grams
+    assert estimates == pytest.approx([estimates[0]] * 3) and estimates[0] > 0
+    curves = pruner.calibrate(rows, keep_grams=False)
+    assert all(block.has_curves and block.activation_gram_sum is None for block in curves.blocks.values())
+    with pytest.raises(HeaprError, match="compensate=True: needs second-order statistics"):
+        pruner.prune()
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     for memory in ("offload", "streaming"):
         weights = load_file(tmp_path / memory / "model.safetensors")
