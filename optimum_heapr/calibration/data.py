@@ -91,9 +91,9 @@ def load_calibration_data(
     """Loads and tokenizes the samples that `config` asks for.
 
     A column `input_ids` is used as it is, one row a sample. `messages` are rendered by the chat template of the
-    tokenizer. Other text is shuffled by document, tokenized, joined with end-of-text tokens and cut into
-    `num_samples` rows of `seq_length` tokens, without padding; with `packing=False` a document is a sample, cut off
-    after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a stream, the documents
+    tokenizer. Other text is shuffled by document, tokenized, closed by end-of-text tokens, and one piece of each document
+    after another, see [`by_turns`], is packed into `num_samples` rows of `seq_length` tokens, without padding; with
+    `packing=False` a document is a sample, cut off after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a stream, the documents
     are drawn from a buffer of `SHUFFLE_BUFFER`, and no more are read than it takes.
 
     `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on.
@@ -151,8 +151,11 @@ def _samples(
         else:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
         documents = tokenized_documents(rows, order, source, tokenizer, config.text_column)
-        cut = packed if config.packing else one_a_row
-        samples = list(itertools.islice(cut(documents, config.seq_length), count + held_out))
+        if config.packing:
+            cut = packed(by_turns(documents, config.seq_length, config.seed), config.seq_length)
+        else:
+            cut = one_a_row(documents, config.seq_length)
+        samples = list(itertools.islice(cut, count + held_out))
     samples, further = samples[:count], [sample for sample in samples[count:] if len(sample) >= 2]
     short = [index for index, sample in enumerate(samples) if len(sample) < 2]
     if short or not samples:
@@ -163,6 +166,24 @@ def _samples(
     if len(samples) < count:
         logger.warning("%s gives only %d of the %d samples asked for", source, len(samples), count)
     return samples, further
+
+
+def by_turns(documents: Iterable[list[int]], seq_length: int, seed: int) -> Iterator[list[int]]:
+    """Pieces of at most `seq_length` tokens: one of each document, drawn with the seed, then another of each, and so on.
+
+    Few samples then come from as many documents as there are. Whole documents would fill them with the first few, and experts
+    that serve other text would lose their atomic experts.
+    """
+    generator, later = torch.Generator().manual_seed(seed), []
+    for ids in documents:
+        starts = torch.arange(0, len(ids), seq_length)
+        starts = starts[torch.randperm(len(starts), generator=generator)].tolist()
+        pieces = [ids[start : start + seq_length] for start in starts]
+        yield from pieces[:1]
+        if len(pieces) > 1:
+            later.append(pieces[1:])
+    for turn in itertools.zip_longest(*later):
+        yield from (piece for piece in turn if piece is not None)
 
 
 def packed(documents: Iterable[list[int]], seq_length: int) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 """Calibration text: every way in, how it is cut into samples, and which data are refused."""
 
 import csv
+import itertools
 import json
 import logging
 
@@ -9,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-from optimum_heapr.calibration.data import CalibrationData, load_calibration_data, packed
+from optimum_heapr.calibration.data import CalibrationData, by_turns, load_calibration_data, packed
 from optimum_heapr.calibration.sources import open_dataset
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.utils.errors import HeaprError
@@ -79,11 +80,40 @@ def test_packing_reads_no_further_than_asked():
 
 
 def test_text_is_tokenized_closed_by_the_end_token_and_packed(tokenizer):
-    data = load(texts_as_dataset(), tokenizer)
-    assert {len(sample) for sample in data.samples[:-1]} == {16} and 2 <= len(data.samples[-1]) <= 16
+    data = load(texts_as_dataset(), tokenizer, seq_length=128)
+    assert {len(sample) for sample in data.samples[:-1]} == {128} and 2 <= len(data.samples[-1]) <= 128
     expected = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert sorted(documents_in(data)) == sorted(expected)
     assert documents_in(data) != expected, "documents are shuffled"
+
+
+def test_few_samples_come_from_many_documents():
+    """Long documents do not fill the samples by themselves: each gives one piece, then each another."""
+    documents = [[100 * index + offset for offset in range(10)] for index in range(1, 6)]
+    pieces = list(by_turns(documents, 4, seed=0))
+    assert [piece[0] // 100 for piece in pieces[:5]] == [1, 2, 3, 4, 5] == [piece[0] // 100 for piece in pieces[5:10]]
+    assert sorted(pieces) == sorted(ids[start : start + 4] for ids in documents for start in (0, 4, 8)), "all, once"
+    assert len({piece[0] % 100 for piece in pieces[:5]}) > 1, "not the beginning of each"
+    assert pieces == list(by_turns(documents, 4, seed=0)) != list(by_turns(documents, 4, seed=1))
+
+
+def test_turns_read_no_further_than_asked():
+    def documents():
+        yield from ([index] * 10 for index in range(3))
+        raise AssertionError("read too far")
+
+    assert [piece[0] for piece in itertools.islice(by_turns(documents(), 4, seed=0), 3)] == [0, 1, 2]
+
+
+def test_long_documents_share_the_samples(tokenizer):
+    data = load(
+        texts_as_dataset([f"{sentence} " * 50 for sentence in SENTENCES]), tokenizer, num_samples=len(SENTENCES)
+    )
+    common = [set(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES]
+    found = [
+        {index for index, ids in enumerate(common) if set(sample.tolist()) <= ids | {END}} for sample in data.samples
+    ]
+    assert set().union(*found) == set(range(len(SENTENCES)))
 
 
 def test_the_order_is_that_of_the_seed(tokenizer):
@@ -113,7 +143,7 @@ def test_fewer_samples_than_asked_are_reported(tokenizer, heapr_log):
 
 
 def test_empty_documents_are_left_out(tokenizer):
-    data = load(datasets.Dataset.from_dict({"text": ["", TEXTS[0], None, TEXTS[1], ""]}), tokenizer)
+    data = load(datasets.Dataset.from_dict({"text": ["", TEXTS[0], None, TEXTS[1], ""]}), tokenizer, seq_length=128)
     assert sorted(documents_in(data)) == sorted(tokenizer(text)["input_ids"] for text in TEXTS[:2])
 
 
@@ -153,7 +183,7 @@ MESSAGES = [
 def test_messages_are_rendered_by_the_chat_template():
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     rows = datasets.Dataset.from_dict({"messages": MESSAGES, "text": ["not", "this"]})
-    documents = {tokenizer.decode(ids) for ids in documents_in(load(rows, tokenizer))}
+    documents = {tokenizer.decode(ids) for ids in documents_in(load(rows, tokenizer, seq_length=128))}
     assert documents == {
         "user: The quick fox?\nassistant: The lazy dog.\n",
         "user: How many experts?\nassistant: 42\n",
@@ -211,7 +241,7 @@ def test_the_configuration_names_the_data_unless_they_are_given(folder, tokenize
 @pytest.mark.parametrize("suffix", [".txt", ".md"])
 def test_a_text_file_is_one_document(tmp_path, tokenizer, suffix):
     (tmp_path / f"text{suffix}").write_text("\n\n".join(SENTENCES))
-    data = load(str(tmp_path / f"text{suffix}"), tokenizer)
+    data = load(str(tmp_path / f"text{suffix}"), tokenizer, seq_length=1024)
     assert [tokenizer.decode(ids) for ids in documents_in(data)] == ["\n\n".join(SENTENCES)]
 
 
