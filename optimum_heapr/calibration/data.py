@@ -93,8 +93,8 @@ def load_calibration_data(
     A column `input_ids` is used as it is, one row a sample. `messages` are rendered by the chat template of the
     tokenizer. Other text is shuffled by document, tokenized, closed by end-of-text tokens, and packed into `num_samples` rows
     of `seq_length` tokens, without padding: a piece of each document before a second one of any. With `packing=False` a
-    document is a sample, cut off after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a stream, the documents
-    are drawn from a buffer of `SHUFFLE_BUFFER`, and no more are read than it takes.
+    document is a sample, cut off after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a
+    stream, the documents are drawn from a buffer of `SHUFFLE_BUFFER`, and no more are read than it takes.
 
     `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on.
 
