@@ -83,12 +83,36 @@ def divergence(logits: torch.Tensor, teacher: TeacherOutput, temperature: float)
     Returns:
         `torch.Tensor`: [tokens].
     """
-    scaled = logits / temperature
-    total = scaled.logsumexp(-1)
-    top = scaled.gather(-1, teacher.indices) - total.unsqueeze(-1)
-    rest = scaled.scatter(-1, teacher.indices, -torch.inf).logsumexp(-1) - total
-    of_top = (teacher.log_probabilities.exp() * (teacher.log_probabilities - top)).sum(-1)
-    return of_top + teacher.log_rest.exp() * (teacher.log_rest - rest)
+    return _Divergence.apply(logits, teacher, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(p || q) over the tokens kept and the rest, with its gradient in closed form.
+
+    With z = logits / T, the gradient is q - p at a token that is kept, and at any other its share of the rest times
+    q_rest - p_rest: one pass over the vocabulary, where autograd would make several.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, teacher: TeacherOutput, temperature: float):
+        scaled = logits / temperature
+        top = scaled.gather(-1, teacher.indices)
+        others = scaled.scatter_(-1, teacher.indices, -torch.inf)
+        rest = others.logsumexp(-1)
+        total = torch.logaddexp(top.logsumexp(-1), rest)
+        top, log_rest = top - total.unsqueeze(-1), rest - total
+        p_top, p_rest = teacher.log_probabilities.exp(), teacher.log_rest.exp()
+        ctx.temperature, ctx.indices = temperature, teacher.indices
+        ctx.save_for_backward(others, rest, top.exp() - p_top, log_rest.exp() - p_rest)
+        of_top = (p_top * (teacher.log_probabilities - top)).sum(-1)
+        return of_top + p_rest * (teacher.log_rest - log_rest)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        others, rest, at_top, at_rest = ctx.saved_tensors
+        each = (gradient / ctx.temperature).unsqueeze(-1)
+        of_logits = (others - rest.unsqueeze(-1)).exp_().mul_(at_rest.unsqueeze(-1) * each)
+        return of_logits.scatter_(-1, ctx.indices, at_top * each), None, None
 
 
 def summed_recovery_loss(

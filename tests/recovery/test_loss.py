@@ -42,6 +42,19 @@ def test_the_divergence_is_that_of_the_largest_probabilities_and_the_rest(temper
     torch.testing.assert_close(actual.view(2, 5).double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [1, 6, VOCABULARY - 1])
+def test_its_gradient_is_that_of_the_formula(temperature, top_k):
+    output = TeacherOutput.of(logits(0).flatten(0, 1), temperature, top_k)
+    weight = torch.rand(10, generator=torch.Generator().manual_seed(2))
+    student, same = (logits(1).flatten(0, 1).requires_grad_() for _ in range(2))
+    p, q = ((part.double() / temperature).softmax(-1) for part in (logits(0).flatten(0, 1), same))
+    p, q = with_a_rest(p, output.indices), with_a_rest(q, output.indices)
+    (weight * (p * (p / q).log()).sum(-1)).sum().backward()
+    (weight * divergence(student, output, temperature)).sum().backward()
+    torch.testing.assert_close(student.grad, same.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_all_tokens_but_one_are_the_whole_divergence_and_fewer_a_lower_bound():
     teacher, student = logits(0), logits(1)
     p, q = (part.double().log_softmax(-1).flatten(0, 1) for part in (teacher, student))
