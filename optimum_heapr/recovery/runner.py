@@ -14,7 +14,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from .adapter import check_pruned, identity_of
 from .data import RecoveryData
-from .placement import has_accelerator, place
+from .placement import experts_of_any_width, has_accelerator, place
 from .report import RecoveryReport
 from .targets import adapter_config
 from .teacher import held_out_loss
@@ -98,13 +98,14 @@ def recover(
     identity = identity_of(model)
     folder.begin({"model": identity, "config": config.to_dict(), "data": _fingerprints(data)})
 
-    start, stage = held_out_loss(place(model), data), _stage_of(model)
-    peft_model = _with_adapter(model, config, saved_at)
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):  # the Trainer seeds the generators of this process
-        trainer = _trainer(peft_model, config, data, folder, teacher)
-        trainer.train(resume_from_checkpoint=folder.last_checkpoint)
-    seconds = time.perf_counter() - began
+    with experts_of_any_width(model):
+        start, stage = held_out_loss(place(model), data), _stage_of(model)
+        peft_model = _with_adapter(model, config, saved_at)
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # the Trainer seeds the generators of this process
+            trainer = _trainer(peft_model, config, data, folder, teacher)
+            trainer.train(resume_from_checkpoint=folder.last_checkpoint)
+        seconds = time.perf_counter() - began
 
     history = _history(trainer)
     best = min(history, key=lambda measured: measured["loss"])

@@ -99,6 +99,16 @@ def test_routers_and_stock_checkpoints(targets, layout, tmp_path):
     assert_close(logits_of(recovery.merge()), trained)
 
 
+def test_stock_experts_of_a_width_that_grouped_mm_refuses(tmp_path):
+    model = prune("qwen3_moe", layout="uniform", ratio=0.25).model
+    assert model.config.moe_intermediate_size == 9  # 36 bytes a row
+    implementation = {"": "grouped_mm"}
+    assert model.get_experts_implementation() == implementation
+    recovery = run(model, tmp_path / "state", max_steps=3)
+    assert recovery.report.improved
+    assert recovery.merge().get_experts_implementation() == implementation
+
+
 def test_nothing_is_kept_if_nothing_improved(pruned, model, tmp_path):
     recovery = run(model, tmp_path / "state", targets="all", learning_rate=5.0, max_steps=20, eval_steps=1, patience=2)
     assert not recovery.report.improved and recovery.report.best_step == 0
