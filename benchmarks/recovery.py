@@ -86,9 +86,10 @@ def main(stack: ExitStack) -> None:
     parser.add_argument("--rows", type=int, default=24, help="evaluation windows of each text")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-steps", type=int, default=RecoveryConfig.max_steps)
-    parser.add_argument("--learning-rate", type=float, default=RecoveryConfig.learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the default is one for small models")
     parser.add_argument("--rank", type=int, default=RecoveryConfig.rank)
     parser.add_argument("--temperature", type=float, default=RecoveryConfig.temperature)
+    parser.add_argument("--top-k-logits", type=int, default=512)
     parser.add_argument("--statistics", help="statistics file to use, or to write if there is none")
     parser.add_argument("--teacher-cache", help="folder for the output of the teacher, which serves several runs")
     parser.add_argument("--resume", action="store_true", help="keep what the output holds and measure what is missing")
@@ -114,6 +115,7 @@ def main(stack: ExitStack) -> None:
         learning_rate=args.learning_rate,
         rank=args.rank,
         temperature=args.temperature,
+        top_k_logits=args.top_k_logits,
     )
     data = RecoveryData.load(config, tokenizer)
 
