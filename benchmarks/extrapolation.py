@@ -127,10 +127,11 @@ class Calibration:
         return self.config.num_hidden_layers * self.layer_parameters * self.itemsize
 
     def bytes_read(self, mode: str) -> int:
-        """Weights that are brought to where they compute: all once, or each layer twice, in every micro-batch (`offload`, of
-        which no layer has room to stay) or in all (`streaming`)."""
-        times = {"plain": 1, "offload": 2 * self.micro_batches, "streaming": 2}[mode]
-        return times * self.layer_bytes + self.weight_bytes - self.layer_bytes
+        """Weights that are brought to where they compute: all once, or each layer twice in every micro-batch (`offload`, of
+        which no layer has room to stay), or all twice (`streaming`)."""
+        if mode == "offload":
+            return 2 * self.micro_batches * self.layer_bytes + self.weight_bytes - self.layer_bytes
+        return {"plain": 1, "streaming": 2}[mode] * self.weight_bytes
 
     @property
     def statistics_bytes(self) -> int:

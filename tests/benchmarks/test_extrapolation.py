@@ -11,6 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.streaming import calibrate_streaming
+from optimum_heapr.checkpoint import SourceCheckpoint
+from optimum_heapr.loading import load_model
+from optimum_heapr.utils.tensor_files import TensorReader, checkpoint_files
 from tests.helpers import calibration_data, repository, tiny_model
 
 
@@ -99,6 +103,25 @@ def test_offloaded_layers_are_read_twice_a_micro_batch(small, tmp_path, monkeypa
     norms = sum(sizes[name] for name in sizes if "mlp.experts" in name)
     kept = run.weight_bytes - run.layer_bytes
     assert sum(map(sizes.__getitem__, names)) == run.bytes_read("offload") - kept + norms
+
+
+def test_streamed_layers_are_read_twice_in_all(small, tmp_path, monkeypatch):
+    model, data, run = small
+    model.save_pretrained(tmp_path / "model")
+    skeleton, _ = load_model(tmp_path / "model", skeleton=True)
+    source, size, read = SourceCheckpoint(skeleton, checkpoint_files(str(tmp_path / "model"))), [], TensorReader.read
+
+    def counted(self, *args, **options):
+        tensor = read(self, *args, **options)
+        size.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(TensorReader, "read", counted)
+    (tmp_path / "work").mkdir()
+    calibrate_streaming(skeleton, source, data, tmp_path / "work", batch_size=1)
+    # The model is told from others by the first expert of each layer, which is read once more.
+    told_by = SIZES["num_hidden_layers"] * SIZES["moe_intermediate_size"] * SIZES["hidden_size"] * 4
+    assert sum(size) == run.bytes_read("streaming") + told_by
 
 
 def test_the_published_sizes(extrapolation):
