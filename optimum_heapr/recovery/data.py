@@ -49,13 +49,19 @@ class RecoveryData:
             dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
 
         Raises:
-            HeaprError: as [`~optimum_heapr.calibration.data.load_calibration_data`], or if a source is a single document.
+            HeaprError: as [`~optimum_heapr.calibration.data.load_calibration_data`], or if a source is a
+                stream or a single document.
         """
         num_held_out = max(1, round(config.held_out * config.num_samples))
         sizes = {"train": max(1, config.num_samples - num_held_out), "test": num_held_out}
 
         def load(name: str) -> CalibrationData:
             def part(rows: Dataset, source: str) -> Dataset:
+                if not hasattr(rows, "train_test_split"):
+                    raise HeaprError(
+                        f"dataset={source!r}: is a stream, and recovery holds documents out to measure; pass a "
+                        "`datasets.Dataset`, such as one made from its first rows"
+                    )
                 if len(rows) < 2:
                     raise HeaprError(
                         f"dataset={source!r}: is one document, and recovery holds documents out to measure; cut it into "

@@ -45,6 +45,11 @@ def test_one_document_is_refused():
         load(datasets.Dataset.from_dict({"text": TEXTS[:1]}))
 
 
+def test_a_stream_is_refused():
+    with pytest.raises(HeaprError, match="dataset='IterableDataset': is a stream, and recovery holds documents out"):
+        load(datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset())
+
+
 def test_the_order_takes_all_samples_in_turn():
     config, data = load(datasets.Dataset.from_dict({"text": TEXTS}), max_steps=30, batch_size=8, seed=1)
     order, count = data.order(config), len(data.training.samples)
