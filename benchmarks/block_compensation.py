@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from quality import Increase, evaluation_windows, named_paths, window_losses
+from common import Increase, evaluation_windows, named_paths, window_losses
 
 from optimum_heapr import AtomicStatistics, HeaprConfig
 from optimum_heapr.calibration.data import load_calibration_data

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import torch
-from quality import Increase, evaluation_windows, named_paths, window_losses
+from common import Increase, evaluation_windows, named_paths, window_losses
 
 from optimum_heapr import AtomicStatistics, HeaprConfig
 from optimum_heapr.calibration import tap

@@ -6,6 +6,8 @@ python benchmarks/perplexity.py --model PATH --calibration calibration.jsonl --t
 
 import argparse
 
+from common import named_paths
+
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.cli.tables import table
 from optimum_heapr.evaluation.perplexity import evaluate_perplexity
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24, help="windows of each text")
     args = parser.parse_args()
-    texts = dict(text.split("=", 1) for text in args.texts)
+    texts = named_paths(args.texts)
     config = HeaprConfig(
         dataset=args.calibration, num_samples=args.num_samples, seq_length=args.seq_length, batch_size=8
     )

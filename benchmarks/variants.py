@@ -9,26 +9,30 @@ All rows are compensated and share one calibration pass, which measures a few ma
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from quality import Increase, evaluation_windows, named_paths, window_losses
+from common import (
+    RIDGE,
+    Evaluation,
+    Results,
+    accumulating,
+    argument_parser,
+    calibration_samples,
+    restored,
+    zero_and_compensate,
+)
 
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration import tap
-from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria import ranked_below_reached
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
 from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, scores_of_order, token_dependence
-from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.loading import load_model
 from optimum_heapr.planning.allocation import allocate
-from optimum_heapr.surgery.compensation import compensate_experts
 
 
 class Accumulator(tap.BlockAccumulator):
@@ -71,7 +75,7 @@ class Variant:
     elimination: str = "A"
     compensation: str = "A"
     dependence: float = TOKEN_DEPENDENCE
-    ridge: float = 0.01
+    ridge: float = RIDGE
     tokens: float = 1.0
     scores: Callable[[torch.Tensor], torch.Tensor] | None = None
     options: dict | None = None
@@ -151,77 +155,33 @@ def scores(statistics, others, variant: Variant) -> dict[str, torch.Tensor]:
     return ranked_below_reached(found, statistics)
 
 
-@torch.no_grad()
-def cut(model, statistics, others, kept: dict[str, list[torch.Tensor]], variant: Variant) -> None:
-    """Sets the columns of what goes to zero and compensates, in place."""
-    for block in find_expert_blocks(model):
-        weight, own = block.module.down_proj, statistics.blocks[block.path]
-        grams = matrices(own, others[block.path], variant.compensation)
-        results = compensate_experts(weight, grams, kept[block.path], own.token_count.tolist(), variant.ridge)
-        weight.zero_()
-        for expert, result in enumerate(results):
-            weight[expert][:, kept[block.path][expert]] = result.down_proj
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("-m", "--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--in-domain", nargs="+", required=True, metavar="NAME=PATH", help="evaluation texts")
-    parser.add_argument("--out-of-domain", nargs="*", default=[], metavar="NAME=PATH", help="evaluation texts")
-    parser.add_argument("-o", "--output", default="variants", help="path of the results, without ending")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.7])
+    parser = argument_parser(__doc__, "variants", ratios=(0.5, 0.7), resume=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--num-samples", type=int, default=128)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=24, help="evaluation windows of each text")
-    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
 
     model, tokenizer = load_model(args.model, dtype="float32")
-    options = {"num_samples": args.num_samples, "seq_length": args.seq_length}
-    data = load_calibration_data(HeaprConfig(dataset=args.calibration, **options), tokenizer)
-    made: list[Accumulator] = []
-
-    def accumulator(*arguments, **options):
-        made.append(Accumulator(*arguments, **options))
-        return made[-1]
-
-    original, tap.BlockAccumulator = tap.BlockAccumulator, accumulator
-    try:
-        statistics = calibrate(model, data, args.batch_size, gram=True)
-    finally:
-        tap.BlockAccumulator = original
+    with accumulating(Accumulator) as made:
+        statistics = calibrate(model, calibration_samples(args, tokenizer), args.batch_size, gram=True)
     others = {path: sums.others for path, sums in zip(statistics.blocks, made)}
-
-    in_domain, out_of_domain = named_paths(args.in_domain), named_paths(args.out_of_domain)
-    domains = {"in domain": list(in_domain), **({"out of domain": list(out_of_domain)} if out_of_domain else {})}
-    windows = {
-        name: evaluation_windows(path, tokenizer, args.rows, args.seq_length)
-        for name, path in {**in_domain, **out_of_domain}.items()
-    }
-    base = window_losses(model, windows, args.batch_size)
-    weights = {block.path: block.module.down_proj.detach().clone() for block in find_expert_blocks(model)}
-    columns = [(domain, ratio) for domain in domains for ratio in args.ratios]
-    lines = ["| change | " + " | ".join(f"{domain}, {ratio:.0%}" for domain, ratio in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    records = []
-    for name in args.variants:
-        variant, cells = VARIANTS[name], {}
+    evaluation = Evaluation.of(args, model, tokenizer)
+    about = {**evaluation.measured_on(), "calibration": statistics.fingerprint}
+    results = Results(args.output, about, list(VARIANTS))
+    if args.resume:
+        results.resume()
+    for name, ratio in itertools.product(args.variants, args.ratios):
+        if results.has(name, ratio):
+            continue
+        variant = VARIANTS[name]
         importance = scores(statistics, others, variant)
-        for ratio in args.ratios:
-            kept = allocate(importance, HeaprConfig(ratio=ratio, **(variant.options or {})), statistics.unreached)
-            cut(model, statistics, others, kept, variant)
-            losses = window_losses(model, windows, args.batch_size)
-            for block in find_expert_blocks(model):
-                block.module.down_proj.data.copy_(weights[block.path])
-            for domain, sets in domains.items():
-                cells[domain, ratio] = Increase.over(losses, base, windows, sets)
-                records.append({"variant": name, "ratio": ratio, "domain": domain, **vars(cells[domain, ratio])})
-        lines.append(f"| {name} | " + " | ".join(str(cells[column]) for column in columns) + " |")
-        print(lines[-1], flush=True)
-        Path(f"{args.output}.json").write_text(json.dumps(records, indent=1) + "\n")
-        Path(f"{args.output}.md").write_text("\n".join(lines) + "\n")
+        kept = allocate(importance, HeaprConfig(ratio=ratio, **(variant.options or {})), statistics.unreached)
+        grams = {
+            path: matrices(block, others[path], variant.compensation) for path, block in statistics.blocks.items()
+        }
+        with restored(model):
+            zero_and_compensate(model, statistics, kept, grams, variant.ridge)
+            results.add(method=name, ratio=ratio, **evaluation.measure(model))
+    print("\n" + results.markdown())
 
 
 if __name__ == "__main__":
