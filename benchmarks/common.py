@@ -25,6 +25,7 @@ from optimum_heapr.calibration import tap
 from optimum_heapr.calibration.data import CalibrationData, load_calibration_data
 from optimum_heapr.calibration.sources import open_dataset, tokenized_documents
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.loading import load_model
 from optimum_heapr.surgery.compensation import compensate_experts
 
 
@@ -52,6 +53,10 @@ def argument_parser(
     parser.add_argument("--seq-length", type=int, default=256, help="tokens in a sample and in an evaluation window")
     parser.add_argument("--rows", type=int, default=24, help="evaluation windows of each text")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--experts-implementation",
+        help="of transformers, for the evaluation; on a CPU eager is faster where experts get many tokens",
+    )
     if statistics:
         parser.add_argument("--statistics", help="statistics file to use, or to write if there is none")
     if resume:
@@ -59,6 +64,13 @@ def argument_parser(
             "--resume", action="store_true", help="keep what the output holds and measure what is missing"
         )
     return parser
+
+
+def load(args: argparse.Namespace, **options):
+    """The model and its tokenizer, in float32 unless the options say otherwise."""
+    if args.experts_implementation:
+        options["experts_implementation"] = args.experts_implementation
+    return load_model(args.model, **{"dtype": "float32", **options})
 
 
 def named_paths(arguments: list[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from common import (
     accumulating,
     argument_parser,
     calibration_samples,
+    load,
     restored,
     zero_and_compensate,
 )
@@ -34,7 +35,6 @@ from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration import tap
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria.elimination import ridge_for_tokens
-from optimum_heapr.loading import load_model
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.compensation import compensation_weights
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="+", default=["obs", "fisher", "heapr"])
     args = parser.parse_args()
 
-    model, tokenizer = load_model(args.model, dtype="float32")
+    model, tokenizer = load(args)
     data = calibration_samples(args, tokenizer)
     share = 3 * len(data.samples) // 4
     statistics = calibrate(model, replace(data, samples=data.samples[:share], origins=[]), args.batch_size, gram=True)

@@ -18,6 +18,7 @@ from common import (
     Results,
     argument_parser,
     calibration_samples,
+    load,
     load_or_measure,
     restored,
     zero_and_compensate,
@@ -26,7 +27,6 @@ from common import (
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.loading import load_model
 from optimum_heapr.planning.allocation import allocate
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", nargs="+", type=int, default=[1, 2])
     args = parser.parse_args()
 
-    model, tokenizer = load_model(args.model, dtype="float32")
+    model, tokenizer = load(args)
     data = calibration_samples(args, tokenizer)
     unpruned = load_or_measure(args, model, tokenizer)
     evaluation = Evaluation.of(args, model, tokenizer)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Evaluation, Results, argument_parser, calibration_samples, load_or_measure, prune
+from common import Evaluation, Results, argument_parser, calibration_samples, load, load_or_measure, prune
 
 from optimum_heapr.loading import load_model
 
@@ -155,7 +155,7 @@ def main() -> None:
     if args.llmcompressor_python is None and any(METHODS[name].get("llmcompressor") for name in methods):
         raise SystemExit("--methods: REAP of llm-compressor needs --llmcompressor-python")
 
-    model, tokenizer = load_model(args.model, dtype=args.dtype, device_map=args.device_map)
+    model, tokenizer = load(args, dtype=args.dtype, device_map=args.device_map)
     start = time.perf_counter()
     statistics = load_or_measure(args, model, tokenizer)
     calibration_seconds = time.perf_counter() - start

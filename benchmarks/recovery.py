@@ -15,9 +15,8 @@ import tempfile
 import time
 from contextlib import ExitStack
 
-from common import Evaluation, Results, argument_parser, load_or_measure, prune
+from common import Evaluation, Results, argument_parser, load, load_or_measure, prune
 
-from optimum_heapr.loading import load_model
 from optimum_heapr.recovery.configuration import TARGETS, RecoveryConfig
 from optimum_heapr.recovery.data import RecoveryData
 from optimum_heapr.recovery.runner import recover
@@ -62,7 +61,7 @@ def main(stack: ExitStack) -> None:
     parser.add_argument("--teacher-cache", help="folder for the output of the teacher, which serves several runs")
     args = parser.parse_args()
 
-    model, tokenizer = load_model(args.model, dtype="float32")
+    model, tokenizer = load(args)
     statistics = load_or_measure(args, model, tokenizer)
     config = RecoveryConfig(
         dataset=args.calibration,

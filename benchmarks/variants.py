@@ -21,6 +21,7 @@ from common import (
     accumulating,
     argument_parser,
     calibration_samples,
+    load,
     restored,
     zero_and_compensate,
 )
@@ -31,7 +32,6 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria import ranked_below_reached
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
 from optimum_heapr.criteria.obs import TOKEN_DEPENDENCE, scores_of_order, token_dependence
-from optimum_heapr.loading import load_model
 from optimum_heapr.planning.allocation import allocate
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
 
-    model, tokenizer = load_model(args.model, dtype="float32")
+    model, tokenizer = load(args)
     with accumulating(Accumulator) as made:
         statistics = calibrate(model, calibration_samples(args, tokenizer), args.batch_size, gram=True)
     others = {path: sums.others for path, sums in zip(statistics.blocks, made)}
