@@ -68,6 +68,21 @@ class Decoder:
         """Expert blocks of one layer."""
         return self._blocks[index]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute, or the first of them if accelerate has spread them; its hooks then bring inputs along."""
+        return self.model.get_input_embeddings().weight.device
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """Yields a decoder layer with its weights in memory."""
+        yield self.layers[index]
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Until the block ends, all weights are in memory that are not those of decoder layers: embeddings, norms, head."""
+        yield
+
     def outside(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """All modules that are not in a layer, with their paths: embeddings, norms, head."""
         inside = {id(module) for module in self.layers.modules()}
@@ -206,13 +221,16 @@ def decoder_layers(model: PreTrainedModel, blocks: list[ExpertBlock]) -> tuple[s
 def replaced_forwards(layers: Iterable[torch.nn.Module], forward_of: Callable[[int], Callable]) -> Iterator[None]:
     """Until the block ends, layer `i` does what `forward_of(i)` does."""
     layers = list(layers)
+    before = [layer.__dict__.get("forward") for layer in layers]  # that of a hook of accelerate
     try:
         for index, layer in enumerate(layers):
             layer.forward = _with_hidden_states(forward_of(index))
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before):
             layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def _with_hidden_states(forward: Callable) -> Callable:

@@ -38,20 +38,23 @@ class StreamedModel(Decoder):
 
     def __init__(self, model: PreTrainedModel, source: SourceCheckpoint, device: torch.device):
         super().__init__(model, source.blocks)
-        self.source, self.device = source, device
+        self.source, self._device = source, device
         self.samples: dict[str, bytes] = {}
         self._stored_as = self._names_in_checkpoint()
 
+    @property
+    def device(self) -> torch.device:
+        """Where weights are brought to."""
+        return self._device
+
     @contextmanager
     def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """Yields a decoder layer with its weights in memory."""
         layer = self.layers[index]
         with self._loaded(layer.named_modules(prefix=f"{self.path}.{index}")):
             yield layer
 
     @contextmanager
     def rest(self) -> Iterator[None]:
-        """Keeps all weights in memory that are not those of decoder layers: embeddings, norms, head."""
         with self._loaded(self.outside()):
             yield
 

@@ -19,7 +19,6 @@ import torch
 from ..experts import ExpertBlock
 from ..utils.logging import get_logger, progress
 from .activations import ActivationStore
-from .decoder import LayerCall, Slot, filled
 from .layer_state import LayerProgress, LayerState
 from .layers import StreamedModel
 from .loss import summed_token_loss
@@ -38,6 +37,7 @@ from .runner import (
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics, hash_of_samples, model_fingerprint, storage_of
 from .tap import new_accumulators, switched_experts, tapped
+from .walk import LayerWalk
 
 
 if TYPE_CHECKING:
@@ -161,16 +161,16 @@ class _Schedule:
     ):
         self.streamed, self.batches, self.store, self.state = streamed, batches, store, state
         self.interrupted = interrupted
+        self.walk = LayerWalk(streamed, batches, store)
         self.gram = self.skip_nonfinite = False
         self.finish: Callable[[str, BlockStatistics], BlockStatistics]
         self.done = LayerProgress()
-        self._calls: dict[int, list[LayerCall]] = {}
-        self._arguments: dict[int, list[torch.Tensor | str]] = {}
 
     def run(self, done: LayerProgress) -> LayerProgress:
         """All phases from where an earlier run stopped."""
         self.done = done
-        self._capture()
+        with self.streamed.rest():
+            self.walk.capture(self._counted(), keep_inputs=done.forward == 0)
         self._forward()
         self._head()
         while bad := self._backward():
@@ -194,38 +194,6 @@ class _Schedule:
             if index not in self.done.skipped:
                 yield index
 
-    def _capture(self) -> None:
-        """Finds what the layers are called with, and stores the input of the first."""
-        same: list[torch.Tensor] = []
-        with self.streamed.rest():
-            for index in self._counted():
-                hidden, self._calls[index], tensors = self.streamed.calls(*self._inputs(index))
-                if self.done.forward == 0:
-                    self.store.put(f"hidden.0.{index}", hidden)
-                # Positions, and masks where nothing is padded, are those of the first micro-batch: one copy will do.
-                same = same or tensors
-                self._arguments[index] = []
-                for slot, tensor in enumerate(tensors):
-                    if slot < len(same) and tensor.shape == same[slot].shape and torch.equal(tensor, same[slot]):
-                        self._arguments[index].append(same[slot])
-                    else:
-                        self._arguments[index].append(f"argument.{slot}.{index}")
-                        self.store.put(f"argument.{slot}.{index}", tensor)
-
-    def _inputs(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, device = self.batches[index], self.streamed.device
-        return batch["input_ids"].to(device), batch["attention_mask"].to(device)
-
-    def _call(self, number: int, layer: torch.nn.Module, hidden: torch.Tensor, index: int) -> torch.Tensor:
-        """One layer on one micro-batch."""
-
-        def tensor_of(slot: Slot) -> torch.Tensor:
-            kept = self._arguments[index][slot.index]
-            return kept if isinstance(kept, torch.Tensor) else self.store.get(kept, self.streamed.device)
-
-        call = self._calls[index][number]
-        return self.streamed.checked(layer(hidden, *filled(call.args, tensor_of), **filled(call.kwargs, tensor_of)))
-
     @torch.no_grad()
     def _forward(self) -> None:
         layers = range(self.done.forward, len(self.streamed.layers))
@@ -233,12 +201,11 @@ class _Schedule:
         for number in progress(layers, desc="Forward", unit="layer", initial=layers.start, total=total):
             with self.streamed.layer(number) as layer:
                 for index in self._counted():
-                    hidden = self.store.get(f"hidden.{number}.{index}", self.streamed.device)
-                    self.store.put(f"hidden.{number + 1}.{index}", self._call(number, layer, hidden, index))
+                    self.walk.forward(number, layer, index)
             self.done.forward = number + 1
             self.state.save(self.done)
             if number < self.streamed.first:  # no backward will ask for it
-                self._drop("hidden", number)
+                self.walk.drop("hidden", number)
 
     def _head(self) -> None:
         """The loss, and its gradient with respect to the output of the last layer."""
@@ -248,8 +215,8 @@ class _Schedule:
         with self.streamed.rest():
             for index in progress(list(self._counted()), desc="Loss", unit="batch"):
                 self.interrupted.act()
-                ids, mask = self._inputs(index)
-                hidden = self.store.get(f"hidden.{last}.{index}", self.streamed.device).requires_grad_(True)
+                ids, mask = self.walk.inputs(index)
+                hidden = self.walk.hidden(last, index).requires_grad_(True)
                 loss, targets = summed_token_loss(self.streamed.logits(ids, mask, hidden), ids, mask)
                 self.done.losses[str(index)] = [loss.item(), targets]
                 if not math.isfinite(loss.item()):
@@ -261,7 +228,7 @@ class _Schedule:
                 self.store.put(f"gradient.{last}.{index}", hidden.grad)
         self.done.head = True
         self.state.save(self.done)
-        self._drop("hidden", last)
+        self.walk.drop("hidden", last)
 
     def _leave_out(self, problem: str, index: int) -> None:
         samples = self.batches[index]["sample_index"].tolist()
@@ -289,8 +256,8 @@ class _Schedule:
             self.done.backward = total - number
             self.state.save(self.done)
             if not self.skip_nonfinite:  # or else the backward may have to begin again
-                self._drop("hidden", number)
-                self._drop("gradient", number + 1)
+                self.walk.drop("hidden", number)
+                self.walk.drop("gradient", number + 1)
         return []
 
     def _measure(self, number: int, layer: torch.nn.Module) -> tuple[list[int], dict[str, BlockStatistics]]:
@@ -300,9 +267,9 @@ class _Schedule:
         with tapped(blocks, accumulators):
             for index in self._counted():
                 mask_padding(blocks, accumulators, self.batches[index])
-                hidden = self.store.get(f"hidden.{number}.{index}", self.streamed.device)
+                hidden = self.walk.hidden(number, index)
                 hidden.requires_grad_(number > self.streamed.first)
-                output = self._call(number, layer, hidden, index)
+                output = self.walk.call(number, layer, hidden, index)
                 output.backward(self.store.get(f"gradient.{number + 1}.{index}", self.streamed.device))
                 problem = what_is_not_finite(accumulators)
                 if problem:
@@ -313,7 +280,3 @@ class _Schedule:
                 elif number > self.streamed.first:
                     self.store.put(f"gradient.{number}.{index}", hidden.grad)
         return bad, {} if bad else {block.path: block_statistics(block, accumulators[block.path]) for block in blocks}
-
-    def _drop(self, what: str, number: int) -> None:
-        for index in self.batches:
-            self.store.drop(f"{what}.{number}.{index}")

@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.calibration import streaming
+from optimum_heapr.calibration import streaming, walk
 from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.layers import check_layers
 from optimum_heapr.calibration.runner import calibrate
@@ -79,22 +79,22 @@ def assert_equal_bits(actual, expected):
 
 
 def test_each_layer_is_read_twice_and_alone(folder, tmp_path, monkeypatch):
-    reads, call, at_once = Counter(), streaming._Schedule._call, set()
+    reads, call, at_once = Counter(), walk.LayerWalk.call, set()
 
     def counted(self, name, device):
         reads[name] += 1
         return load(self, name, device)
 
     def looked_at(self, number, *arguments):
-        there = [any(p.device.type != "meta" for p in layer.parameters()) for layer in self.streamed.layers]
+        there = [any(p.device.type != "meta" for p in layer.parameters()) for layer in self.decoder.layers]
         at_once.add(tuple(index for index, found in enumerate(there) if found) == (number,))
-        rest = self.streamed.model.get_input_embeddings().weight
+        rest = self.decoder.model.get_input_embeddings().weight
         assert rest.device.type == "meta", "embeddings and head are there when they compute"
         return call(self, number, *arguments)
 
     load = SourceCheckpoint.load
     monkeypatch.setattr(SourceCheckpoint, "load", counted)
-    monkeypatch.setattr(streaming._Schedule, "_call", looked_at)
+    monkeypatch.setattr(walk.LayerWalk, "call", looked_at)
     statistics, source = streamed(folder, calibration_data(8, 5, 7), tmp_path / "work")
     assert at_once == {True}
     assert set(reads) == set(source.stored)
@@ -130,7 +130,7 @@ def test_killed_and_resumed(calls, gram, folder, tmp_path, monkeypatch):
     """At any moment: 12 calls of layers in the forward of 3 micro-batches, and 9 in the backward."""
     data, options = calibration_data(8, 5, 7), {"gram": gram, "resumable": True}
     expected, _ = streamed(folder, data, tmp_path / "unbroken", gram=gram)
-    call, seen = streaming._Schedule._call, []
+    call, seen = walk.LayerWalk.call, []
 
     def killed(self, *arguments):
         seen.append(1)
@@ -138,7 +138,7 @@ def test_killed_and_resumed(calls, gram, folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return call(self, *arguments)
 
-    monkeypatch.setattr(streaming._Schedule, "_call", killed)
+    monkeypatch.setattr(walk.LayerWalk, "call", killed)
     with pytest.raises(KeyboardInterrupt):
         streamed(folder, data, tmp_path / "work", **options)
     with pytest.raises(HeaprError, match=r"saved by a run that differs \(.*sha256"):
