@@ -120,10 +120,10 @@ def accumulating(kind: type[tap.BlockAccumulator]) -> Iterator[list[tap.BlockAcc
         tap.BlockAccumulator = original
 
 
-def prune(model, statistics: AtomicStatistics, options: dict, ratio: float):
-    """A pruned copy of the model, and the plan."""
+def prune(model, statistics: AtomicStatistics, options: dict, ratio: float, data: CalibrationData | None = None):
+    """A pruned copy of the model, and the plan. `data` is what compensation over blocks is fitted to."""
     pruner = HeaprPruner(copy.deepcopy(model), config=HeaprConfig(ratio=ratio, **options))
-    pruner.statistics = statistics
+    pruner.statistics, pruner.calibration_data = statistics, data
     plan = pruner.plan()
     return pruner.apply(plan), plan
 

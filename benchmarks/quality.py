@@ -26,6 +26,8 @@ from common import Evaluation, Results, argument_parser, calibration_samples, lo
 from optimum_heapr.loading import load_model
 
 
+OVER_BLOCKS = {"compensate": True, "compensation_scope": "block", "batch_size": 8}
+
 # By name, options of HeaprConfig. `drop` takes the lowest-ranked experts out of the router too, as REAP does;
 # `llmcompressor` leaves the whole job to that package.
 METHODS: dict[str, dict] = {
@@ -48,10 +50,14 @@ METHODS: dict[str, dict] = {
     "OBS + comp.": {"criterion": "obs", "compensate": True},
     "OBS + comp., multiple of 8": {"criterion": "obs", "compensate": True, "width_multiple": 8},
     "OBS + comp., by layer": {"criterion": "obs", "compensate": True, "allocation": "layer"},
+    "HEAPr + block comp.": {"criterion": "heapr", **OVER_BLOCKS},
+    "Fisher + block comp.": {"criterion": "fisher", **OVER_BLOCKS},
+    "OBS + block comp.": {"criterion": "obs", **OVER_BLOCKS},
     "HEAPr, uniform": {"criterion": "heapr", "allocation": "uniform"},
     "HEAPr + comp., uniform": {"criterion": "heapr", "allocation": "uniform", "compensate": True},
     "Fisher + comp., uniform": {"criterion": "fisher", "allocation": "uniform", "compensate": True},
     "OBS + comp., uniform": {"criterion": "obs", "allocation": "uniform", "compensate": True},
+    "OBS + block comp., uniform": {"criterion": "obs", "allocation": "uniform", **OVER_BLOCKS},
 }
 PLOTTED = (
     "random",
@@ -62,6 +68,7 @@ PLOTTED = (
     "HEAPr as published",
     "Fisher + comp.",
     "OBS + comp.",
+    "OBS + block comp.",
     "HEAPr, uniform",
     "OBS + comp., uniform",
 )
@@ -95,14 +102,14 @@ def llmcompressor_reap(python: str, model: str, samples: list[torch.Tensor], rat
         return load_model(f"{folder}/model", dtype="float32")[0], json.loads(done.stdout.splitlines()[-1])["versions"]
 
 
-def pruned_model(model, statistics, options: dict, ratio: float, by_llmcompressor: Callable):
+def pruned_model(model, statistics, data, options: dict, ratio: float, by_llmcompressor: Callable):
     """The pruned model, the loss increase that its plan states, if there is one, and versions of what made it."""
     if options.get("llmcompressor"):
         pruned, versions = by_llmcompressor(ratio)
         return pruned, None, versions
     if options.get("drop"):
         return drop_experts(model, statistics, options["criterion"], ratio), None, None
-    pruned, plan = prune(model, statistics, options, ratio)
+    pruned, plan = prune(model, statistics, options, ratio, data)
     return pruned, plan.estimated_loss_increase, None
 
 
@@ -176,15 +183,16 @@ def main() -> None:
     if args.resume:
         results.resume()
 
+    data = calibration_samples(args, tokenizer)
+
     def by_llmcompressor(ratio: float):
-        samples = calibration_samples(args, tokenizer).samples
-        return llmcompressor_reap(args.llmcompressor_python, args.model, samples, ratio)
+        return llmcompressor_reap(args.llmcompressor_python, args.model, data.samples, ratio)
 
     for method, ratio in itertools.product(methods, args.ratios):
         if results.has(method, ratio):
             continue
         start = time.perf_counter()
-        pruned, estimate, versions = pruned_model(model, statistics, METHODS[method], ratio, by_llmcompressor)
+        pruned, estimate, versions = pruned_model(model, statistics, data, METHODS[method], ratio, by_llmcompressor)
         seconds = time.perf_counter() - start
         results.add(
             method=method,

@@ -23,6 +23,7 @@ CONFIG_NAME = "heapr_config.json"
 CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
 REDUCTIONS = ("mean", "total")
 STATISTICS = ("auto", "vector", "gram")
+COMPENSATION_SCOPES = ("expert", "block")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
@@ -51,7 +52,10 @@ class HeaprConfig(Options):
             How `heapr` and `fisher` weigh experts: `mean` over the tokens routed to the expert, as published, or
             `total` over all tokens, so that experts count by how often they are used.
         compensate (`bool`, *optional*, defaults to `False`):
-            Fold what the removed atomic experts did into the down projection of those that stay, in closed form.
+            Fold what the removed atomic experts did into the down projections of those that stay, by least squares.
+        compensation_scope (`str`, *optional*, defaults to `"expert"`):
+            What makes up for a removed atomic expert: those that stay in the same `expert`, or all of the `block`, shared
+            experts included, which takes the calibration text once more when the plan is applied.
         ridge (`float`, *optional*, defaults to 0.01):
             Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few
             tokens reached get more.
@@ -78,7 +82,7 @@ class HeaprConfig(Options):
             Ranks that experts will be split over; widths are multiples of the rule times this.
         statistics (`str`, *optional*, defaults to `"auto"`):
             What calibration measures: `vector`, three numbers an atomic expert, or `gram`, also two matrices an expert,
-            which `obs` and `compensate` need; `auto` is what `criterion` and `compensate` need.
+            which `obs` needs, and `compensate` within experts; `auto` is what the other options need.
         dataset (`str`, *optional*):
             Calibration text: a local file or folder, the name of a dataset on the Hub, `wikitext2` for the train split
             of WikiText-2 as in the paper, or a mixture with weights, `"a.jsonl:0.3,org/name[split]:0.7"`.
@@ -126,6 +130,11 @@ class HeaprConfig(Options):
         REDUCTIONS,
     )
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
+    compensation_scope: str = option(
+        "expert",
+        "what makes up for it: the same expert, or the whole block, from the calibration text",
+        COMPENSATION_SCOPES,
+    )
     ridge: float = option(
         0.01, "least regularization of obs and of compensation, relative to the mean squared activation"
     )
@@ -186,7 +195,12 @@ class HeaprConfig(Options):
             parse_size("target_size", self.target_size)
         if self.protect is not None and not self.protect.split():
             raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
-        if self.statistics == "vector" and (self.criterion == "obs" or self.compensate):
+        if self.compensation_scope == "block" and not self.compensate:
+            raise HeaprError(
+                f"compensation_scope='block': compensate={self.compensate}; set compensate=True (--compensate), or leave the "
+                "scope out"
+            )
+        if self.statistics == "vector" and (self.criterion == "obs" or self.compensates_experts):
             raise HeaprError(
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
                 "leave statistics at 'auto'"
@@ -210,8 +224,18 @@ class HeaprConfig(Options):
     def needs_grams(self) -> bool:
         """Whether calibration has to measure the second-order statistics."""
         return self.statistics == "gram" or (
-            self.statistics == "auto" and (self.criterion == "obs" or self.compensate)
+            self.statistics == "auto" and (self.criterion == "obs" or self.compensates_experts)
         )
+
+    @property
+    def compensates_experts(self) -> bool:
+        """Whether each expert is compensated alone, which needs the second-order statistics when a plan is applied."""
+        return self.compensate and self.compensation_scope == "expert"
+
+    @property
+    def compensates_blocks(self) -> bool:
+        """Whether all experts of a block are compensated together, which needs the calibration text when a plan is applied."""
+        return self.compensate and self.compensation_scope == "block"
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike, **hub_options: Any) -> HeaprConfig:

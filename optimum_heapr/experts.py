@@ -109,6 +109,14 @@ def find_expert_blocks(model: nn.Module) -> list[ExpertBlock]:
     return blocks
 
 
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts the router picks; families call it differently."""
+    config = model.config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    found = (getattr(config, name, None) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)
+
+
 def model_name(model: nn.Module) -> str:
     """What a user calls this model: where it was loaded from, or else its class."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -162,6 +162,16 @@ def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:
     return SourceCheckpoint(model, checkpoint_files(model.config._name_or_path, **hub_options_in(model_options)))
 
 
+def options_for_memory(memory: str, model_options: dict[str, Any]) -> dict[str, Any]:
+    """Options of [`load_model`] with which a model is as `memory` says: `plain`, `offload` or `streaming`."""
+    if memory == "offload":
+        return {"device_map": "auto", **model_options}
+    if memory == "streaming":
+        kept_out = ("device_map", "offload_folder")
+        return {"skeleton": True, **{key: value for key, value in model_options.items() if key not in kept_out}}
+    return model_options
+
+
 def choose_memory(
     name: str | os.PathLike,
     config: HeaprConfig,

@@ -25,7 +25,7 @@ from .experts import find_expert_blocks
 from .hub.card import BaseModel
 from .hub.push import PUSH_OPTIONS, push_folder
 from .hub.statistics import load_statistics
-from .loading import choose_memory, hub_options_in, load_measured
+from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
 from .planning.plan import PruningPlan
 from .report.content import build_report, without_measurements
 from .report.observation import Workload, observe
@@ -130,10 +130,7 @@ class HeaprPruner:
         if memory not in ("plain", "offload", "streaming"):
             memory, estimate = choose_memory(model, config or HeaprConfig(), memory, budget, **model_options)
             logger.info("%s", estimate or memory)
-        options = {"device_map": "auto", **model_options} if memory == "offload" else model_options
-        if memory == "streaming":
-            kept_out = ("device_map", "offload_folder")
-            options = {"skeleton": True, **{key: options[key] for key in options if key not in kept_out}}
+        options = options_for_memory(memory, model_options)
         reuse = config is None or config.dataset is None
         loaded, tokenizer, statistics = load_measured(model, statistics, reuse=reuse, **options)
         pruner = cls(loaded, tokenizer, config)
@@ -243,8 +240,8 @@ class HeaprPruner:
 
         Args:
             plan (`PruningPlan` or `str`): what stays.
-            statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation; defaults to those
-                of the last [`~HeaprPruner.calibrate`].
+            statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts;
+                defaults to those of the last [`~HeaprPruner.calibrate`]. Over blocks, the text is gone through again.
             measure (`bool`): measure the model before and after, as `eval_dataset` and `eval_samples` of the plan's config
                 say, for the report.
             prompts (`Sequence[str]`, *optional*): texts to complete before and after, in place of beginnings of that text.
@@ -259,18 +256,25 @@ class HeaprPruner:
             plan.check_shapes(
                 {block.path: (block.num_experts, block.width) for block in find_expert_blocks(self.model)}
             )
-            check_compensation(plan, statistics)
+            check_compensation(plan, statistics, self._text_of(plan))
             self.applied_plan, self.statistics = plan, statistics
             return self.model
         if measure:
             check_plan(self.model, plan)  # before minutes are spent on it
+        data = self._text_of(plan)
         base = self.base or BaseModel.of(self.model)
         workload = Workload.of(plan.config, self.tokenizer, self.calibration_data, prompts) if measure else None
         before = observe(self.model, plan, workload)
-        apply_plan(self.model, plan, statistics)
+        apply_plan(self.model, plan, statistics, data)
         self.applied_plan = plan
         self.report = build_report(plan, base.name, before, observe(self.model, plan, workload), workload)
         return self.model
+
+    def _text_of(self, plan: PruningPlan) -> CalibrationData | None:
+        """The calibration text; read again if compensation over blocks needs it."""
+        if plan.config.compensates_blocks and self.calibration_data is None:
+            self.calibration_data = load_calibration_data(plan.config, self.tokenizer)
+        return self.calibration_data
 
     def prune(self, prompts: Sequence[str] | None = None, **changes: Any) -> PreTrainedModel:
         """Calibrates (unless that was done), plans, measures and applies: the whole job.
@@ -285,7 +289,7 @@ class HeaprPruner:
         config = self.config.replace(**changes)
         self.check(config)
         if self.statistics is None:
-            self.calibrate(config, keep_grams=config.compensate)
+            self.calibrate(config, keep_grams=config.compensates_experts)
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)
 
     def recover(
@@ -354,7 +358,8 @@ class HeaprPruner:
         folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
             if self._checkpoint is not None:
-                self._checkpoint.save(temporary, self.applied_plan, self.statistics, results, **save_options)
+                plan, data = self.applied_plan, self.calibration_data
+                self._checkpoint.save(temporary, plan, self.statistics, data, results, **save_options)
             else:
                 self.model.save_pretrained(temporary, **save_options)
                 base = self.base or BaseModel.of(self.model)

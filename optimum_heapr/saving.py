@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calibration.data import load_calibration_data
 from .calibration.statistics import AtomicStatistics
 from .hub.card import BaseModel, write_card
 from .hub.statistics import load_statistics
@@ -22,6 +23,8 @@ from .utils.files import replace_folder
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .calibration.data import CalibrationData
 
 
 def apply_streaming(
@@ -44,7 +47,8 @@ def apply_streaming(
         folder (`str`): appears whole or not at all.
         overwrite (`bool`): replace a folder that is not empty.
         max_shard_size (`int` or `str`): largest weight file.
-        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation.
+        statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts; over
+            blocks, the calibration text that the plan names is read again.
         model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
@@ -66,6 +70,8 @@ def write_streaming(
     model_options: dict[str, Any],
     results: Sequence[EvalResult] = (),
     max_shard_size: int | str = "5GB",
+    data: CalibrationData | None = None,
+    activation_memory: int | None = None,
 ) -> None:
     """What [`apply_streaming`] does, into an empty folder."""
     from .surgery.streaming import stream_plan
@@ -75,7 +81,9 @@ def write_streaming(
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
     base = BaseModel.of(skeleton, hub_options_in(model_options))
     before = observe(skeleton, plan)
-    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics)
+    if plan.config.compensates_blocks and data is None:
+        data = load_calibration_data(plan.config, tokenizer)
+    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory)
     report = build_report(plan, base.name, before, observe(skeleton, plan))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
 

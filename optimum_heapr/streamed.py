@@ -83,12 +83,13 @@ class StreamedCheckpoint:
         folder: Path,
         plan: PruningPlan,
         statistics: AtomicStatistics | None,
+        data: CalibrationData | None = None,
         results: Sequence[EvalResult] = (),
         max_shard_size: int | str = "5GB",
         save_original_format: bool = True,
         **unknown: Any,
     ) -> None:
-        """Writes the pruned model into an empty folder, file by file.
+        """Writes the pruned model into an empty folder, file by file; `data` is what compensation over blocks is fitted to.
 
         Raises:
             HeaprError: if packed tensors or something else is asked for that needs the model in memory.
@@ -99,5 +100,13 @@ class StreamedCheckpoint:
                 f"{option}: is for a model in memory, and this one is cut file by file; leave it out, or load it with memory='plain'"
             )
         write_streaming(
-            self._model.config._name_or_path, plan, folder, statistics, self._options, results, max_shard_size
+            self._model.config._name_or_path,
+            plan,
+            folder,
+            statistics,
+            self._options,
+            results,
+            max_shard_size,
+            data,
+            self._activation_memory,
         )

@@ -32,6 +32,7 @@ OTHER = {
     "criterion": "fisher",
     "reduction": "total",
     "compensate": True,
+    "compensation_scope": "block",
     "ridge": 0.5,
     "allocation": "layer",
     "width_multiple": 8,
@@ -192,7 +193,8 @@ def test_every_choice_is_taken():
     for option in FIELDS.values():
         for choice in option.metadata["choices"] or ():
             # compensation and obs are at odds with vectors alone, uniform layouts with other allocations
-            assert getattr(HeaprConfig(**{option.name: choice}), option.name) == choice
+            values = {"compensate": True} if option.name == "compensation_scope" else {}
+            assert getattr(HeaprConfig(**values, **{option.name: choice}), option.name) == choice
 
 
 def test_the_uniform_layout_implies_its_allocation_and_refuses_others():
@@ -205,6 +207,8 @@ def test_statistics_that_are_not_enough_are_refused():
     for options in ({"criterion": "obs"}, {"compensate": True}):
         refused("needs 'gram'; leave statistics at 'auto'", statistics="vector", **options)
         assert HeaprConfig(**options).needs_grams
+    assert not HeaprConfig(compensate=True, compensation_scope="block", statistics="vector").needs_grams
+    refused("compensation_scope='block': compensate=False; set compensate=True", compensation_scope="block")
     assert not HeaprConfig().needs_grams and HeaprConfig(statistics="gram").needs_grams
 
 

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""`optimum-cli heapr apply`: model and plan in, pruned model out. Needs neither text nor an accelerator."""
+"""`optimum-cli heapr apply`: model and plan in, pruned model out. Text is needed to compensate over blocks only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ApplyCommand(HeaprSubcommand):
         add_model_options(parser)
         parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
         parser.add_argument(
-            "-s", "--statistics", help="statistics of 'calibrate', as for 'plan'; needed to compensate"
+            "-s", "--statistics", help="statistics of 'calibrate', as for 'plan'; needed to compensate experts"
         )
         add_output_options(parser)
         parser.add_argument(

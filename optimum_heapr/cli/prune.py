@@ -74,7 +74,7 @@ class PruneCommand(HeaprSubcommand):
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             if pruner.statistics is None:
-                pruner.calibrate(keep_grams=config.compensate)
+                pruner.calibrate(keep_grams=config.compensates_experts)
             end_processes()
             if not is_main_process():
                 return  # under `accelerate launch` all processes calibrate, one cuts

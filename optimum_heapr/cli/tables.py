@@ -147,6 +147,11 @@ def compensation_lines(plan: PruningPlan) -> list[str]:
         return []
     before, after = (stats.fmean(part) for part in zip(*errors))
     changed = sum(after < before for before, after in errors)
+    if plan.config.compensates_blocks:
+        return [
+            f"compensation: mean relative squared error of the routed outputs of {len(plan.compensation)} layers {before:.4f} "
+            f"-> {after:.4f} on the calibration tokens"
+        ]
     return [
         f"compensation: mean relative squared error of {len(errors)} cut experts {before:.4f} -> {after:.4f} on the "
         f"calibration tokens; {changed} of them changed"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..experts import find_expert_blocks
+from ..experts import experts_per_token, find_expert_blocks
 from ..utils.errors import HeaprError
 
 
@@ -95,14 +95,6 @@ def routed_experts(model: PreTrainedModel) -> dict[str, RoutedExperts]:
         )
         for block in blocks
     }
-
-
-def experts_per_token(model: PreTrainedModel) -> int | None:
-    """How many experts the router picks; families call it differently."""
-    config = model.config.get_text_config()
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    found = (getattr(config, name, None) for name in names)
-    return next((number for number in found if isinstance(number, int)), None)
 
 
 @contextmanager

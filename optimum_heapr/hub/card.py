@@ -293,7 +293,9 @@ def _limits(plan: PruningPlan, was_measured: bool) -> str:
         fate = "stayed as they were" if plan.config.protect_unreached else "were ranked without having been measured"
         lines.append(f"No calibration token reached {unreached} experts; they {fate}.")
     if plan.config.compensate:
-        lines.append("What stays of the down projections was changed in closed form to make up for what was removed.")
+        lines.append(
+            "What stays of the down projections was changed by least squares to make up for what was removed."
+        )
     if plan.config.layout == "padded":
         lines.append("Experts are zero-padded to one width: the zeros take memory and do nothing.")
     return "\n".join(f"* {line}" for line in lines)

@@ -60,7 +60,7 @@ def _joint_cost(block: BlockStatistics, expert: int, removed: torch.Tensor, conf
     gram = gram * (block.activation_sq_sum[expert].double().sum() / energy)
     residual = gram[removed][:, removed]
     kept = ~removed
-    if config.compensate and kept.any():
+    if config.compensate and kept.any():  # over a block, this is an upper bound
         ridge = ridge_for_tokens(config.ridge, block.width, tokens) * gram.diagonal().mean()
         among, across = gram[kept][:, kept], gram[kept][:, removed]
         weights = torch.linalg.solve(among + ridge * torch.eye(len(among), dtype=gram.dtype), across)

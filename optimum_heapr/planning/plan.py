@@ -38,7 +38,8 @@ class PruningPlan:
         loss_increase (`dict[str, float]`): estimated increase of the loss by block path, nats a token.
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block path.
         compensation (`dict[str, list[tuple[float, float]]]`): by block path, for each expert the relative squared error of
-            its output on the calibration tokens, without and with compensation; empty until it is applied with it.
+            its output on the calibration tokens, without and with compensation, or with the scope `block` that of the
+            routed output of the block, for each the same; empty until it is applied with it.
         data (`dict`): fingerprint of the calibration text, if there was any.
         tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
         importance (`dict`): histogram of the scores; see [`~optimum_heapr.planning.distribution.importance_distribution`].

@@ -12,9 +12,10 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
+from ..utils.placement import has_accelerator, place
 from .adapter import check_pruned, identity_of
 from .data import RecoveryData
-from .placement import experts_of_any_width, has_accelerator, place
+from .placement import experts_of_any_width
 from .report import RecoveryReport
 from .targets import adapter_config
 from .teacher import held_out_loss

@@ -17,9 +17,9 @@ from ..surgery.apply import apply_plan
 from ..utils.errors import HeaprError
 from ..utils.files import replace_file, write_json
 from ..utils.logging import get_logger, progress
+from ..utils.placement import place
 from .data import RecoveryData
 from .loss import TeacherOutput
-from .placement import place
 from .state import wait_for_all
 
 

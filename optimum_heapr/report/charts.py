@@ -76,7 +76,7 @@ def compensated_errors(report: dict[str, Any]) -> str:
         return ""
     before, after = [done["before"] for _, done in found], [done["after"] for _, done in found]
     series = [("plain removal", before), ("compensated", after)]
-    title = "Relative squared error of cut experts, by layer"
+    title = "Relative squared error of what was cut, by layer"
     return _columns("errors", title, layer_names([path for path, _ in found]), series, lambda value: f"{value:.2g}")
 
 

@@ -165,7 +165,10 @@ def compensation(report: dict[str, Any]) -> Table:
                 + [change(done["before"], done["after"])]
             )
     header = ["layer", "cut experts", "compensated", "error before", "error after", "change"]
-    notes = ["Mean relative squared error of the outputs of the experts that were cut, on the calibration tokens."]
+    outputs = "outputs of the experts that were cut"
+    if report["config"].get("compensation_scope") == "block":
+        outputs = "routed outputs, with all experts of a layer compensated together"
+    notes = [f"Mean relative squared error of the {outputs}, on the calibration tokens."]
     return Table("Compensation", header, rows, notes if rows else [])
 
 

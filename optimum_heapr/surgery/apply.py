@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..calibration.decoder import Decoder
 from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
 from ..utils.logging import with_paths
+from ..utils.placement import place
+from .block_compensation import FittedBlock, compensate_together
 from .compensation import compensate_experts
 from .selection import packed_rows
 from .stock import cut_to_stock, find_stock_layout, stock_width
 
 
 if TYPE_CHECKING:
+    from ..calibration.data import CalibrationData
     from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
     from ..modeling.atomic_experts import AtomicExperts
@@ -24,16 +30,18 @@ if TYPE_CHECKING:
 
 
 def apply_plan(
-    model: torch.nn.Module, plan: PruningPlan, statistics: AtomicStatistics | None = None
+    model: torch.nn.Module,
+    plan: PruningPlan,
+    statistics: AtomicStatistics | None = None,
+    data: CalibrationData | None = None,
 ) -> torch.nn.Module:
     """Turns `model` into a pruned model, in place: a block at a time, so that memory only falls.
-
-    Needs no calibration data and no accelerator.
 
     Args:
         model (`PreTrainedModel`): the model that the plan was made for.
         plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
-        statistics (`AtomicStatistics`, *optional*): second-order ones, needed if `plan.config.compensate`.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
+        data (`CalibrationData`, *optional*): needed to compensate over blocks.
 
     Returns:
         `PreTrainedModel`: the same object, now of the pruned class; it saves and loads like any other.
@@ -42,8 +50,18 @@ def apply_plan(
         HeaprError: if the plan was made for another model or does not fit its expert blocks.
     """
     blocks = check_plan(model, plan)
-    check_compensation(plan, statistics)
-    if plan.config.compensate:
+    check_compensation(plan, statistics, data)
+    if plan.config.compensates_blocks:
+        place(model)  # as calibration does
+        with tempfile.TemporaryDirectory(prefix="heapr-") as folder:
+            compensate_together(
+                Decoder(model, blocks),
+                data,
+                plan,
+                Path(folder),
+                lambda block, fitted: _take_over(model, block, plan.kept[block.path], fitted),
+            )
+    if plan.config.compensates_experts:
         for block in with_paths(blocks, desc="Compensating", unit="layer"):
             plan.compensation[block.path] = compensate_block(
                 block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
@@ -96,13 +114,19 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
     return blocks
 
 
-def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None) -> None:
-    """Refuses a plan that asks for compensation without the statistics for it.
+def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None, data: CalibrationData | None) -> None:
+    """Refuses a plan that asks for compensation without what that needs.
 
     Raises:
-        HeaprError: if there are none, they are of another model, or they are vectors.
+        HeaprError: if there are no statistics, they are of another model, or they are vectors; with the scope `block`, if
+            there is no text.
     """
-    if not plan.config.compensate:
+    if plan.config.compensates_blocks and data is None:
+        raise HeaprError(
+            "plan: asks for compensation_scope='block' and data=None; pass the calibration text, or plan with "
+            "compensation_scope='expert'"
+        )
+    if not plan.config.compensates_experts:
         return
     if statistics is None:
         raise HeaprError(
@@ -112,6 +136,21 @@ def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None) -
     check_same_model(plan.model, statistics.fingerprint["model"], "plan")
     for path in plan.kept:
         statistics.blocks[path].check_grams(path, "compensate=True", gradients=False)
+
+
+@torch.no_grad()
+def _take_over(model: torch.nn.Module, block: ExpertBlock, kept: list[torch.Tensor], fitted: FittedBlock) -> None:
+    """Changes the down projections of a block in place, which serves every layout."""
+    set_rows(block, kept, fitted.rows)
+    for name, weight in fitted.shared.items():
+        model.get_parameter(name).copy_(weight)
+
+
+def set_rows(block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
+    """Puts other rows in the place of the kept ones of the down projection of each expert."""
+    for expert, (indices, new) in enumerate(zip(kept, rows)):
+        down = block.down_rows(expert)
+        down[indices.to(down.device)] = new  # a view of the parameter
 
 
 @torch.no_grad()
@@ -135,8 +174,7 @@ def compensate_block(
     rows = [block.down_rows(expert) for expert in range(block.num_experts)]
     grams = statistics.mean("activation_gram_sum").to(block.module.down_proj.device)
     results = compensate_experts([part.T for part in rows], grams, kept, statistics.token_count.tolist(), ridge)
-    for part, indices, result in zip(rows, kept, results):
-        part[indices.to(part.device)] = result.down_proj.T  # a view of the parameter
+    set_rows(block, kept, [result.down_proj.T for result in results])
     return [(result.error_before, result.error_after) for result in results]
 
 

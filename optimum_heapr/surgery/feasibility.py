@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..experts import find_expert_blocks
 from ..planning.alignment import check_uniform_width, effective_multiple
 from ..planning.protection import protected_experts
+from .block_compensation import check_block_memory
 from .stock import find_stock_layout
 
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
-    """Refuses a layout, an alignment, a uniform ratio or a protection that a model cannot have.
+    """Refuses a layout, an alignment, a uniform ratio or a protection that a model cannot have, and fits without room.
 
     Args:
         model (`PreTrainedModel`): only shapes are read.
-        config (`HeaprConfig`): its planning part is used.
+        config (`HeaprConfig`): its planning part is used, and of its calibration part how much text there will be.
 
     Raises:
         HeaprError: naming what is possible.
@@ -33,5 +34,7 @@ def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
     if config.allocation == "uniform":
         for width in {block.width for block in blocks}:
             check_uniform_width(config, width)
+    if config.compensates_blocks:
+        check_block_memory(model, blocks, config)
     if config.layout == "uniform":
         find_stock_layout(model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,14 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..calibration.layers import StreamedModel
 from ..calibration.statistics import check_same_model, model_fingerprint
 from ..checkpoint import SourceCheckpoint, StandIn, not_streamable, unlisted
 from ..utils.logging import progress
+from ..utils.placement import default_device
 from ..utils.tensor_files import write_tensors
-from .apply import check_compensation, compensate_block, cut_model
+from .apply import check_compensation, compensate_block, cut_model, set_rows
+from .block_compensation import FittedFiles, compensate_together
 from .selection import packed_rows, padded_expert
 from .stock import stock_width, zero_pad
 
@@ -41,6 +45,7 @@ from .stock import stock_width, zero_pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..calibration.data import CalibrationData
     from ..calibration.statistics import AtomicStatistics
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
@@ -57,6 +62,8 @@ def stream_plan(
     folder: Path,
     max_shard_size: int | str = "5GB",
     statistics: AtomicStatistics | None = None,
+    data: CalibrationData | None = None,
+    activation_memory: int | None = None,
 ) -> None:
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
@@ -66,21 +73,32 @@ def stream_plan(
         plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
         folder (`Path`): an empty folder.
         max_shard_size (`int` or `str`): largest weight file, as for `save_pretrained`.
-        statistics (`AtomicStatistics`, *optional*): second-order ones, needed if `plan.config.compensate`.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
+        data (`CalibrationData`, *optional*): needed to compensate over blocks, which loads one layer at a time.
+        activation_memory (`int`, *optional*): bytes of layer inputs that this keeps in the memory of the host.
 
     Raises:
-        HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or statistics for
-            compensation are missing.
+        HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or statistics or text
+            for compensation are missing.
     """
     source = SourceCheckpoint(skeleton, files)
     plan.check_shapes({block.path: (block.num_experts, block.width) for block in source.blocks})
     first_experts = [source.expert(block, 0) for block in source.blocks]
     check_same_model(plan.model, model_fingerprint(skeleton, first_experts), "plan")
+    check_compensation(plan, statistics, data)
 
-    check_compensation(plan, statistics)
+    with tempfile.TemporaryDirectory(prefix=".compensation-", dir=folder) as work:
+        fitted = None
+        if plan.config.compensates_blocks:
+            fitted = FittedFiles(Path(work) / "fitted")
+            layers = StreamedModel(skeleton, source, default_device())
+            compensate_together(layers, data, plan, Path(work), fitted.keep, activation_memory)
+        cut_model(skeleton, plan, source.blocks)
+        _write(skeleton, TargetCheckpoint(skeleton, source, plan, statistics, fitted), folder, max_shard_size)
 
-    cut_model(skeleton, plan, source.blocks)
-    target = TargetCheckpoint(skeleton, source, plan, statistics)
+
+def _write(skeleton: PreTrainedModel, target: TargetCheckpoint, folder: Path, max_shard_size: int | str) -> None:
+    """The files of [`stream_plan`]."""
     skeleton.save_pretrained(folder, state_dict={})  # everything but weights
     split = target.split(max_shard_size)
     for file, names in progress(split.filename_to_tensors.items(), desc="Writing", unit="file"):
@@ -102,7 +120,8 @@ class TargetCheckpoint:
         skeleton (`PreTrainedModel`): the pruned model without storage.
         source (`SourceCheckpoint`): what it is made from.
         plan (`PruningPlan`): what stays.
-        statistics (`AtomicStatistics`, *optional*): what compensation needs.
+        statistics (`AtomicStatistics`, *optional*): what compensation within experts needs.
+        fitted (`FittedFiles`, *optional*): what compensation over blocks gave.
 
     Attributes:
         tensors (`dict[str, torch.Tensor]`): by name, without storage, in the order of `save_pretrained`.
@@ -114,8 +133,9 @@ class TargetCheckpoint:
         source: SourceCheckpoint,
         plan: PruningPlan,
         statistics: AtomicStatistics | None = None,
+        fitted: FittedFiles | None = None,
     ):
-        self.source, self.plan, self.statistics = source, plan, statistics
+        self.source, self.plan, self.statistics, self.fitted = source, plan, statistics, fitted
         self.width = None if plan.config.layout == "variable" else stock_width(plan)
         self.blocks = {f"{block.path}.{name}": (block, name) for block in source.blocks for name in _PARAMETERS}
         state = skeleton.state_dict()
@@ -178,7 +198,9 @@ class TargetCheckpoint:
 
     def _make(self, parameter: str, expert: int | None) -> dict[str, torch.Tensor]:
         if expert is None:
-            tensor = self.source.parameter(parameter)
+            tensor = self.fitted.shared(parameter) if self.fitted else None
+            if tensor is None:
+                tensor = self.source.parameter(parameter)
             if tensor.shape != self.state[parameter].shape:
                 tensor = zero_pad(tensor, self.state[parameter].shape)
             return self._revert(parameter, tensor, StandIn({parameter: tensor.shape}))
@@ -186,7 +208,11 @@ class TargetCheckpoint:
         alone = self.source.expert(block, expert, [name])
         kept = self.plan.kept[block.path][expert]
         if name == "down_proj" and self.plan.config.compensate:
-            self._compensate(alone, expert, kept)
+            alone.module.down_proj = alone.module.down_proj.clone()  # it may be the checkpoint itself
+            if self.fitted:
+                set_rows(alone, [kept], [self.fitted.rows(block.path, expert)])
+            else:
+                self._compensate(alone, expert, kept)
         if self.width is None:
             tensor = packed_rows(alone, name, 0, kept)
         else:
@@ -195,7 +221,6 @@ class TargetCheckpoint:
         return {_EXPERT.sub(str(expert), key): value for key, value in made.items()}
 
     def _compensate(self, alone: ExpertBlock, expert: int, kept: torch.Tensor) -> None:
-        alone.module.down_proj = alone.module.down_proj.clone()  # it may be the checkpoint itself
         statistics = self.statistics.blocks[alone.path].of_experts([expert])
         (errors,) = compensate_block(alone, [kept], statistics, self.plan.config.ridge)
         report = self.plan.compensation.setdefault(alone.path, [(0.0, 0.0)] * len(self.plan.kept[alone.path]))

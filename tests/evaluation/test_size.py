@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.evaluation.size import ModelSize, experts_per_token, routed_experts, routing_counts
+from optimum_heapr.evaluation.size import ModelSize, routed_experts, routing_counts
+from optimum_heapr.experts import experts_per_token
 from tests.helpers import random_ids, tiny_model
 
 

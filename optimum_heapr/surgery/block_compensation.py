@@ -1,0 +1,267 @@
+# Licensed under the Apache License, Version 2.0
+"""Compensation over a whole block: what goes from one expert is made up for by all experts that get the same token.
+
+Within an expert ([`~optimum_heapr.surgery.compensation`]) only its own atomic experts can make up for those that go. But a
+token meets several experts, and the shared ones besides, and what one cannot make up for another can. So here the down
+projections of all of them are fitted together, to the output of the unpruned block for the inputs that it has in the
+unpruned model, by [`~optimum_heapr.surgery.least_squares`]. The matrix of all pairs of atomic experts, 39 GB a layer for
+128 experts of 768, is never made; what it takes instead is the calibration text once more, one layer at a time, forward.
+
+Few tokens. As within one expert, the ridge grows where there are few tokens for what is fitted: all kept atomic experts
+that a token meets count against the tokens of each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from ..calibration.activations import ActivationStore
+from ..calibration.memory import activation_budget, available_bytes
+from ..calibration.walk import LayerWalk
+from ..experts import experts_per_token
+from ..utils.errors import HeaprError
+from ..utils.logging import get_logger, progress
+from ..utils.placement import default_device
+from ..utils.tensor_files import TensorReader
+from .block_inputs import BlockInputs, watched_blocks
+from .least_squares import Part, solve_together
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration.data import CalibrationData
+    from ..calibration.decoder import Decoder
+    from ..configuration import HeaprConfig
+    from ..experts import ExpertBlock
+    from ..planning.plan import PruningPlan
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """What the down projections of one block become.
+
+    Attributes:
+        rows (`list[torch.Tensor]`): of each expert the kept rows, in the order of the plan, [w, d].
+        shared (`dict[str, torch.Tensor]`): by full name, the whole weights [d, I] of down projections of shared experts.
+        error_before (`float`): squared error of the block's routed output after plain removal, relative to the squared
+            output, over the calibration tokens.
+        error_after (`float`): the same with these down projections.
+    """
+
+    rows: list[torch.Tensor]
+    shared: dict[str, torch.Tensor]
+    error_before: float
+    error_after: float
+
+
+@torch.no_grad()
+def compensate_together(
+    decoder: Decoder,
+    data: CalibrationData,
+    plan: PruningPlan,
+    folder: Path,
+    keep: Callable[[ExpertBlock, FittedBlock], None],
+    activation_memory: int | None = None,
+) -> None:
+    """Fits all blocks of an unpruned model, from the first layer to the last, and fills in `plan.compensation`.
+
+    Args:
+        decoder (`Decoder`): the layers; only one needs its weights at a time.
+        data (`CalibrationData`): tokenized samples, `plan.config.batch_size` of which make a micro-batch.
+        plan (`PruningPlan`): what stays.
+        folder (`Path`): exists; takes the inputs of a layer past the budget.
+        keep (`Callable`): is given each block and what becomes of it, and may change it: no other layer sees that.
+        activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
+            quarter of what is free.
+
+    Raises:
+        HeaprError: if a layer needs more than the hidden states of the one before.
+    """
+    batches = dict(enumerate(data.micro_batches(plan.config.batch_size)))
+    walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
+    with decoder.rest():
+        walk.capture(batches)
+    last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
+    for number in progress(range(last + 1), desc="Compensating", unit="layer"):
+        blocks = decoder.blocks_of(number)
+        with decoder.layer(number) as layer:
+            with watched_blocks(decoder.model, blocks) as watched:
+                for index, batch in batches.items():
+                    for inputs in watched.values():
+                        inputs.counts = batch["attention_mask"].bool().flatten()
+                    walk.forward(number, layer, index)
+            walk.drop("hidden", number)
+            for block in blocks:
+                fitted = fit_block(block, watched.pop(block.path), plan.kept[block.path], plan.config.ridge)
+                errors = (fitted.error_before, fitted.error_after)
+                plan.compensation[block.path] = [errors] * block.num_experts
+                keep(block, fitted)
+    walk.drop("hidden", last + 1)
+
+
+@torch.no_grad()
+def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float) -> FittedBlock:
+    """The down projections of one block, fitted together; as they are where nothing is removed or no token came.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        inputs (`BlockInputs`): what it was called with.
+        kept (`list[torch.Tensor]`): kept indices of each expert.
+        ridge (`float`): least ridge, in units of the mean squared activation.
+    """
+    problem = _Problem(block, inputs, kept, ridge)
+    rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
+    if not problem.parts or problem.error == 0:
+        return FittedBlock(rows, {}, problem.error, problem.error)
+    changes, left = solve_together(list(problem.parts.values()), problem.target)
+    error = float(left.square().sum()) / problem.energy
+    if not error <= problem.error:  # also for NaN
+        logger.warning("%s: could not be compensated (error %s), and is cut as it is", block.path, error)
+        return FittedBlock(rows, {}, problem.error, problem.error)
+    shared = {}
+    for name, change in zip(problem.parts, changes):
+        if isinstance(name, int):
+            rows[name] = (rows[name] + change).to(rows[name].dtype)
+        else:
+            weight = inputs.shared[name].down_proj.weight
+            shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
+    return FittedBlock(rows, shared, problem.error, error)
+
+
+def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
+    """States what fitting a block takes, and refuses what there is no room for, before anything is calibrated.
+
+    Args:
+        model (`PreTrainedModel`): only shapes and devices are read.
+        blocks (`list[ExpertBlock]`): its expert blocks.
+        config (`HeaprConfig`): its calibration part is used.
+
+    Raises:
+        HeaprError: naming the bytes needed and available.
+    """
+    needed = max(
+        fitting_bytes(block, config.num_samples * config.seq_length, experts_per_token(model)) for block in blocks
+    )
+    device = blocks[0].device if getattr(model, "hf_device_map", None) else default_device()
+    # Weights that are going to be there as well.
+    coming = sum(p.nbytes for p in model.parameters() if p.device.type not in (device.type, "meta"))
+    available = available_bytes(device) - coming
+    logger.info("Fitting a block takes %s bytes on %s, of %s available", f"{needed:,}", device, f"{available:,}")
+    if needed > available:
+        raise HeaprError(
+            f"compensation_scope='block': needs {needed:,} bytes on {device} for {config.num_samples} samples of "
+            f"{config.seq_length} tokens, and {available:,} are available; calibrate on fewer, or use "
+            "--memory streaming, which has one layer there, or compensation_scope='expert'"
+        )
+
+
+def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
+    """What fitting one block takes at most, shared experts left aside.
+
+    Per token the hidden state, twice while micro-batches are joined, the activations of its experts, and four sums; per
+    weight of the down projections five unknowns; and a matrix of width x width for each expert.
+    """
+    stored, exact = block.module.down_proj.dtype.itemsize, max(block.module.down_proj.dtype.itemsize, 4)
+    per_token = block.hidden_size * (2 * stored + 4 * exact) + (top_k or block.num_experts) * block.width * stored
+    per_expert = 5 * block.width * block.hidden_size + block.width**2
+    return tokens * per_token + block.num_experts * per_expert * exact
+
+
+class FittedFiles:
+    """What blocks become, in files: for a model that is cut piece by piece, later.
+
+    Args:
+        folder (`Path`): is made; whoever made the one around it removes it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        self._reader: TensorReader | None = None
+
+    def keep(self, block: ExpertBlock, fitted: FittedBlock) -> None:
+        """Writes one block."""
+        rows = {f"{block.path}.{expert}": part.contiguous() for expert, part in enumerate(fitted.rows)}
+        shared = {name: weight.contiguous() for name, weight in fitted.shared.items()}
+        save_file({**rows, **shared}, self.folder / f"{block.path}.safetensors")
+
+    def rows(self, path: str, expert: int) -> torch.Tensor:
+        """Kept rows of one expert, [w, d]."""
+        return self._read(f"{path}.{expert}")
+
+    def shared(self, name: str) -> torch.Tensor | None:
+        """A parameter that is no routed expert's, if it was fitted, too."""
+        return self._read(name) if name in self._files.tensors else None
+
+    @property
+    def _files(self) -> TensorReader:
+        if self._reader is None:
+            self._reader = TensorReader(self.folder.glob("*.safetensors"))
+        return self._reader
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._files.read(name)
+
+
+class _Problem:
+    """What is to be made up for in one block, and by what.
+
+    Attributes:
+        target (`torch.Tensor`): what the removed atomic experts did, [tokens, d].
+        energy (`float`): squared output of all routed experts, summed over tokens.
+        error (`float`): squared target relative to that.
+        parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
+    """
+
+    def __init__(self, block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float):
+        hidden, index, weight = inputs.routing()
+        dtype = torch.promote_types(block.module.down_proj.dtype, torch.float32)
+        output = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        self.target = torch.zeros_like(output)
+        self.parts: dict[int | str, Part] = {}
+        shared = dict(inputs.shared_activations())
+        always_on = sum(activations.shape[1] for activations in shared.values())
+        # Some routers name an expert that is none, for tokens that get fewer.
+        counts = torch.bincount(index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
+        met = sum(count * len(indices) for count, indices in zip(counts, kept)) / max(len(hidden), 1)  # by a token
+        for expert, indices in enumerate(kept):
+            tokens, slot = torch.where(index == expert)
+            if len(tokens) == 0:
+                continue
+            activations = activations_of(block, expert, hidden[tokens]) * weight[tokens, slot, None]
+            is_kept = torch.zeros(block.width, dtype=torch.bool, device=hidden.device)
+            is_kept[indices.to(hidden.device)] = True
+            exact, down = activations.to(dtype), block.down_rows(expert).to(dtype)
+            output.index_add_(0, tokens, exact @ down)
+            self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
+            energy = float(exact.square().mean(1).sum())
+            if len(indices) and energy > 0:
+                least = met / len(tokens) + always_on / len(hidden)
+                self.parts[expert] = Part(tokens, activations[:, is_kept], energy * max(ridge, least))
+        self.energy = float(output.square().sum())
+        self.error = float(self.target.square().sum()) / self.energy if self.energy else 0.0
+        everywhere = torch.arange(len(hidden), device=hidden.device)
+        for name, activations in shared.items():
+            energy = float(activations.to(dtype).square().mean(1).sum())
+            if energy > 0:
+                least = (met + always_on) / len(hidden)
+                self.parts[name] = Part(everywhere, activations, energy * max(ridge, least))
+
+
+def activations_of(block: ExpertBlock, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+    """What the atomic experts of one expert are for these tokens, [n, I]."""
+    module = block.module
+    weight = module.gate_up_proj[expert]
+    bias = module.gate_up_proj_bias[expert] if module.has_bias else None
+    return module._apply_gate(F.linear(hidden, weight.T if module.is_transposed else weight, bias))

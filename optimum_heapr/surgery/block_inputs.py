@@ -1,0 +1,128 @@
+# Licensed under the Apache License, Version 2.0
+"""What the experts of a layer are called with, routed and shared, collected over micro-batches.
+
+Shared experts are found by what they do, not by name: a gated MLP beside the routed experts, inside the module that adds
+both up. Its output may be scaled for each token, as `qwen2_moe` does with a sigmoid of its own. The scale `s` is read off:
+with `y` the sum, `e` the routed output and `o` that of the MLP, it is `s = (y - e) . o / (o . o)`, and if `y = e + s o`
+does not hold then, the MLP is something else and is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+
+# Share of the squares that rounding may leave unexplained; in bfloat16 each number is exact to 2^-9.
+ROUNDING = 1e-5
+
+
+class BlockInputs:
+    """The calls of one block.
+
+    Args:
+        shared (`dict[str, torch.nn.Module]`): by path, the MLPs that may be shared experts; those that turn out to be none
+            are taken out.
+
+    Attributes:
+        counts (`torch.Tensor`): which tokens of the next call count, bool [tokens].
+    """
+
+    def __init__(self, shared: dict[str, torch.nn.Module]):
+        self.shared = shared
+        self.counts: torch.Tensor
+        self._routing: list[tuple[torch.Tensor, ...]] = []
+        self._activations: dict[str, list[torch.Tensor]] = {name: [] for name in shared}
+        self._call: dict[str, torch.Tensor] = {}
+
+    def routing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [tokens, d], experts of each token [tokens, K], and their router weights [tokens, K]."""
+        hidden, index, weight = (torch.cat(parts) for parts in zip(*self._routing))
+        return hidden, index, weight
+
+    def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """By path of the shared expert: its activations, scale in, [tokens, I]."""
+        return ((name, torch.cat(self._activations[name])) for name in self.shared)
+
+    def hooks(self, model: torch.nn.Module, block: ExpertBlock) -> list:
+        """Hooks that collect each call of the block."""
+        handles = [block.module.register_forward_pre_hook(self._routed, with_kwargs=True)]
+        if self.shared:
+            handles.append(block.module.register_forward_hook(self._keeps("routed")))
+            handles.append(model.get_submodule(_parent(block.path)).register_forward_hook(self._added_up))
+        for name, mlp in self.shared.items():
+            handles.append(mlp.register_forward_hook(self._keeps(name)))
+            handles.append(mlp.down_proj.register_forward_pre_hook(self._keeps(f"{name}.down_proj")))
+        return handles
+
+    def _routed(self, module: torch.nn.Module, inputs: tuple, named: dict) -> None:
+        inputs = (
+            *inputs,
+            *(named[name] for name in ("hidden_states", "top_k_index", "top_k_weights") if name in named),
+        )
+        counts = self.counts = self.counts.to(inputs[0].device)
+        self._routing.append(tuple(tensor.flatten(0, -2)[counts] for tensor in inputs))
+
+    def _keeps(self, name: str):
+        """A hook on what a module returns, or before it on what it is given."""
+
+        def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | None = None) -> None:
+            self._call[name] = (inputs[0] if output is None else output).flatten(0, -2)
+
+        return hook
+
+    def _added_up(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        output = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+        for name in list(self.shared):
+            scale = _scale(output, self._call["routed"], self._call.get(name))
+            if scale is None:
+                del self.shared[name]
+            else:
+                activations = self._call[f"{name}.down_proj"] * scale.to(output.dtype)
+                self._activations[name].append(activations[self.counts])
+        self._call.clear()
+
+
+@contextmanager
+def watched_blocks(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterator[dict[str, BlockInputs]]:
+    """Collects the calls of blocks until it ends; by block path."""
+    watched = {block.path: BlockInputs(_gated_mlps_beside(model, block)) for block in blocks}
+    handles = [handle for block in blocks for handle in watched[block.path].hooks(model, block)]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gated_mlps_beside(model: torch.nn.Module, block: ExpertBlock) -> dict[str, torch.nn.Module]:
+    """By path, the MLPs in the module that holds the block. Of several, which each gave what could not be told apart."""
+    parent = _parent(block.path)
+    projections = ("gate_proj", "up_proj", "down_proj")
+    found = {
+        f"{parent}.{name}": module
+        for name, module in model.get_submodule(parent).named_children()
+        if all(isinstance(getattr(module, projection, None), torch.nn.Linear) for projection in projections)
+    }
+    return found if len(found) == 1 else {}
+
+
+def _scale(total: torch.Tensor, routed: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor | None:
+    """What `own` was multiplied with for each token before it was added to `routed`, [tokens, 1]; `None` if it was not."""
+    if own is None or own.shape != total.shape or routed.shape != total.shape:
+        return None
+    total, routed, own = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (total, routed, own))
+    added = total - routed
+    scale = (added * own).sum(1, keepdim=True) / own.square().sum(1, keepdim=True).clamp(min=1e-30)
+    left = (added - scale * own).square().sum()
+    return scale if left <= ROUNDING * sum(part.square().sum() for part in (total, routed, own)) else None
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
