@@ -4,7 +4,15 @@
 from __future__ import annotations
 
 from ..utils.errors import HeaprError
-from .base import HeaprSubcommand, add_model_options, check_output_is_not_input, model_options_from
+from .base import (
+    TEXT_OPTIONS,
+    HeaprSubcommand,
+    add_config_options,
+    add_model_options,
+    changed_options,
+    check_output_is_not_input,
+    model_options_from,
+)
 
 
 class ApplyCommand(HeaprSubcommand):
@@ -19,6 +27,8 @@ class ApplyCommand(HeaprSubcommand):
             "-s", "--statistics", help="statistics of 'calibrate', as for 'plan'; needed to compensate experts"
         )
         add_output_options(parser)
+        title = "Calibration text, to compensate over blocks (default: what the plan names)"
+        add_config_options(parser, TEXT_OPTIONS, title=title)
         parser.add_argument(
             "--in-memory",
             action="store_true",
@@ -39,6 +49,7 @@ class ApplyCommand(HeaprSubcommand):
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)
+        plan.config = plan.config.replace(**changed_options(args))
         options = model_options_from(args)
         if args.in_memory or args.packed or args.device_map or args.dequantize:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)

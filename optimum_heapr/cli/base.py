@@ -34,6 +34,7 @@ CALIBRATION_OPTIONS = (
     "skip_nonfinite",
     "seed",
 )
+TEXT_OPTIONS = tuple(name for name in CALIBRATION_OPTIONS if name not in ("statistics", "skip_nonfinite"))
 EVALUATION_OPTIONS = ("eval_samples", "eval_dataset")
 PLANNING_OPTIONS = tuple(
     option.name
@@ -68,10 +69,14 @@ class HeaprSubcommand(BaseOptimumCLICommand):
 
 
 def add_config_options(
-    parser: argparse.ArgumentParser, names: Iterable[str], config_class: type[Options] = HeaprConfig
+    parser: argparse.ArgumentParser,
+    names: Iterable[str],
+    config_class: type[Options] = HeaprConfig,
+    title: str | None = None,
 ) -> None:
     """Adds one flag for each named option of a configuration, and `-c/--config` for a recipe file that they override."""
-    group = parser.add_argument_group("Pruning options" if config_class is HeaprConfig else "Recovery options")
+    title = title or ("Pruning options" if config_class is HeaprConfig else "Recovery options")
+    group = parser.add_argument_group(title)
     group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
     # A command may have a flag of its own that is named like an option.
     parser.set_defaults(config_options=tuple(names))
@@ -104,6 +109,18 @@ def config_from(args: argparse.Namespace, config_class: type[Options] = HeaprCon
     values: dict[str, Any] = read_mapping(args.config) if args.config else {}
     given = {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
     return config_class.from_dict({**values, **given})
+
+
+def changed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the options that a command takes, those that a flag or the recipe file gives a value.
+
+    Raises:
+        HeaprError: if the file cannot be read or an option in it is wrong.
+    """
+    values: dict[str, Any] = read_mapping(args.config) if args.config else {}
+    HeaprConfig.from_dict(values)
+    values |= {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
+    return {name: value for name, value in values.items() if name in args.config_options}
 
 
 def add_model_options(parser: argparse.ArgumentParser, several: bool = False) -> None:

@@ -49,6 +49,31 @@ def test_steps_and_the_whole_give_the_same_model(inputs, capsys):
     assert PruningPlan.load(inputs / "whole" / "plan.safetensors").compensation
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_over_blocks_the_text_is_named_again(inputs, capsys, heapr_log, in_memory):
+    data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8, "--batch-size", 4)
+    plan = ("--ratio", 0.5, "--compensate", "--compensation-scope", "block")
+    run("prune", "-m", inputs / "model", "-o", inputs / "whole", *plan, *data)
+    assert "mean relative squared error of the routed outputs of 2 layers" in capsys.readouterr().out
+    run("plan", "--statistics", inputs / "whole", "-o", inputs / "plan.safetensors", *plan)
+    steps = ["apply", "-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "steps"]
+    steps += ["--in-memory"] * in_memory
+    with pytest.raises(SystemExit):
+        run(*steps)
+    assert "dataset=None: name calibration text" in capsys.readouterr().err
+    assert not (inputs / "steps").exists()
+    run(*steps, *data)
+    assert "compensated on other text" not in heapr_log.text
+    assert (inputs / "steps" / "model.safetensors").read_bytes() == (
+        inputs / "whole" / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(SystemExit):
+        run(*steps, "--overwrite", "--num-samples", 0)
+    assert "num_samples=0: must be at least 1" in capsys.readouterr().err
+    run(*steps, "--overwrite", *data, "--num-samples", 4)
+    assert "compensated on other text than it was measured on" in heapr_log.text
+
+
 def test_what_is_missing_is_said(inputs, capsys):
     data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8)
     run("calibrate", "-m", inputs / "model", "-o", inputs / "vectors.safetensors", *data)
