@@ -110,7 +110,6 @@ def compensate_together(
     walk.drop("hidden", last + 1)
 
 
-@torch.no_grad()
 def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float) -> FittedBlock:
     """The down projections of one block, fitted together; as they are where nothing is removed or no token came.
 
@@ -120,23 +119,7 @@ def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor],
         kept (`list[torch.Tensor]`): kept indices of each expert.
         ridge (`float`): least ridge, in units of the mean squared activation.
     """
-    problem = _Problem(block, inputs, kept, ridge)
-    rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
-    if not problem.parts or problem.error == 0:
-        return FittedBlock(rows, {}, problem.error, problem.error)
-    changes, left = solve_together(list(problem.parts.values()), problem.target)
-    error = float(left.square().sum()) / problem.energy
-    if not error <= problem.error:  # also for NaN
-        logger.warning("%s: could not be compensated (error %s), and is cut as it is", block.path, error)
-        return FittedBlock(rows, {}, problem.error, problem.error)
-    shared = {}
-    for name, change in zip(problem.parts, changes):
-        if isinstance(name, int):
-            rows[name] = (rows[name] + change).to(rows[name].dtype)
-        else:
-            weight = inputs.shared[name].down_proj.weight
-            shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
-    return FittedBlock(rows, shared, problem.error, error)
+    return BlockFit(block, inputs, kept, ridge).solved()
 
 
 def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
@@ -214,18 +197,20 @@ class FittedFiles:
         return self._files.read(name)
 
 
-class _Problem:
-    """What is to be made up for in one block, and by what.
+class BlockFit:
+    """What is to be made up for in one block, and by what; arguments as for [`fit_block`].
 
     Attributes:
-        target (`torch.Tensor`): what the removed atomic experts did, [tokens, d].
+        target (`torch.Tensor`): what the removed atomic experts did, [tokens, d]; may be changed before it is solved.
         energy (`float`): squared output of all routed experts, summed over tokens.
-        error (`float`): squared target relative to that.
         parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
     """
 
+    @torch.no_grad()
     def __init__(self, block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float):
         hidden, index, weight = inputs.routing()
+        self._block, self._inputs = block, inputs
+        self._rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
         dtype = torch.promote_types(block.module.down_proj.dtype, torch.float32)
         output = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         self.target = torch.zeros_like(output)
@@ -250,13 +235,33 @@ class _Problem:
                 least = met / len(tokens) + always_on / len(hidden)
                 self.parts[expert] = Part(tokens, activations[:, is_kept], energy * max(ridge, least))
         self.energy = float(output.square().sum())
-        self.error = float(self.target.square().sum()) / self.energy if self.energy else 0.0
         everywhere = torch.arange(len(hidden), device=hidden.device)
         for name, activations in shared.items():
             energy = float(activations.to(dtype).square().mean(1).sum())
             if energy > 0:
                 least = (met + always_on) / len(hidden)
                 self.parts[name] = Part(everywhere, activations, energy * max(ridge, least))
+
+    @torch.no_grad()
+    def solved(self) -> FittedBlock:
+        """The down projections that come closest to the target."""
+        rows, shared = list(self._rows), {}
+        before = float(self.target.square().sum()) / self.energy if self.energy else 0.0
+        plain = FittedBlock(rows, shared, before, before)
+        if not self.parts or before == 0:
+            return plain
+        changes, left = solve_together(list(self.parts.values()), self.target)
+        error = float(left.square().sum()) / self.energy
+        if not error <= before:  # also for NaN
+            logger.warning("%s: could not be compensated (error %s), and is cut as it is", self._block.path, error)
+            return plain
+        for name, change in zip(self.parts, changes):
+            if isinstance(name, int):
+                rows[name] = (rows[name] + change).to(rows[name].dtype)
+            else:
+                weight = self._inputs.shared[name].down_proj.weight
+                shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
+        return FittedBlock(rows, shared, before, error)
 
 
 def activations_of(block: ExpertBlock, expert: int, hidden: torch.Tensor) -> torch.Tensor:
