@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """What the benchmarks report: whole windows of single documents, standard errors by document, records that a run goes on from."""
 
+import copy
 import importlib
 import json
 import math
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
-from tests.helpers import calibration_data, tiny_model
+from tests.helpers import calibration_data, random_ids, tiny_model
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -28,6 +30,20 @@ def common(monkeypatch):
 def test_every_benchmark_finds_what_it_imports(name, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     assert importlib.import_module(name).__doc__
+
+
+def test_fits_over_blocks_are_those_of_the_package(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("sequential_compensation")
+    model, data = tiny_model("deepseek"), calibration_data(*[24] * 8)
+    config = HeaprConfig(ratio=0.5, compensate=True, compensation_scope="block", batch_size=4)
+    pruner = HeaprPruner(copy.deepcopy(model), config=config)
+    pruner.statistics, pruner.calibration_data = calibrate(model, data, 4), data
+    plan, ids = pruner.plan(), random_ids()
+    batches = dict(enumerate(data.micro_batches(4)))
+    logits = {method: script.prune(model, batches, plan.kept, method)(ids).logits for method in script.METHODS}
+    torch.testing.assert_close(logits["block"], pruner.apply(plan)(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len({float(values.sum()) for values in logits.values()}) == len(script.METHODS)  # each fits something else
 
 
 def increase(common, differences, documents):

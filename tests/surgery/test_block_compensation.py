@@ -199,6 +199,30 @@ def test_padding_does_not_count_nor_do_micro_batches():
         torch.testing.assert_close(plans[3].state_dict()[name], weight, rtol=1e-8, atol=1e-10)
 
 
+def test_layers_that_accelerate_has_placed_keep_their_hooks():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, data, seen = tiny_model(), calibration_data(*LENGTHS), []
+
+    class Hook(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return super().pre_forward(module, *args, **kwargs)
+
+    expected, placed = copy.deepcopy(model), copy.deepcopy(model)
+    statistics = calibrate(model, data, 4)
+    for layer in placed.model.layers:
+        add_hook_to_module(layer, Hook(execution_device="cpu", io_same_device=True))
+    for changed in (expected, placed):
+        pruner = HeaprPruner(changed, config=HeaprConfig(**OPTIONS))
+        pruner.statistics, pruner.calibration_data = statistics, data
+        pruner.apply(pruner.plan())
+    assert len(seen) == len(placed.model.layers) * len(data.samples) / 4
+    ids = random_ids()
+    assert torch.equal(placed(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert len(seen) == len(placed.model.layers) * (len(data.samples) / 4 + 1)
+
+
 @pytest.mark.parametrize(
     ("model_type", "layout"),
     [("deepseek", "variable"), ("deepseek", "uniform"), ("gpt_oss", "padded"), ("qwen2_moe", "variable")],
