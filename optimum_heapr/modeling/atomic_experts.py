@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 
+from .half_precision import half_precision_forward, is_half_precision_inference, width_step
+
 
 # What accelerate hangs on a module that it has placed on a device; it holds the stock module itself.
 HOOK_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook")
 
 
-# Tokens that the loop gathers at once. Few: what is gathered should still be in the cache when it is used.
-ROWS_AT_ONCE = 256
-
-# Where products should come in few shapes: their tokens are a multiple of this, which is what matrix units take at once.
-ROWS_STEP = 16
+# Tokens that the loop gathers at once. Few: what is gathered should still be in the cache when it is used. Not too few: a
+# scatter has a fixed cost.
+ROWS_AT_ONCE = 1024
 
 
 def storage_order(widths: list[int]) -> list[int]:
@@ -69,8 +69,7 @@ class AtomicExperts(nn.Module):
 
         hidden_size, stock_width = stock.down_proj.shape[1:][:: -1 if stock.is_transposed else 1]
         total = sum(widths)
-        # Where products should come in few shapes: their widths are multiples of this, at most 16 different ones.
-        self.width_step = _round_up(stock_width, 256) // 16
+        self.width_step = width_step(stock_width)
         options = {"device": stock.down_proj.device, "dtype": stock.down_proj.dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(2 * total, hidden_size, **options))
         self.down_proj = nn.Parameter(torch.empty(total, hidden_size, **options))
@@ -92,13 +91,17 @@ class AtomicExperts(nn.Module):
         activation = self._apply_gate(gate_up) if gate_up.shape[1] else gate_up
         return (activation * weight).to(gate_up.dtype)
 
+    def slots_of(self, experts: torch.Tensor) -> torch.Tensor:
+        """Where experts are stored, by number."""
+        if self._slot_of_expert is None or self._slot_of_expert.device != experts.device:
+            self._slot_of_expert = torch.tensor(self.order, device=experts.device).argsort()
+        return self._slot_of_expert[experts]
+
     def sorted_by_slot(
         self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Tokens [tokens K] and router weights [tokens K, 1] sorted by where their expert is stored, and each slot's share."""
-        if self._slot_of_expert is None or self._slot_of_expert.device != top_k_index.device:
-            self._slot_of_expert = torch.tensor(self.order, device=top_k_index.device).argsort()
-        slots, permutation = torch.sort(self._slot_of_expert[top_k_index].reshape(-1), stable=True)
+        slots, permutation = torch.sort(self.slots_of(top_k_index).reshape(-1), stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts).tolist()
         return permutation // top_k_index.shape[-1], top_k_weights.reshape(-1, 1)[permutation], counts
 
@@ -134,16 +137,15 @@ class AtomicExperts(nn.Module):
         if run:
             yield slice(start, start + sum(count for _, count in run)), run
 
-    def add_partials(
+    def add_partial(
         self,
         output: torch.Tensor,
-        partials: list[torch.Tensor],
+        partial: torch.Tensor,
         run: list[tuple[int, int]],
         tokens: torch.Tensor,
         weights: torch.Tensor,
     ) -> None:
         """Adds what a run's experts give, and their biases, to the output of the run's tokens."""
-        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
         if self.has_bias:
             experts = _repeat([self.order[slot] for slot, _ in run], [count for _, count in run], tokens.device)
             partial = partial + weights * self.down_proj_bias[experts]
@@ -174,8 +176,8 @@ def eager_atomic_experts_forward(
     self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """One expert after another, each on its own tokens; those with few tokens share a gather and a scatter."""
-    if _wants_few_shapes(self, hidden_states, top_k_weights):
-        return few_shapes_atomic_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if is_half_precision_inference(self, hidden_states, top_k_weights):
+        return half_precision_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
     widths = [self.widths[expert] for expert in self.order]
     gate_up_weights = self.gate_up_proj.split([2 * width for width in widths])
@@ -186,64 +188,13 @@ def eager_atomic_experts_forward(
     for own, run in self.runs(counts):
         parts = [count for _, count in run]
         partials = []
-        for (slot, _), rows, weight in zip(run, hidden_states[tokens[own]].split(parts), weights[own].split(parts)):
+        all_rows = hidden_states.index_select(0, tokens[own])
+        for (slot, _), rows, weight in zip(run, all_rows.split(parts), weights[own].split(parts)):
             gate_up = F.linear(rows, gate_up_weights[slot], gate_up_biases[slot] if self.has_bias else None)
             partials.append(self.weighted_activation(gate_up, weight) @ down_weights[slot])
-        self.add_partials(output, partials, run, tokens[own], weights[own])
+        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
+        self.add_partial(output, partial, run, tokens[own], weights[own])
     return output
-
-
-def few_shapes_atomic_experts_forward(
-    self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The loop with products of few different shapes.
-
-    Tokens and widths are rounded up by taking some of the next expert's tokens, and some of its atomic experts or of the
-    previous one's. What they compute is dropped; into the down projection zeros take their place.
-    """
-    tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
-    widths = [self.widths[expert] for expert in self.order]
-    starts = [0, *itertools.accumulate(widths)]
-    gate_up_weights, down_weights, total = self.gate_up_proj, self.down_proj, starts[-1]
-
-    output = torch.zeros_like(hidden_states)
-    surplus = ROWS_STEP - 1
-    padded_tokens = F.pad(tokens, (0, surplus))
-    for own, run in self.runs(counts, split=True):
-        all_rows, weight = hidden_states[padded_tokens[own.start : own.stop + surplus]], weights[own]
-        row, partials = 0, []
-        for slot, count in run:
-            width, rounded_count = widths[slot], _round_up(count, ROWS_STEP) if count > 1 else 1
-            rounded_width = min(_round_up(width, self.width_step), total)
-            first = min(starts[slot], total - rounded_width)
-            before, end = starts[slot] - first, first + rounded_width
-
-            gate_up = F.linear(all_rows[row : row + rounded_count], gate_up_weights[2 * first : 2 * end])
-            gate_up = gate_up[:count, 2 * before : 2 * (before + width)]
-            if self.has_bias:
-                gate_up = gate_up + self.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
-            activation = self.weighted_activation(gate_up, weight[row : row + count])
-            activation = F.pad(activation, (before, rounded_width - width - before, 0, rounded_count - count))
-            partials.append((activation @ down_weights[first:end])[:count])
-            row += count
-        self.add_partials(output, partials, run, tokens[own], weight)
-    return output
-
-
-def _wants_few_shapes(self: AtomicExperts, *inputs: torch.Tensor) -> bool:
-    """Whether products should come in few shapes.
-
-    On a CPU, oneDNN compiles a kernel for each new shape of a product in half precision, which takes longer than the
-    product, and keeps 1024 of them. Tokens and widths of experts hardly ever repeat, so they are rounded up. Not for
-    training: the gradient of a view into a packed parameter is as large as the parameter.
-    """
-    half = self.down_proj.dtype in (torch.bfloat16, torch.float16)
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
-    return half and self.down_proj.device.type == "cpu" and not trained
-
-
-def _round_up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def grouped_mm_atomic_experts_forward(
@@ -253,8 +204,8 @@ def grouped_mm_atomic_experts_forward(
 
     A good `width_multiple` leaves few distinct widths, so few products.
     """
-    if _wants_few_shapes(self, hidden_states, top_k_weights):
-        return few_shapes_atomic_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if is_half_precision_inference(self, hidden_states, top_k_weights):
+        return half_precision_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, weights, counts = self.sorted_by_slot(top_k_index, top_k_weights)
     output = torch.zeros_like(hidden_states)
     row, start = 0, 0
@@ -271,7 +222,9 @@ def grouped_mm_atomic_experts_forward(
         if width:
             offsets = torch.tensor(group_counts, device=own.device).cumsum(0).to(torch.int32)
             gate_up_weight = self.gate_up_proj[slice_of_pairs].view(slots, 2 * width, -1)
-            gate_up = _grouped(hidden_states[own], gate_up_weight.transpose(1, 2), offsets, group_counts)
+            gate_up = _grouped(
+                hidden_states.index_select(0, own), gate_up_weight.transpose(1, 2), offsets, group_counts
+            )
             if self.has_bias:
                 gate_up = gate_up + self.gate_up_proj_bias[slice_of_pairs].view(slots, 2 * width)[slot_of_row]
             down_weight = self.down_proj[slice_of_atoms].view(slots, width, -1)

@@ -1,0 +1,119 @@
+# Licensed under the Apache License, Version 2.0
+"""`AtomicExperts` in bfloat16 and float16 on a CPU, without gradients. This file travels with pruned checkpoints.
+
+There oneDNN does the products. It compiles a kernel for each new shape, which takes longer than the product and is kept for
+the last 1024 only; and it repacks the weights in each call. So products come in few shapes, or all in one.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# Kernels for 32 numbers of tokens, 16 widths and two products are what oneDNN keeps.
+WIDTH_STEPS = 16
+
+# Up to here a product over all experts takes less than twice as long as with one token, where the CPU has tiles for it.
+MANY_TOKENS = 64
+
+
+def width_step(stock_width: int) -> int:
+    """What widths are rounded up to multiples of."""
+    return _round_up(stock_width, 256) // WIDTH_STEPS
+
+
+def rounded_rows(count: int) -> int:
+    """What the tokens of a product are rounded up to: 32 numbers up to 1024."""
+    if count <= 16:
+        return 1 << (count - 1).bit_length()
+    return _round_up(count, 16 if count <= 256 else 64)
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def is_half_precision_inference(experts: nn.Module, *inputs: torch.Tensor) -> bool:
+    """Whether `half_precision_forward` is to be used. Not for training: there the gradient of each of the views into a packed
+    parameter that it takes would be as large as the parameter."""
+    half = experts.down_proj.dtype in (torch.bfloat16, torch.float16)
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *experts.parameters()))
+    return half and experts.down_proj.device.type == "cpu" and not trained
+
+
+def half_precision_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As `AtomicExperts.forward`."""
+    # With a token or more for each expert on average, nearly all of them are read anyway.
+    if len(hidden_states) <= MANY_TOKENS and top_k_index.numel() >= experts.num_experts and _has_tiles(experts):
+        return all_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    return few_shapes_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _has_tiles(experts: nn.Module) -> bool:
+    """Whether the CPU multiplies matrices of this type by tiles (Intel AMX). Others take longer for eight times the operations."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return experts.down_proj.dtype == torch.bfloat16 and supported is not None and supported()
+
+
+def all_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """All tokens through all experts, in one product up and one down. What was not routed is zero in between."""
+    widths = torch.tensor([experts.widths[expert] for expert in experts.order])
+    slot_of_atom = torch.arange(experts.num_experts).repeat_interleave(widths)
+    weights = top_k_weights.new_zeros(experts.num_experts, len(hidden_states))
+    weights.scatter_add_(0, experts.slots_of(top_k_index).T, top_k_weights.T)
+
+    gate_up = experts.gate_up_proj @ hidden_states.T  # in this order the weights are not repacked
+    if experts.has_bias:
+        gate_up = gate_up + experts.gate_up_proj_bias[:, None]
+    if experts.is_concatenated:  # each expert by itself; the gate function wants all gates and then all ups
+        gates = torch.arange(len(slot_of_atom)) + (widths.cumsum(0) - widths)[slot_of_atom]
+        gate_up = gate_up.index_select(0, torch.cat([gates, gates + widths[slot_of_atom]]))
+    weight_of_atom = weights.index_select(0, slot_of_atom).T
+    activation = experts.weighted_activation(gate_up.T, weight_of_atom).masked_fill(weight_of_atom == 0, 0)
+    output = activation.contiguous() @ experts.down_proj
+    if experts.has_bias:
+        output = output + (weights.T @ experts.down_proj_bias[experts.order].to(weights.dtype))
+    return output.to(hidden_states.dtype)
+
+
+def few_shapes_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """One expert after another, by products of few different shapes.
+
+    Tokens and widths are rounded up by taking some of the next expert's tokens, and some of its atomic experts or of the
+    previous one's. What they compute is overwritten; into the down projection zeros take their place.
+    """
+    tokens, weights, counts = experts.sorted_by_slot(top_k_index, top_k_weights)
+    widths = [experts.widths[expert] for expert in experts.order]
+    starts = [0, *itertools.accumulate(widths)]
+    gate_up_weights, down_weights, total = experts.gate_up_proj, experts.down_proj, starts[-1]
+
+    output = torch.zeros_like(hidden_states)
+    for own, run in experts.runs(counts, split=True):
+        surplus = max(rounded_rows(count) - count for _, count in run)
+        rows = hidden_states.index_select(0, F.pad(tokens[own], (0, surplus)))
+        weight, partial = weights[own], down_weights.new_empty(len(rows), down_weights.shape[1])
+        row = 0
+        for slot, count in run:
+            width, rounded_count = widths[slot], rounded_rows(count)
+            rounded_width = min(_round_up(width, experts.width_step), total)
+            first = min(starts[slot], total - rounded_width)
+            before, end = starts[slot] - first, first + rounded_width
+
+            gate_up = F.linear(rows[row : row + rounded_count], gate_up_weights[2 * first : 2 * end])
+            gate_up = gate_up[:count, 2 * before : 2 * (before + width)]
+            if experts.has_bias:
+                gate_up = gate_up + experts.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
+            activation = experts.weighted_activation(gate_up, weight[row : row + count])
+            activation = F.pad(activation, (before, rounded_width - width - before, 0, rounded_count - count))
+            torch.mm(activation.to(partial.dtype), down_weights[first:end], out=partial[row : row + rounded_count])
+            row += count
+        experts.add_partial(output, partial[:row], run, tokens[own], weight)
+    return output
