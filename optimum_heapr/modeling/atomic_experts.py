@@ -6,8 +6,6 @@ projection, which is stored as a row. An expert is then a contiguous view, and p
 """
 
 import itertools
-import re
-import weakref
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 
+from .compiled import compiled_forward, numbered
 from .half_precision import half_precision_forward, is_half_precision_inference, width_step
 
 
@@ -65,7 +64,7 @@ class AtomicExperts(nn.Module):
         self.order = storage_order(widths)
         # The inverse of `order`, made on the device of the first call.
         self._slot_of_expert: torch.Tensor | None = None
-        self._take_number()
+        self.number = numbered(self)
 
         hidden_size, stock_width = stock.down_proj.shape[1:][:: -1 if stock.is_transposed else 1]
         total = sum(widths)
@@ -155,21 +154,22 @@ class AtomicExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As the stock module: [tokens, d], [tokens, K], [tokens, K] -> [tokens, d]."""
-        # Shapes inside depend on the routing, so `torch.compile` must not look into it. Without gradients the block is one
-        # operation with an output of known shape; with them, the graph breaks here.
-        if not torch.compiler.is_compiling():
-            return _forward(self, hidden_states, top_k_index, top_k_weights)
-        if torch.is_grad_enabled():
-            return _breaking_forward(self, hidden_states, top_k_index, top_k_weights)
-        return _opaque_forward(hidden_states, top_k_index, top_k_weights, self.number)
+        if torch.compiler.is_compiling():
+            return compiled_forward(self, hidden_states, top_k_index, top_k_weights)
+        return self.compute(hidden_states, top_k_index, top_k_weights)
 
-    def _take_number(self) -> None:
-        self.number = next(_NUMBERS)
-        _BLOCKS[self.number] = self
+    def compute(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` in the way that the configuration names."""
+        implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
+            self.config._experts_implementation, eager_atomic_experts_forward
+        )
+        return implementation(self, hidden_states, top_k_index, top_k_weights)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._take_number()  # a copy, or from a pickle
+        self.number = numbered(self)  # a copy, or from a pickle
 
 
 def eager_atomic_experts_forward(
@@ -259,32 +259,3 @@ class AtomicExpertsInterface(ExpertsInterface):
 
 
 ATOMIC_EXPERTS_FUNCTIONS = AtomicExpertsInterface()
-
-
-def _forward(
-    self: AtomicExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
-        self.config._experts_implementation, eager_atomic_experts_forward
-    )
-    return implementation(self, hidden_states, top_k_index, top_k_weights)
-
-
-_breaking_forward = torch.compiler.disable(_forward)
-
-# Operations take tensors and numbers, so a block is named by its number. The operation is named after this module: a copy of
-# the file that came with a checkpoint has its own blocks.
-_NUMBERS = itertools.count()
-_BLOCKS: weakref.WeakValueDictionary[int, AtomicExperts] = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op(f"heapr::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}", mutates_args=())
-def _opaque_forward(
-    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, number: int
-) -> torch.Tensor:
-    return _forward(_BLOCKS[number], hidden_states, top_k_index, top_k_weights)
-
-
-@_opaque_forward.register_fake
-def _(hidden_states, top_k_index, top_k_weights, number):
-    return torch.empty_like(hidden_states)
