@@ -77,11 +77,16 @@ def test_few_tokens_take_all_experts_where_the_cpu_has_tiles(implementation, mon
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         used.clear()
         outputs = [
-            half(*routed(tokens, dtype=torch.bfloat16)) for tokens in (2, 3, 64, 65)
+            half(*routed(tokens, dtype=torch.bfloat16)) for tokens in (2, 3, 24, 25)
         ]  # six experts, two a token
         some = "all_experts_forward" if tiles else "few_shapes_forward"
         assert used == ["few_shapes_forward", some, some, "few_shapes_forward"]
         assert all(output.dtype == torch.bfloat16 for output in outputs)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(half_precision, "MANY_TOKENS", 20)
+    used.clear()
+    half(*routed(20, dtype=torch.bfloat16)), half(*routed(21, dtype=torch.bfloat16))
+    assert used == ["all_experts_forward", "few_shapes_forward"]
     used.clear()
     half.half()(*routed(dtype=torch.float16))  # the tiles do not know float16
     assert used == ["few_shapes_forward"]
