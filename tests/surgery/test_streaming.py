@@ -2,12 +2,14 @@
 """Streaming apply: the same files, byte for byte, without the memory of the model."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import optimum_heapr.surgery.streaming as streaming
@@ -172,6 +174,50 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatc
     monkeypatch.undo()
     apply_streaming(tmp_path / "source", plan, tmp_path / "pruned", max_shard_size="50KB")
     assert (tmp_path / "pruned" / "model.safetensors.index.json").is_file()
+
+
+KILLED = """
+import os, signal, sys
+from optimum_heapr.planning.plan import PruningPlan
+from optimum_heapr.saving import apply_streaming
+from optimum_heapr.surgery.streaming import TargetCheckpoint
+parts, calls = TargetCheckpoint.parts, []
+def killed(self, name):
+    calls.append(name)
+    if len(calls) == 60:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from parts(self, name)
+TargetCheckpoint.parts = killed
+plan, source, output = sys.argv[1:]
+apply_streaming(source, PruningPlan.load(plan), output, max_shard_size="50KB")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal here")
+def test_a_run_that_was_killed_within_a_file_can_be_repeated(tmp_path):
+    """It leaves a temporary folder, which the next run removes; that gives the bytes of a run that was not killed."""
+    model = wide_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    plan = layout_plan(model, "variable")
+    plan.save(tmp_path / "plan")
+    arguments = [tmp_path / "plan", tmp_path / "source", tmp_path / "pruned"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    (left,) = [path for path in tmp_path.iterdir() if path.name not in ("plan", "source")]
+    written = sorted(left.glob("*.safetensors"))
+    assert left.name.startswith(".pruned.") and len(written) > 1
+    with pytest.raises(SafetensorError):
+        load_file(written[-1])  # it was within this file
+
+    for name in ("pruned", "whole"):
+        apply_streaming(tmp_path / "source", plan, tmp_path / name, max_shard_size="50KB")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "pruned", "source", "whole"]
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "pruned" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "pruned").iterdir())) == len(list((tmp_path / "whole").iterdir()))
 
 
 MEASURE = """
