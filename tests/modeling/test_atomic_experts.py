@@ -195,6 +195,39 @@ def test_half_precision(implementation):
         assert (output.double() - expected).norm() < 0.02 * expected.norm()
 
 
+def results_of(
+    experts, run, frozen: tuple = (), dtype=torch.float32, device: str = "cpu"
+) -> list[torch.Tensor | None]:
+    """Output, and gradients of the inputs and parameters."""
+    inputs = dict(zip(("hidden", "index", "weights"), routed(avoid=(4,), dtype=dtype)))
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    wanted = {**inputs, **dict(experts.named_parameters())}
+    wanted.pop("index")
+    experts.zero_grad()
+    for name, tensor in wanted.items():
+        tensor.requires_grad_(name not in frozen)
+    output = run(*inputs.values())
+    output.square().sum().backward()
+    return [output.detach(), *(tensor.grad for tensor in wanted.values())]
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "model_type, name", [("gpt_oss", "different"), ("qwen3_moe", "groups"), ("qwen3_moe", "equal")]
+)
+def test_forward_and_backward_on_a_device(model_type, name, implementation, dtype, tolerance, device):
+    exact = use(cut_block(block_of(model_type, torch.float64), kept_of(WIDTHS[name])), "eager")
+    expected = results_of(exact, exact, dtype=torch.float64)
+    experts = use(cut_block(block_of(model_type, dtype), kept_of(WIDTHS[name])).to(device), implementation)
+    for one, other in zip(results_of(experts, experts, dtype=dtype, device=device), expected, strict=True):
+        assert one.dtype == dtype and (one.cpu() - other).norm() < tolerance * other.norm()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast(implementation):
     """Weights and hidden states in float32, products in bfloat16: how mixed-precision training runs."""
