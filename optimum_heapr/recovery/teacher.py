@@ -102,7 +102,8 @@ class Teacher:
         """What compensation began from: cuts the teacher, which is not needed any more, without compensation."""
         if plan is None:
             return
-        plain = type(plan)(**{**vars(plan), "config": plan.config.replace(compensate=False)})
+        config = plan.config.replace(compensate=False, compensation_scope="expert")
+        plain = type(plan)(**{**vars(plan), "config": config})
         try:
             self.stages["pruned"] = held_out_loss(apply_plan(model, plain), data)
         except HeaprError as error:  # a teacher of the same shape need not be the model that was pruned

@@ -15,7 +15,8 @@ from optimum_heapr import HeaprError
 from optimum_heapr.recovery.adapter import load_adapter
 from optimum_heapr.recovery.data import RecoveryData
 from optimum_heapr.recovery.output import plan_of, save_adapter, save_merged
-from optimum_heapr.recovery.teacher import held_out_loss
+from optimum_heapr.recovery.state import RunFolder
+from optimum_heapr.recovery.teacher import Teacher, held_out_loss
 from optimum_heapr.recovery.trainer import RecoveryTrainer
 from tests.helpers import random_ids, tiny_model
 from tests.recovery.conftest import DISTILLATION, ROWS, prune, quick, run
@@ -36,6 +37,15 @@ def adapter_weights(recovery):
 
 def assert_close(first, second, **tolerance):
     torch.testing.assert_close(first, second, **{"rtol": 0, "atol": 1e-4, **tolerance})
+
+
+@pytest.mark.parametrize("scope", ["expert", "block"])
+def test_what_compensation_gave_is_measured(tmp_path, scope):
+    pruner = prune("qwen3_moe", compensate=True, compensation_scope=scope)
+    data, folder = RecoveryData.load(quick(), None, ROWS), RunFolder(tmp_path / "state", False)
+    teacher = Teacher.prepare(tiny_model("qwen3_moe"), pruner.model, quick(), data, folder, pruner.applied_plan)
+    assert teacher.stages["pruned"] == pytest.approx(held_out_loss(prune("qwen3_moe").model, data), abs=1e-6)
+    assert teacher.stages["pruned"] != pytest.approx(held_out_loss(pruner.model, data), abs=1e-4)
 
 
 def test_what_is_kept_is_better_and_loads_as_an_adapter_and_merged(pruned, model, tmp_path):
