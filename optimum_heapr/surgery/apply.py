@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.decoder import Decoder
+from ..calibration.runner import frozen_in_evaluation_mode
 from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
@@ -56,7 +57,7 @@ def apply_plan(
     check_compensation(plan, statistics, data)
     if plan.config.compensates_blocks:
         place(model)  # as calibration does
-        with tempfile.TemporaryDirectory(prefix="heapr-") as folder:
+        with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):
             compensate_together(
                 Decoder(model, blocks),
                 data,

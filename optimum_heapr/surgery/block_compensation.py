@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from ..calibration.activations import ActivationStore
 from ..calibration.memory import activation_budget, available_bytes
+from ..calibration.tap import switched_experts
 from ..calibration.walk import LayerWalk
 from ..experts import experts_per_token
 from ..utils.errors import HeaprError
@@ -96,7 +97,8 @@ def compensate_together(
     for number in progress(range(last + 1), desc="Compensating", unit="layer"):
         blocks = decoder.blocks_of(number)
         with decoder.layer(number) as layer:
-            with watched_blocks(decoder.model, blocks) as watched:
+            # The experts of calibration take any width and type.
+            with switched_experts(decoder.model, blocks), watched_blocks(decoder.model, blocks) as watched:
                 for index, batch in batches.items():
                     for inputs in watched.values():
                         inputs.counts = batch["attention_mask"].bool().flatten()

@@ -293,6 +293,20 @@ def test_a_fit_without_room_is_refused_before_anything_is_measured(monkeypatch):
     HeaprPruner(model, config=HeaprConfig(**OPTIONS, seq_length=1024)).check()
 
 
+def test_half_precision_widths_that_no_kernel_takes_and_training_mode():
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, data = tiny_model("qwen2_moe", dtype=dtype, moe_intermediate_size=11), calibration_data(*LENGTHS)
+        model.config.attention_dropout = 0.5
+        pruner = HeaprPruner(model.train(), config=HeaprConfig(**OPTIONS))
+        pruner.statistics, pruner.calibration_data = calibrate(model, data, 4), data
+        pruner.apply(pruner.plan())
+        assert model.training and model.get_experts_implementation() != "heapr_calibration"
+        errors[dtype] = [pairs[0] for pairs in pruner.applied_plan.compensation.values()]
+    for exact, half in zip(*errors.values(), strict=True):
+        assert half[1] < half[0] and half == pytest.approx(exact, rel=0.1)
+
+
 def test_no_second_order_statistics_are_needed():
     config = HeaprConfig(**OPTIONS)
     assert not config.needs_grams and config.compensates_blocks and not config.compensates_experts
