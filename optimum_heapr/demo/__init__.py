@@ -7,6 +7,7 @@ the Python standard library. The texts themselves are not shipped: they are read
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -66,32 +67,43 @@ def demo_texts(split: str) -> list[str]:
     """
     if split not in DEMO_SPLITS:
         raise HeaprError(f"split={split!r}: use one of {', '.join(DEMO_SPLITS)}{did_you_mean(split, DEMO_SPLITS)}")
-    documents = [(name, text) for name, text in _documents() if _split_of(name) == split]
+    documents = list(_documents(split))
     # Checksum order mixes prose and code, and makes the first characters of a split a fair sample of it.
     documents.sort(key=lambda document: (_checksum("order:" + document[0]), document[0]))
     texts = [text for _, text in documents]
     return texts if split == "train" else _capped(texts)
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    """Yield `(name, text)` of every document of all splits, in a fixed order."""
+def _documents(split: str) -> Iterator[tuple[str, str]]:
+    """Yield `(name, text)` of every document of a split; only those are read."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    modules = (
-        [path for path in stdlib.rglob("*.py") if _is_wanted(path.relative_to(stdlib))] if stdlib.is_dir() else []
-    )
+    modules = list(_modules(stdlib))
     if len(modules) < _MIN_MODULES:
         raise HeaprError(
             f"dataset='demo': its texts are the sources of the Python standard library, but {stdlib} holds only "
             f"{len(modules)} of them; use a Python installed with its sources, or name another dataset"
         )
-    for path in sorted(modules):
+    for name in modules:
+        if _split_of(name) != split:
+            continue
         try:
-            text = path.read_text(encoding="utf-8")
+            text = (stdlib / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if len(text) >= _MIN_DOCUMENT_CHARS:
-            yield path.relative_to(stdlib).as_posix(), text
-    yield from _help_topics()
+            yield name, text
+    yield from (topic for topic in _help_topics() if _split_of(topic[0]) == split)
+
+
+def _modules(stdlib: Path) -> Iterator[str]:
+    """Yield the path inside the standard library of every module of it, and of no data written as Python source."""
+    for folder, folders, files in os.walk(stdlib):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]  # may hold thousands of files
+        for file in files:
+            name = Path(folder, file).relative_to(stdlib).as_posix()
+            # The help topics are read as texts; the build configuration holds the paths of the machine that built Python.
+            if file.endswith(".py") and name != "pydoc_data/topics.py" and not file.startswith("_sysconfigdata"):
+                yield name
 
 
 def _help_topics() -> Iterator[tuple[str, str]]:
@@ -113,14 +125,6 @@ def _help_topics() -> Iterator[tuple[str, str]]:
         document = "\n\n".join(paragraphs) + "\n"
         if len(document) >= _MIN_DOCUMENT_CHARS:
             yield f"pydoc_data/topics/{name}", document
-
-
-def _is_wanted(relative: Path) -> bool:
-    """Whether the file is a module of the standard library proper, and not data written as Python source."""
-    if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
-        return False
-    # The help topics are read as texts; the build configuration holds the paths of the machine that built Python.
-    return relative.as_posix() != "pydoc_data/topics.py" and not relative.name.startswith("_sysconfigdata")
 
 
 def _checksum(name: str) -> int:
