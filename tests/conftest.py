@@ -35,3 +35,11 @@ def heapr_log(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reports_time_once():
+    """Of the speeds that a report states no test needs the median of three."""
+    from optimum_heapr.report import observation
+
+    observation.REPETITIONS = 1

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from optimum_heapr.configuration import HeaprConfig
-from optimum_heapr.families import families_markdown, scan_families
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,8 +77,3 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "mailto:")):
             assert os.path.exists(page.parent / target), f"{page_name(page)} links to {target}, which does not exist"
-
-
-def test_the_page_of_families_is_what_the_command_prints():
-    page = (ROOT / "docs" / "source" / "families.md").read_text(encoding="utf-8")
-    assert families_markdown(scan_families()) in page

@@ -14,6 +14,7 @@ from optimum_heapr.families import TESTED, families_markdown, scan_families
 from optimum_heapr.modeling.auto import FAMILIES
 from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.pruner import HeaprPruner
+from tests.helpers import repository
 
 
 SMALL = {
@@ -144,3 +145,8 @@ def test_refusals_say_why(families):
 def test_every_tested_family_is_listed_as_such(families):
     assert {family.model_type for family in families if family.status == "tested"} == set(TESTED)
     assert "| `qwen3_moe` | Qwen3MoeForCausalLM | tested |" in families_markdown(families)
+
+
+def test_the_page_of_families_is_what_the_command_prints(families):
+    page = repository() / "docs" / "source" / "families.md"
+    assert families_markdown(families) in page.read_text(encoding="utf-8")
