@@ -1,11 +1,6 @@
 # Licensed under the Apache License, Version 2.0
 """Two processes, each with its share of the samples, measure what one process does."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -15,7 +10,8 @@ from optimum_heapr import HeaprError
 from optimum_heapr.calibration.processes import check_launcher, check_placement, start_processes
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
-from tests.helpers import assert_same_statistics, calibration_data, repository, tiny_model
+from tests.helpers import assert_same_statistics, calibration_data, tiny_model
+from tests.processes import in_two_processes
 
 
 LENGTHS = (16, 7, 12, 16, 3)
@@ -46,33 +42,8 @@ torch.distributed.destroy_process_group()
 def test_two_processes_measure_what_one_does(tmp_path):
     """Three micro-batches for two processes: one gets two of them, and samples of different length. Streaming as well."""
     tiny_model(dtype=torch.float64).save_pretrained(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(repository()),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes = in_two_processes(SCRIPT, tmp_path)
+    assert [process.returncode for process in processes] == [0, 0], [process.stderr for process in processes]
 
     expected = calibrate(tiny_model(dtype=torch.float64), calibration_data(*LENGTHS), batch_size=2, gram=True)
     for name in ("0", "1", "streamed0", "streamed1"):

@@ -3,7 +3,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -111,15 +110,3 @@ def inputs(tmp_path_factory) -> Inputs:
     pruner.applied_plan.save(made.plan)
     pruner.save_pretrained(made.pruned)
     return made
-
-
-def start_python(code: str, *arguments, **options) -> subprocess.Popen:
-    """A fresh interpreter, its output as text."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_heapr import PruningPlan
-from tests.cli.conftest import CALIBRATION_FLAGS, listing, start_python
+from tests.cli.conftest import CALIBRATION_FLAGS, listing
 from tests.helpers import SENTENCES, tiny_model, tiny_tokenizer
+from tests.processes import start_python
 
 
 def lines(path, rows: list[dict]):
@@ -525,7 +526,7 @@ def test_errors_of_a_fresh_process(inputs, tmp_path):
         "for arguments in json.loads(sys.argv[1]):\n    sys.argv = ['optimum-cli', 'heapr', *arguments]\n"
         "    try:\n        main()\n    except SystemExit as exit:\n        print(exit.code)\n"
     )
-    output, error = start_python(code, json.dumps(commands)).communicate(timeout=120)
+    output, error = start_python(code, json.dumps(commands)).communicate()
     assert without_estimate(output).split() == ["2"] * len(names), error
     assert len(error.splitlines()) == len(names), error
     for command, line in zip(commands, error.splitlines()):

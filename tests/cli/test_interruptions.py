@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from tests.cli.conftest import listing, start_python
+from tests.cli.conftest import listing
+from tests.processes import start_python
 
 
 # (module or class, function) to be interrupted in: while measuring, planning, cutting, writing, putting in place.
@@ -119,12 +120,10 @@ def test_signals_while_writing(run, inputs, tmp_path):
         processes[number] = start_python(STALLED, *arguments, env=environment)  # both at once: starting takes long
     try:
         for number, process in processes.items():
-            while (line := process.stdout.readline()) and line.strip() != "written":
-                pass
-            assert line.strip() == "written", process.stderr.read()
+            assert process.wait_for_line("written"), process.communicate()
             os.kill(process.pid, number)
         for number, process in processes.items():
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate()
             folder = tmp_path / number.name
             assert listing(folder / "out") == {"notes.txt": b"old"}
             if number == signal.SIGINT:
@@ -138,6 +137,4 @@ def test_signals_while_writing(run, inputs, tmp_path):
                 assert [path.name for path in folder.iterdir()] == ["out"]
     finally:
         for process in processes.values():
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()

@@ -4,7 +4,6 @@ for one that died."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,9 @@ import pytest
 import torch
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
-from tests.helpers import SUMS, repository
+from optimum_heapr.planning.plan import PLAN_NAME
+from tests.helpers import SUMS
+from tests.processes import OPTIMUM_CLI, environment, free_port, in_two_processes
 
 
 pytestmark = pytest.mark.slow
@@ -39,39 +40,27 @@ main()
 """
 
 
-def environment(**more):
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(repository()))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def accelerate(processes, *arguments):
-    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one."""
-    kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one, see below."""
     settings = [
         "--num_machines=1",
         "--mixed_precision=no",
         "--dynamo_backend=no",
         f"--main_process_port={free_port()}",
     ]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *kind, f"--num_processes={processes}", *settings]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        f"--num_processes={processes}",
+        *settings,
+    ]
     command = [*launcher, "--module", "optimum.commands.optimum_cli", *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_the_result_does_not_depend_on_the_number_of_processes(processes, inputs, tmp_path):
-    output = tmp_path / "statistics"
-    flags = ["-m", inputs.model, "-o", output, *inputs.calibration, "--statistics", "gram", "--save-every", 2]
-    result = accelerate(processes, "heapr", "calibrate", *flags)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Statistics written to") == result.stdout.count("nats a token") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+def assert_as_one_process_measures(output, inputs):
     actual, expected = AtomicStatistics.load(output), AtomicStatistics.load(inputs.statistics)
     assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-6)
     assert {**actual.fingerprint, "loss": 0} == {**expected.fingerprint, "loss": 0}
@@ -80,9 +69,31 @@ def test_the_result_does_not_depend_on_the_number_of_processes(processes, inputs
         for name in (*SUMS, "output_norm_sum", "weight_norm"):
             torch.testing.assert_close(getattr(actual.blocks[path], name), getattr(block, name), rtol=1e-6, atol=0)
     config = HeaprConfig(ratio=0.4)
-    kept, expected_kept = (PruningPlan.build(statistics, config).kept for statistics in (actual, expected))
-    for path, experts in expected_kept.items():
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[path], experts, strict=True))
+    assert_same_kept(*(PruningPlan.build(statistics, config) for statistics in (actual, expected)))
+
+
+def assert_same_kept(actual, expected):
+    for path, experts in expected.kept.items():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(actual.kept[path], experts, strict=True))
+
+
+# Of one process, two and three: the next three tests.
+def test_three_processes_measure_what_one_does(inputs, tmp_path):
+    output = tmp_path / "statistics"
+    flags = ["-m", inputs.model, "-o", output, *inputs.calibration, "--statistics", "gram", "--save-every", 2]
+    result = accelerate(3, "heapr", "calibrate", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Statistics written to") == result.stdout.count("nats a token") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+    assert_as_one_process_measures(output, inputs)
+
+
+def test_two_processes_prune_as_one_and_write_once(inputs, tmp_path):
+    result = accelerate(2, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Pruned model written to") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
+    assert_same_kept(PruningPlan.load(tmp_path / "out" / PLAN_NAME), PruningPlan.load(inputs.plan))
 
 
 def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):
@@ -94,6 +105,7 @@ def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):
     result = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=250)
     assert result.returncode == 0 and output.exists(), result.stderr
     assert result.stderr.count("asked for several processes but started one, which does all the work") == 1
+    assert_as_one_process_measures(output, inputs)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "prune"])
@@ -102,13 +114,6 @@ def test_a_launcher_that_shards_is_refused_before_anything_is_loaded(command, ru
     result = run(command, "-m", tmp_path / "nothing here", "--dataset", "demo", "-o", tmp_path / "out")
     assert result.status == 2
     assert "error: launcher: accelerate uses FSDP (ACCELERATE_USE_FSDP)" in result.error
-
-
-def test_prune_writes_once(inputs, tmp_path):
-    result = accelerate(2, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Pruned model written to") == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
 
 
 @pytest.mark.parametrize("how", ["kill", "error"])
@@ -128,37 +133,16 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
         1,
     ]
     arguments = list(map(str, arguments))
-    port = str(free_port())
     began = time.monotonic()
     if launcher:
-        start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
         command = [sys.executable, *start, str(script), *arguments]
         result = subprocess.run(command, env=environment(HOW=how), capture_output=True, text=True, timeout=120)
         status, error = [result.returncode], result.stderr
     else:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, script, *arguments],
-                env=environment(
-                    HOW=how,
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE="2",
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                ),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            errors = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        status, error = [process.returncode for process in processes], errors[0]
+        results = in_two_processes(DIES, *arguments, HOW=how)
+        status, errors = ([getattr(result, part) for result in results] for part in ("returncode", "stderr"))
+        error = errors[0]
         assert status[1] == (-signal.SIGKILL if how == "kill" else 2)
         # As a rule the other process is told; now and then gloo aborts it from a thread of its own before that.
         assert status[0] in (2, -signal.SIGABRT)
@@ -172,8 +156,8 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
 
     # The shares that were saved go on; only what is missing is measured.
     assert (tmp_path / "out.state").exists() and (tmp_path / "out.state.1").exists()
-    result = accelerate(2, *arguments, "--resume")
-    assert result.returncode == 0, result.stderr
+    resumed = in_two_processes(OPTIMUM_CLI, *arguments, "--resume")
+    assert [process.returncode for process in resumed] == [0, 0], [process.stderr for process in resumed]
     expected = AtomicStatistics.load(inputs.statistics)
     for path, block in AtomicStatistics.load(tmp_path / "out").blocks.items():
         torch.testing.assert_close(block.fisher_sum, expected.blocks[path].fisher_sum, rtol=1e-6, atol=0)

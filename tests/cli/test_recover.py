@@ -2,8 +2,6 @@
 """`optimum-cli heapr recover`: adapter or merged model, one line for each mistake, one result for any number of processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from safetensors.torch import load_file
 
 from optimum_heapr.loading import load_model
 from tests.cli.conftest import listing
-from tests.cli.test_processes import environment, free_port
 from tests.helpers import random_ids, tiny_model
+from tests.processes import OPTIMUM_CLI, in_two_processes
 
 
 QUICK = ("--max-steps", 2, "--eval-steps", 1, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", "1e-2")
@@ -103,16 +101,9 @@ def test_two_processes_train_what_one_trains(run, inputs, text, tmp_path):
     command = list(map(str, [*command, "--distillation-weight", 1, "--cache-teacher"]))
     alone = run(*command, "-o", tmp_path / "one")
     assert alone.status == 0, alone.error
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    result = subprocess.run(
-        [*launcher, "--module", "optimum.commands.optimum_cli", "heapr", *command, "-o", str(tmp_path / "two")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Adapter of step") == 1
+    processes = in_two_processes(OPTIMUM_CLI, "heapr", *command, "-o", tmp_path / "two")
+    assert [process.returncode for process in processes] == [0, 0], [process.stderr for process in processes]
+    assert [process.stdout.count("Adapter of step") for process in processes] == [1, 0]
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from optimum_heapr.calibration.statistics import AtomicStatistics
-from tests.cli.conftest import start_python
+from tests.processes import start_python
 
 
 # Kills itself in the middle of the micro-batch of a number.
@@ -37,7 +37,7 @@ def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
     output, state = tmp_path / "out.safetensors", tmp_path / "out.safetensors.state"
     command = ["calibrate", "-m", inputs.model, "-o", output, *inputs.calibration]
     process = start_python(KILLED, int(number), 4, "heapr", *command, "--save-every", 2)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error
     assert state.exists() and not output.exists()
     refused = run(*command, "--save-every", 2)

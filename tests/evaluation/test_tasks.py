@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from datasets import Dataset
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.evaluation.tasks import TASK_PRESETS, evaluate_tasks
 from tests.helpers import tiny_model, tiny_tokenizer
+from tests.processes import run_python
 
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'optimum-heapr[eval]'")
@@ -168,12 +167,7 @@ print("FOUND", found["results"]["tiny_choice"]["acc,none"])
 @pytest.mark.slow
 def test_the_harness_alone_runs_a_pruned_checkpoint(folder, pruned, tmp_path):
     """As `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True`, without this package."""
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(pruned[0]), str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = run_python(PLAIN, pruned[0], folder, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.rpartition("FOUND ")[2]) == pytest.approx(accuracy(pruned[1]))

@@ -3,11 +3,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
+from tests import processes
 from tests.helpers import repository
 from tests.hub_emulator import WRITER, Hub
 
@@ -54,14 +53,8 @@ def run_python(hub, tmp_path_factory):
             "PYTHONPATH": str(repository()),
             **({"HF_TOKEN": token} if token else {}),
         }
-        done = subprocess.run(
-            [sys.executable, "-c", ("" if package else WITHOUT_PACKAGE) + PRELUDE + code, *map(str, arguments)],
-            env=environment,
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        code = ("" if package else WITHOUT_PACKAGE) + PRELUDE + code
+        done = processes.run_python(code, *arguments, env=environment, cwd=home)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.rpartition("ANSWER ")[2].splitlines()[0])
 

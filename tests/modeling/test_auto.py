@@ -4,7 +4,6 @@
 import ast
 import json
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.modeling import configuration_heapr, modeling_heapr
 from optimum_heapr.modeling.auto import FAMILIES
 from tests.helpers import calibration_data, random_ids, tiny_model
+from tests.processes import run_python
 
 
 IDS = random_ids(2, 16)
@@ -189,13 +189,7 @@ def test_without_the_package(pruned, tmp_path):
     folders = {name: str(folder) for name, (folder, _) in pruned.items()}
     arguments = {"ids": IDS.tolist(), "folders": folders}
     arguments |= {"output": str(tmp_path / "logits.safetensors"), "report": str(tmp_path / "report.json")}
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, json.dumps(arguments)],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    result = run_python(WITHOUT_THE_PACKAGE, json.dumps(arguments), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["package"] == "absent" and report["imported"] == []

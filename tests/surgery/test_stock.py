@@ -1,9 +1,6 @@
 # Licensed under the Apache License, Version 2.0
 """Stock layouts: the original architecture, exact, loadable where this package cannot be imported."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +11,7 @@ from optimum_heapr.families import TESTED
 from optimum_heapr.pruner import HeaprPruner
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.utils.errors import HeaprError
+from tests.processes import run_python
 
 from .stock_models import layout_plan, logits_of, masked_model, random_plan, token_ids, wide_model
 
@@ -69,8 +67,7 @@ def pruned(tmp_path_factory):
                 "config": model.config,
             }
     save_file({"ids": token_ids()}, folder / "ids.safetensors")
-    command = [sys.executable, "-c", LOAD_ELSEWHERE, str(folder), *results]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run_python(LOAD_ELSEWHERE, folder, *results)
     assert done.returncode == 0, done.stderr[-2000:]
     for (name, result), class_name in zip(results.items(), done.stdout.split()):
         result["class"] = class_name

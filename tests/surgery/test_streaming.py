@@ -17,6 +17,7 @@ from optimum_heapr.families import TESTED
 from optimum_heapr.pruner import HeaprPruner
 from optimum_heapr.saving import apply_streaming
 from optimum_heapr.utils.errors import HeaprError
+from tests.processes import run_python
 
 from .stock_models import layout_plan, random_plan, wide_model
 
@@ -262,9 +263,7 @@ def test_peak_memory_is_below_two_shards(tmp_path):
 
     def peak(way: str) -> int:
         arguments = [tmp_path / "plan", tmp_path / "source", tmp_path / way, way]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, timeout=200
-        )
+        done = run_python(MEASURE, *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
         return int(done.stdout)
 
