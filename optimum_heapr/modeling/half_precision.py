@@ -77,8 +77,8 @@ def all_experts_forward(
     if experts.is_concatenated:  # each expert by itself; the gate function wants all gates and then all ups
         gates = torch.arange(len(slot_of_atom)) + (widths.cumsum(0) - widths)[slot_of_atom]
         gate_up = gate_up.index_select(0, torch.cat([gates, gates + widths[slot_of_atom]]))
-    weight_of_atom = weights.index_select(0, slot_of_atom).T
-    activation = experts.weighted_activation(gate_up.T, weight_of_atom).masked_fill(weight_of_atom == 0, 0)
+    activation = experts.weighted_activation(gate_up.T, weights.index_select(0, slot_of_atom).T)
+    activation = activation.masked_fill_((weights == 0).index_select(0, slot_of_atom).T, 0)
     output = activation.contiguous() @ experts.down_proj
     if experts.has_bias:
         output = output + (weights.T @ experts.down_proj_bias[experts.order].to(weights.dtype))
