@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,4 +65,17 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, is_trainable
                     f"adapter={str(folder)!r}: was trained on a model with {name} {trained_on[name]}, this one has "
                     f"{ours[name]}; name the pruned model that it was trained on"
                 )
-    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    with known_warnings_of_peft():
+        return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+
+
+@contextmanager
+def known_warnings_of_peft() -> Iterator[None]:
+    """Leaves out two warnings that say nothing about a run, and no other.
+
+    PEFT asks models for a property that transformers renamed, and warns of each norm and router that it tunes.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type '.*(Norm|Router|Gate)", UserWarning)
+        yield

@@ -13,7 +13,7 @@ import torch
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import has_accelerator, place
-from .adapter import check_pruned, identity_of
+from .adapter import check_pruned, identity_of, known_warnings_of_peft
 from .data import RecoveryData
 from .placement import experts_of_any_width
 from .report import RecoveryReport
@@ -149,7 +149,8 @@ def _with_adapter(model: PreTrainedModel, config: RecoveryConfig, saved_at: str 
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        peft_model = get_peft_model(model, adapter_config(model, config))
+        with known_warnings_of_peft():
+            peft_model = get_peft_model(model, adapter_config(model, config))
     # Of a model that was pruned in memory PEFT would name the unpruned one.
     peft_model.active_peft_config.base_model_name_or_path = saved_at
     for parameter in peft_model.parameters():
@@ -167,7 +168,7 @@ def _trainer(
 ):
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from .trainer import MeasureLastStep, RecoveryTrainer, Samples
+    from .trainer import KeepBestAndLast, MeasureLastStep, RecoveryTrainer, Samples
 
     arguments = _arguments(config, folder, model.dtype == torch.bfloat16)
     beside, cache = (teacher.model, teacher.cache) if teacher else (None, None)
@@ -180,7 +181,7 @@ def _trainer(
         args=arguments,
         train_dataset=Samples(data.training.samples, data.order(config), cache),
         eval_dataset=Samples(data.held_out.samples, list(range(len(data.held_out.samples)))),
-        callbacks=[EarlyStoppingCallback(config.patience), MeasureLastStep()],
+        callbacks=[EarlyStoppingCallback(config.patience), MeasureLastStep(), KeepBestAndLast()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -222,7 +223,6 @@ def _arguments(config: RecoveryConfig, folder: RunFolder, is_bfloat16: bool) -> 
         save_strategy="steps",
         logging_strategy="steps",
         **every,
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model=HELD_OUT_LOSS,
         greater_is_better=False,

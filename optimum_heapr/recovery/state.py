@@ -17,6 +17,8 @@ from ..utils.logging import get_logger, is_main_process
 
 logger = get_logger(__name__)
 
+_LAST_WRITTEN = "checkpoint-*/trainer_state.json"
+
 
 class RunFolder:
     """Where a run keeps what it needs to go on after an interruption.
@@ -62,10 +64,9 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> str | None:
-        """Path of the newest checkpoint that is complete."""
-        from transformers.trainer_utils import get_last_checkpoint
-
-        return get_last_checkpoint(self.path) if self.path.is_dir() else None
+        """Path of the newest checkpoint that is complete: the state of the `Trainer` is written last."""
+        complete = {int(path.parent.name.split("-")[1]): path.parent for path in self.path.glob(_LAST_WRITTEN)}
+        return str(complete[max(complete)]) if complete else None
 
     def __enter__(self) -> RunFolder:
         return self

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.errors import HeaprError
 from .loss import IGNORED, TeacherOutput, summed_recovery_loss, token_losses
@@ -121,6 +124,17 @@ def _held_out_loss(prediction: Any) -> dict[str, float]:
     """Mean over all tokens that were held out, exact for samples of any length and any number of processes."""
     nll, counted = prediction.predictions
     return {HELD_OUT_LOSS: float(nll.astype("float64").sum() / counted.sum())}
+
+
+class KeepBestAndLast(TrainerCallback):
+    """Removes all checkpoints but the best and the last, by their numbers: by their times, as the `Trainer` would, a copied
+    folder could lose the last."""
+
+    def on_save(self, args, state, control, **kwargs):
+        kept = {f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", Path(state.best_model_checkpoint or "").name}
+        for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if args.should_save and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class MeasureLastStep(TrainerCallback):

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprError
+from optimum_heapr.recovery import trainer as trainer_module
 from optimum_heapr.recovery.adapter import load_adapter
 from optimum_heapr.recovery.data import RecoveryData
 from optimum_heapr.recovery.output import plan_of, save_adapter, save_merged
@@ -119,6 +120,31 @@ def test_stock_experts_of_a_width_that_grouped_mm_refuses(tmp_path):
     assert recovery.merge().get_experts_implementation() == implementation
 
 
+def test_the_best_and_the_last_checkpoint_stay_until_the_end(model, tmp_path, monkeypatch):
+    losses, seen = iter([3.0, 1.0, 2.0, 2.5, 2.0]), []
+
+    def measured(prediction):
+        seen.append(sorted(path.name for path in (tmp_path / "state").glob("checkpoint-*")))
+        return {"held_out_loss": next(losses)}
+
+    monkeypatch.setattr(trainer_module, "_held_out_loss", measured)
+    run(model, tmp_path / "state", targets="attention", max_steps=5, eval_steps=1, patience=9)
+    assert seen == [
+        [],
+        ["checkpoint-1"],
+        ["checkpoint-2"],
+        ["checkpoint-2", "checkpoint-3"],
+        ["checkpoint-2", "checkpoint-4"],
+    ]
+
+
+@pytest.mark.parametrize("targets", ["attention", "router"])
+def test_no_warning_that_users_cannot_act_on(targets, pruned, model, tmp_path, recwarn):
+    save_adapter(run(model, tmp_path / "state", targets=targets), None, tmp_path / "adapter")
+    load_adapter(reload(pruned.folder), tmp_path / "adapter")
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_nothing_is_kept_if_nothing_improved(pruned, model, tmp_path):
     recovery = run(model, tmp_path / "state", targets="all", learning_rate=5.0, max_steps=20, eval_steps=1, patience=2)
     assert not recovery.report.improved and recovery.report.best_step == 0
@@ -169,6 +195,7 @@ def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
             run(copy.deepcopy(pruned.model), tmp_path / "state", resume=True, **changed)
     with pytest.raises(HeaprError, match="model=.*the run in"):
         run(prune("qwen3_moe", ratio=0.5).model, tmp_path / "state", resume=True, **options)
+    (tmp_path / "state" / "checkpoint-3").mkdir()  # as a kill while it was written would leave it
     again = run(copy.deepcopy(pruned.model), tmp_path / "state", resume=True, **options)
     for resumed, unbroken in zip(again.report.history, whole.report.history, strict=True):
         assert resumed == pytest.approx(unbroken)
