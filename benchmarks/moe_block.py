@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 64, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None)
