@@ -13,6 +13,7 @@ that a token meets count against the tokens of each expert.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,10 +253,13 @@ class BlockFit:
         plain = FittedBlock(rows, shared, before, before)
         if not self.parts or before == 0:
             return plain
+        if not all(map(math.isfinite, (before, self.energy, *(part.ridge for part in self.parts.values())))):
+            logger.warning("%s: has activations that are not finite; it is cut without compensation", self._block.path)
+            return FittedBlock(rows, shared, 0.0, 0.0)
         changes, left = solve_together(list(self.parts.values()), self.target)
         error = float(left.square().sum()) / self.energy
-        if not error <= before:  # also for NaN
-            logger.warning("%s: could not be compensated (error %s), and is cut as it is", self._block.path, error)
+        if error > before:
+            logger.warning("%s: no fit was better than none; it is cut without compensation", self._block.path)
             return plain
         for name, change in zip(self.parts, changes):
             if isinstance(name, int):

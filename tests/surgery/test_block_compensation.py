@@ -136,6 +136,22 @@ def test_nothing_removed_changes_nothing():
         assert torch.equal(rows, block.down_rows(expert))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("row", ["gate", "up"])
+def test_activations_that_are_not_finite_are_not_fitted_to(heapr_log, row):
+    model = tiny_model("deepseek_v2")
+    block = find_expert_blocks(model)[0]
+    block.gate_up_rows(1)[("gate", "up").index(row), 3] = float("inf")
+    kept = kept_evenly(block)
+    with watched_blocks(model, [block]) as watched:
+        watched[block.path].counts = torch.ones(64, dtype=torch.bool)
+        model(input_ids=random_ids(4, 16))
+    fitted = fit_block(block, watched[block.path], kept, 0.01)
+    assert "not finite; it is cut without compensation" in heapr_log.text and fitted.shared == {}
+    for expert, indices in enumerate(kept):
+        assert torch.equal(fitted.rows[expert], block.down_rows(expert)[indices])
+
+
 @pytest.mark.parametrize("model_type", TESTED)
 def test_mixtures_come_closer_to_the_unpruned_ones(model_type):
     dense = make_model(model_type)
