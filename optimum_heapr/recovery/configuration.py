@@ -44,9 +44,6 @@ class RecoveryConfig(Options):
             Write these to the disk once, before the training, so that only one model is in memory at a time.
         learning_rate (`float`, *optional*, defaults to 1e-4):
             Largest learning rate of AdamW; it rises over the first 5 % of the steps and falls as a cosine to 0.
-        router_learning_rate (`float`, *optional*):
-            The same for routers and norms, which are trained whole; by default a tenth of `learning_rate`, for low-rank
-            updates take rates about ten times as large as the weights themselves do.
         max_steps (`int`, *optional*, defaults to 300):
             Optimizer steps.
         batch_size (`int`, *optional*, defaults to 16):
@@ -95,7 +92,6 @@ class RecoveryConfig(Options):
     top_k_logits: int = option(64, "likeliest tokens of the teacher that are kept; the others count as one")
     cache_teacher: bool = option(False, "write the teacher's logits to the disk first: one model in memory at a time")
     learning_rate: float = option(1e-4, "largest learning rate; it warms up and falls as a cosine")
-    router_learning_rate: float | None = option(None, "of routers and norms, by default a tenth of the learning rate")
     max_steps: int = option(300, "optimizer steps")
     batch_size: int = option(16, "samples in a step, over all processes")
     micro_batch_size: int = option(1, "samples that a process computes at once")
@@ -123,7 +119,7 @@ class RecoveryConfig(Options):
             self.check_least(name, least)
         for name in ("cross_entropy_weight", "distillation_weight"):
             self.check_least(name, 0)
-        for name in ("learning_rate", "router_learning_rate", "temperature", "alpha"):
+        for name in ("learning_rate", "temperature", "alpha"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise HeaprError(f"{name}={value}: must be above 0; leave it out for the default")

@@ -17,7 +17,7 @@ from .loss import IGNORED, TeacherOutput, summed_recovery_loss, token_losses
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel
 
     from .configuration import RecoveryConfig
 
@@ -110,16 +110,6 @@ class RecoveryTrainer(Trainer):
         loss = total / num_items_in_batch
         # Processes average their gradients, and each has a part of the sum.
         return loss * self.accelerator.num_processes
-
-    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: nn.Module) -> tuple[type, dict[str, Any]]:
-        """The Trainer's own choice; weights that are trained whole, routers and norms, have a learning rate of theirs."""
-        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        of_lora, whole = [], []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                (of_lora if "lora_" in name else whole).append(parameter)
-        rate = self.recovery.router_learning_rate or args.learning_rate / 10
-        return optimizer, {**options, "params": [{"params": of_lora}, {"params": whole, "lr": rate}]}
 
     @torch.no_grad()
     def _teacher_output(self, inputs: dict, tokens: dict, device: torch.device) -> TeacherOutput:

@@ -46,7 +46,6 @@ def test_a_recipe_comes_back(ending, tmp_path):
         ("rank", "8", "rank='8': must be of type int, not str"),
         ("learning_rate", 0, "learning_rate=0.0: must be above 0"),
         ("learning_rate", float("nan"), "learning_rate=nan: must be a finite number"),
-        ("router_learning_rate", 0, "router_learning_rate=0.0: must be above 0; leave it out for the default"),
         ("temperature", -1, "temperature=-1.0: must be above 0"),
         ("alpha", 0, "alpha=0.0: must be above 0"),
         ("held_out", 0, "held_out=0.0: must lie in (0, 1)"),
