@@ -5,8 +5,8 @@
         --in-domain code=eval_code.jsonl prose=eval_prose.jsonl --out-of-domain sql=eval_sql.jsonl --output recovery
 
 Prints one table and writes it as `recovery.md`, everything measured as `recovery.json`. Calibration and training read the
-calibration text alone, and part of its documents is held out to choose what is kept. `--targets` measures what the presets
-of targets give.
+calibration text alone, and part of its documents is held out to choose what is kept. `recovery.json` has the paired
+differences before and after the training, too. `--targets` measures what the presets of targets give.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
-from common import Evaluation, Results, argument_parser, load, load_or_measure, prune
+from common import Evaluation, Results, argument_parser, load, load_or_measure, prune, window_losses
 
 from optimum_heapr.recovery.configuration import TARGETS, RecoveryConfig
 from optimum_heapr.recovery.data import RecoveryData
@@ -105,6 +106,7 @@ def main(stack: ExitStack) -> None:
                 continue
             pruning, training = STAGES[stage]
             pruned, _ = prune(model, statistics, pruning, ratio)
+            untrained = replace(evaluation, base=window_losses(pruned, evaluation.windows, evaluation.batch_size))
             began, report = (time.perf_counter(), time.process_time()), None
             if training is not None:
                 pruned, report = train(pruned, teacher, config.replace(targets=targets, **training), data)
@@ -113,6 +115,7 @@ def main(stack: ExitStack) -> None:
                 method=name,
                 ratio=ratio,
                 **evaluation.measure(pruned.eval()),
+                increase_by_training=untrained.measure(pruned)["increase"] if report else None,
                 cpu_minutes=cpu / 60,
                 wall_minutes=wall / 60,
                 trained_parameters=report.trained_parameters if report else 0,
