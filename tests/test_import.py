@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests import processes
+
 
 # Model families whose modeling code was imported; the auto classes' own tables are no family.
 MODELING_MODULES = """
@@ -89,7 +91,7 @@ def test_a_folder_is_read_in_any_import_order(imports, tmp_path):
     config |= {"hidden_size": 8, "moe_intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     config |= {"num_key_value_heads": 1, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "vocab_size": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = run_python(
+    code = (
         imports + "\nimport json, sys\n"
         "early = modeling_modules()\n"
         f"config = AutoConfig.from_pretrained({str(tmp_path)!r})\n"
@@ -98,4 +100,7 @@ def test_a_folder_is_read_in_any_import_order(imports, tmp_path):
         "print(json.dumps([early, type(config).__name__, type(model).__name__, len(finders),\n"
         "    model.model.layers[0].mlp.experts.widths]))"
     )
+    result = processes.run_python(MODELING_MODULES + code)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
     assert found == [[], "HeaprQwen3MoeConfig", "HeaprQwen3MoeForCausalLM", 0, [1, 3]]

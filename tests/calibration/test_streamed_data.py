@@ -16,6 +16,12 @@ from tests.helpers import CHAT_TEMPLATE, SENTENCES, tiny_tokenizer
 TEXTS = [f"{number} {SENTENCES[number % len(SENTENCES)]}" for number in range(1500)]  # more than the buffer holds
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """`datasets` gives its threads five seconds to end whenever a stream is left."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
