@@ -2,6 +2,7 @@
 """Charts show every number there is, and say nothing by colour alone."""
 
 import colorsys
+import copy
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -64,7 +65,7 @@ def test_colours_are_ordered_in_grey_and_keep_clear_of_red_and_green():
 
 
 def test_empty_and_unreached_experts_are_marked():
-    report = large_report(3, 8, 16)
+    report = copy.deepcopy(large_report(3, 8, 16))
     report["blocks"][0]["widths"][2], report["blocks"][1]["unreached"] = 0, [4]
     for block in (report["blocks"][0], report["blocks"][2]):
         block["unreached"] = []
