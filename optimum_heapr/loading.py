@@ -143,7 +143,13 @@ def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
     if found is None:
         return None
     with open(found, encoding="utf-8") as file:
-        return json.load(file)["base_model_name_or_path"]
+        base = json.load(file)["base_model_name_or_path"]
+    if not base:
+        raise HeaprError(
+            f"model={path!r}: is an adapter of a model that was in memory, and does not say where that is; load that model, "
+            "then the adapter with optimum_heapr.recovery.adapter.load_adapter"
+        )
+    return base
 
 
 def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:

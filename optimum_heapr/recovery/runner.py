@@ -151,8 +151,8 @@ def _with_adapter(model: PreTrainedModel, config: RecoveryConfig, saved_at: str 
         torch.manual_seed(config.seed)
         with known_warnings_of_peft():
             peft_model = get_peft_model(model, adapter_config(model, config))
-    # Of a model that was pruned in memory PEFT would name the unpruned one.
-    peft_model.active_peft_config.base_model_name_or_path = saved_at
+    # Of a model that was pruned in memory PEFT would name the unpruned one, now, and with `None` when it saves.
+    peft_model.active_peft_config.base_model_name_or_path = saved_at or ""
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprError
+from optimum_heapr.loading import load_model
 from optimum_heapr.recovery import trainer as trainer_module
 from optimum_heapr.recovery.adapter import load_adapter
 from optimum_heapr.recovery.data import RecoveryData
@@ -268,8 +269,12 @@ def test_the_pruner_recovers_what_it_pruned(tmp_path):
     with pytest.raises(HeaprError, match="state"):
         (tmp_path / "state").mkdir()
         pruner.recover(quick(), ROWS, state_path=tmp_path / "state")
+    pruner.model.name_or_path = "unpruned"  # as of a model that was loaded and pruned in memory
     report = pruner.recover(quick(**DISTILLATION), ROWS, tiny_model("qwen3_moe"), adapter_folder=tmp_path / "adapter")
     assert report.improved and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == ""
+    with pytest.raises(HeaprError, match="is an adapter of a model that was in memory"):
+        load_model(tmp_path / "adapter")
     pruner.save_pretrained(tmp_path / "recovered")
     assert "## Recovery" in (tmp_path / "recovered" / "README.md").read_text()
     assert_close(logits_of(reload(tmp_path / "recovered")), logits_of(pruner.model), atol=1e-5)
