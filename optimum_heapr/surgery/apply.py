@@ -14,7 +14,7 @@ from ..calibration.runner import frozen_in_evaluation_mode
 from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger, with_paths
+from ..utils.logging import with_paths
 from ..utils.placement import place
 from .block_compensation import FittedBlock, compensate_together
 from .compensation import compensate_experts
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from ..experts import ExpertBlock
     from ..modeling.atomic_experts import AtomicExperts
     from ..planning.plan import PruningPlan
-
-
-logger = get_logger(__name__)
 
 
 def apply_plan(
@@ -129,11 +126,6 @@ def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None, d
         raise HeaprError(
             "plan: asks for compensation_scope='block' and data=None; pass the calibration text, or plan with "
             "compensation_scope='expert'"
-        )
-    if plan.config.compensates_blocks and plan.data and plan.data["sha256"] != data.fingerprint["sha256"]:
-        logger.warning(
-            "The model is compensated on other text than it was measured on: %s tokens of %s in place of %s of %s",
-            *(part for text in (data.fingerprint, plan.data) for part in (text["num_tokens"], text["source"])),
         )
     if not plan.config.compensates_experts:
         return

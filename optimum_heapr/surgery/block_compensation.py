@@ -90,6 +90,12 @@ def compensate_together(
     Raises:
         HeaprError: if a layer needs more than the hidden states of the one before.
     """
+    own = data.fingerprint
+    if plan.data and plan.data["sha256"] != own["sha256"]:
+        logger.warning(
+            "The model is compensated on other text than it was measured on: %s tokens of %s in place of %s of %s",
+            *(part for text in (own, plan.data) for part in (text["num_tokens"], text["source"])),
+        )
     batches = dict(enumerate(data.micro_batches(plan.config.batch_size)))
     walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
     with decoder.rest():
