@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PARAMETERS = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
 _INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -107,6 +108,13 @@ def find_expert_blocks(model: nn.Module) -> list[ExpertBlock]:
             "transformers; name a Mixture-of-Experts model such as qwen3_moe or mixtral"
         )
     return blocks
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module, such as a shared expert, is made of linear gate, up and down projections."""
+    from torch import nn
+
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in MLP_PROJECTIONS)
 
 
 def experts_per_token(model: nn.Module) -> int | None:

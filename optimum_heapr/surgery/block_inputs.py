@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..experts import is_gated_mlp
+
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
@@ -104,11 +106,10 @@ def watched_blocks(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterato
 def _gated_mlps_beside(model: torch.nn.Module, block: ExpertBlock) -> dict[str, torch.nn.Module]:
     """By path, the MLPs in the module that holds the block. Of several, which each gave what could not be told apart."""
     parent = _parent(block.path)
-    projections = ("gate_proj", "up_proj", "down_proj")
     found = {
         f"{parent}.{name}": module
         for name, module in model.get_submodule(parent).named_children()
-        if all(isinstance(getattr(module, projection, None), torch.nn.Linear) for projection in projections)
+        if is_gated_mlp(module)
     }
     return found if len(found) == 1 else {}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..experts import model_name
+from ..experts import MLP_PROJECTIONS, is_gated_mlp, model_name
 from ..planning.alignment import padded_width
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, with_paths
@@ -193,9 +193,7 @@ def _is_of_gated_mlp(model: PreTrainedModel, path: str) -> bool:
     mlp, _, projection = layer.rpartition(".")
     if parameter not in ("weight", "bias") or "shared" not in mlp.rpartition(".")[2]:
         return False
-    projections = dict(model.get_submodule(mlp).named_children())
-    names = ("gate_proj", "up_proj", "down_proj")
-    return projection in names and all(isinstance(projections.get(name), nn.Linear) for name in names)
+    return projection in MLP_PROJECTIONS and is_gated_mlp(model.get_submodule(mlp))
 
 
 def _count(model: PreTrainedModel, path: str, width: int) -> int | None:
