@@ -6,11 +6,13 @@
 
 Prints one table and writes it as `recovery.md`, everything measured as `recovery.json`. Calibration and training read the
 calibration text alone, and part of its documents is held out to choose what is kept. `recovery.json` has the paired
-differences before and after the training, too. `--targets` measures what the presets of targets give.
+differences before and after the training, too. `--targets` measures what the presets of targets give, and
+`--weight-interpolation` what parts of one and the same update do.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,9 +20,10 @@ from dataclasses import replace
 
 from common import Evaluation, Results, argument_parser, load, load_or_measure, prune, window_losses
 
+from optimum_heapr.recovery.adapter import interpolate
 from optimum_heapr.recovery.configuration import TARGETS, RecoveryConfig
 from optimum_heapr.recovery.data import RecoveryData
-from optimum_heapr.recovery.runner import recover
+from optimum_heapr.recovery.runner import Recovery, recover
 from optimum_heapr.recovery.state import RunFolder
 from optimum_heapr.recovery.teacher import Teacher
 
@@ -43,18 +46,24 @@ STAGES: dict[str, tuple[dict, dict | None]] = {
 }
 
 
-def train(pruned, teacher, config: RecoveryConfig, data: RecoveryData):
-    """The recovered model and the report of its run."""
+def train(pruned, teacher, config: RecoveryConfig, data: RecoveryData) -> Recovery:
     with tempfile.TemporaryDirectory() as folder:
-        recovery = recover(pruned, config, data, RunFolder(folder, resume=True), teacher)
-        return recovery.merge(), recovery.report
+        return recover(pruned, config, data, RunFolder(folder, resume=True), teacher)
+
+
+def with_part(recovery: Recovery, share: float):
+    """The recovered model with a share of the update, merged; the recovery stays as it is."""
+    part = copy.deepcopy(recovery)
+    interpolate(part.model, share)
+    return part.merge()
 
 
 def main(stack: ExitStack) -> None:
     parser = argument_parser(__doc__, "recovery", ratios=(0.5, 0.7), num_samples=512, statistics=True, resume=True)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["all"], help="presets, compared")
-    parser.add_argument("--max-steps", type=int, default=RecoveryConfig.max_steps)
+    parser.add_argument("--weight-interpolation", nargs="+", type=float, default=[1.0, 0.75, 0.5], help="compared")
+    parser.add_argument("--max-steps", type=int, default=1200)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="the default is one for small models")
     parser.add_argument("--rank", type=int, default=RecoveryConfig.rank)
     parser.add_argument("--temperature", type=float, default=RecoveryConfig.temperature)
@@ -90,6 +99,12 @@ def main(stack: ExitStack) -> None:
         for stage in args.stages
         for targets in (args.targets if STAGES[stage][1] is not None else ["all"])
     ]
+    shares = {
+        name: {name if share == 1 else f"{name}, {share:g} of it": share for share in args.weight_interpolation}
+        for name, stage, _ in runs
+        if STAGES[stage][1] is not None
+    }
+    rows = [row for name, _, _ in runs for row in shares.get(name, [name])]
     about = {
         **evaluation.measured_on(),
         "calibration": statistics.fingerprint,
@@ -97,32 +112,39 @@ def main(stack: ExitStack) -> None:
         "config": config.to_dict(),
         "teacher_cpu_minutes": teacher_minutes,
     }
-    results = Results(args.output, about, [name for name, _, _ in runs], columns={"cpu_minutes": ".1f"})
+    results = Results(args.output, about, rows, columns={"cpu_minutes": ".1f"})
     if args.resume:
         results.resume()
     for ratio in args.ratios:
         for name, stage, targets in runs:
-            if results.has(name, ratio):
+            if all(results.has(row, ratio) for row in shares.get(name, [name])):
                 continue
             pruning, training = STAGES[stage]
             pruned, _ = prune(model, statistics, pruning, ratio)
-            untrained = replace(evaluation, base=window_losses(pruned, evaluation.windows, evaluation.batch_size))
-            began, report = (time.perf_counter(), time.process_time()), None
-            if training is not None:
-                pruned, report = train(pruned, teacher, config.replace(targets=targets, **training), data)
+            if training is None:
+                results.add(method=name, ratio=ratio, **evaluation.measure(pruned.eval()), cpu_minutes=0.0)
+                continue
+            untrained = replace(evaluation, base=window_losses(pruned.eval(), evaluation.windows, args.batch_size))
+            began = time.perf_counter(), time.process_time()
+            recovery = train(pruned, teacher, config.replace(targets=targets, **training), data)
             wall, cpu = (now - then for now, then in zip((time.perf_counter(), time.process_time()), began))
-            results.add(
-                method=name,
-                ratio=ratio,
-                **evaluation.measure(pruned.eval()),
-                increase_by_training=untrained.measure(pruned)["increase"] if report else None,
-                cpu_minutes=cpu / 60,
-                wall_minutes=wall / 60,
-                trained_parameters=report.trained_parameters if report else 0,
-                history=report.history if report else [],
-                start=list(report.stages.values())[-2] if report else None,
-                improved=report.improved if report else None,
-            )
+            report = recovery.report
+            for row, share in shares[name].items():
+                if results.has(row, ratio):
+                    continue
+                recovered = with_part(recovery, share)
+                results.add(
+                    method=row,
+                    ratio=ratio,
+                    **evaluation.measure(recovered),
+                    increase_by_training=untrained.measure(recovered)["increase"],
+                    cpu_minutes=cpu / 60,
+                    wall_minutes=wall / 60,
+                    trained_parameters=report.trained_parameters,
+                    history=report.history,
+                    start=list(report.stages.values())[-2],
+                    improved=report.improved,
+                )
     print("\n" + results.markdown())
 
 

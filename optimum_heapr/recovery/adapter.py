@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..calibration.statistics import hash_of_values
 from ..experts import model_name
 from ..utils.errors import HeaprError
@@ -19,6 +21,7 @@ from .report import REPORT_NAME
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -38,6 +41,37 @@ def check_pruned(model: PreTrainedModel) -> None:
 def identity_of(model: PreTrainedModel) -> dict[str, Any]:
     """What tells one pruned model from another, in whatever precision it was loaded: its type and a hash of its weights."""
     return {"model_type": model.config.model_type, "weights": hash_of_values(model.parameters())}
+
+
+@torch.no_grad()
+def interpolate(model: PeftModel, share: float) -> None:
+    """Leaves a share of what training changed, in place: `W0 + share (W - W0)` for every weight (WiSE-FT, arXiv 2109.01903).
+
+    An update of LoRA is linear in `B`; changed copies of routers and norms are moved towards what they are copies of.
+
+    Args:
+        model (`PeftModel`): an adapter of [`~optimum_heapr.recovery.targets.adapter_config`], not merged.
+        share (`float`): in (0, 1].
+    """
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for update in module.lora_B.parameters():
+                update.mul_(share)
+        elif isinstance(module, ModulesToSaveWrapper):
+            _move(module.modules_to_save, module.original_module, share)
+        elif isinstance(module, LNTuningLayer):
+            _move(module.ln_tuning_layers, module.base_layer, share)
+
+
+def _move(copies: nn.ModuleDict, original: nn.Module, share: float) -> None:
+    """Moves each copy towards the original, until it is `share` of its distance away."""
+    for copy in copies.values():
+        for trained, start in zip(copy.parameters(), original.parameters(), strict=True):
+            trained.copy_(torch.lerp(start.to(trained), trained, share))
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, is_trainable: bool = False) -> PeftModel:

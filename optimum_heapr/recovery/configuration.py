@@ -50,6 +50,10 @@ class RecoveryConfig(Options):
             Samples in a step, over all processes.
         micro_batch_size (`int`, *optional*, defaults to 1):
             Samples that a process computes at once; gradients are accumulated until the batch is complete.
+        weight_interpolation (`float`, *optional*, defaults to 1.0):
+            Share of the update that is kept: the result lies that far on the straight line from the weights of the pruned
+            model to the trained ones. Below 1 it loses less on text of another kind than the training text (WiSE-FT,
+            arXiv 2109.01903).
         held_out (`float`, *optional*, defaults to 0.1):
             Share of the samples, of documents of their own, that is not trained on: their loss decides what is kept.
         eval_steps (`int`, *optional*, defaults to 50):
@@ -95,6 +99,7 @@ class RecoveryConfig(Options):
     max_steps: int = option(300, "optimizer steps")
     batch_size: int = option(16, "samples in a step, over all processes")
     micro_batch_size: int = option(1, "samples that a process computes at once")
+    weight_interpolation: float = option(1.0, "share of the update that is kept; below 1 is safer on other text")
     held_out: float = option(0.1, "share of the samples that is measured and not trained on")
     eval_steps: int = option(50, "steps between two measurements")
     patience: int = option(3, "measurements without an improvement before the training stops")
@@ -123,6 +128,11 @@ class RecoveryConfig(Options):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise HeaprError(f"{name}={value}: must be above 0; leave it out for the default")
+        if not 0 < self.weight_interpolation <= 1:
+            raise HeaprError(
+                f"weight_interpolation={self.weight_interpolation}: must lie in (0, 1]; 1 keeps the whole update, 0.75 three "
+                "quarters of it"
+            )
         for name, low in (("held_out", "(0, 1)"), ("dropout", "[0, 1)")):
             value = getattr(self, name)
             if not 0 <= value < 1 or (low[0] == "(" and value == 0):

@@ -25,7 +25,7 @@ class RecoveryReport:
         improved (`bool`): whether the last is below the one before it.
         best_step (`int`): step of the state that was kept, 0 for the start.
         steps (`int`): steps that were made.
-        history (`list[dict]`): `step` and `loss` of each measurement on the way.
+        history (`list[dict]`): `step` and `loss` of each measurement on the way, of the whole update.
         trained_parameters (`int`): parameters of the adapter.
         seconds (`float`): of the training, measurements included.
         data (`dict`): fingerprints of the samples, `training` and `held_out`.
@@ -70,9 +70,11 @@ class RecoveryReport:
 
         table = ["| stage | held-out loss | difference |", "|---|---:|---:|"]
         table += [f"| {' | '.join(row)} |" for row in self.rows()]
+        share = self.config["weight_interpolation"]
+        kept = "the state" if share == 1 or not self.improved else f"{share:g} of the update"
         options = {name: value for name, value in self.config.items() if value is not None}
         return (
-            f"## Recovery\n\n{self.trained_parameters:,} parameters were trained for {self.steps} steps; kept is the state "
+            f"## Recovery\n\n{self.trained_parameters:,} parameters were trained for {self.steps} steps; kept is {kept} "
             f"after step {self.best_step}. Losses in nats a token, on {self.data['held_out']['num_tokens']:,} tokens of "
             "documents that were not trained on, of the same source:\n\n"
             + "\n".join(table)

@@ -13,7 +13,7 @@ import torch
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import has_accelerator, place
-from .adapter import check_pruned, identity_of, known_warnings_of_peft
+from .adapter import check_pruned, identity_of, interpolate, known_warnings_of_peft
 from .data import RecoveryData
 from .placement import experts_of_any_width
 from .report import RecoveryReport
@@ -107,16 +107,20 @@ def recover(
             trainer = _trainer(peft_model, config, data, folder, teacher)
             trainer.train(resume_from_checkpoint=folder.last_checkpoint)
         seconds = time.perf_counter() - began
+        history = _history(trainer)
+        best = min(history, key=lambda measured: measured["loss"])
+        recovered = best["loss"]
+        if config.weight_interpolation < 1:
+            interpolate(peft_model, config.weight_interpolation)
+            recovered = trainer.held_out_loss()
 
-    history = _history(trainer)
-    best = min(history, key=lambda measured: measured["loss"])
-    improved = best["loss"] < start - LEAST_IMPROVEMENT
+    improved = recovered < start - LEAST_IMPROVEMENT
     if teacher is not None and teacher.model is not None:
         teacher.measure_pruned(teacher.model, plan, data)
     before = {name: teacher.stages[name] for name in ("unpruned", "pruned") if teacher and name in teacher.stages}
     after = "recovered by distillation" if config.distills else "recovered"
     report = RecoveryReport(
-        stages={**before, stage: start, after: best["loss"]},
+        stages={**before, stage: start, after: recovered},
         improved=improved,
         best_step=best["step"] if improved else 0,
         steps=trainer.state.global_step,

@@ -79,6 +79,10 @@ class RecoveryTrainer(Trainer):
         # The tokens of all micro-batches and processes of a step are counted, and the loss is divided by them here.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
+    def held_out_loss(self) -> float:
+        """Cross-entropy of the model as it is now on the samples that are held out, nats a token."""
+        return self.evaluate()[f"eval_{HELD_OUT_LOSS}"]
+
     def compute_loss(
         self,
         model: nn.Module,

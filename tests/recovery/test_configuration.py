@@ -48,6 +48,8 @@ def test_a_recipe_comes_back(ending, tmp_path):
         ("learning_rate", float("nan"), "learning_rate=nan: must be a finite number"),
         ("temperature", -1, "temperature=-1.0: must be above 0"),
         ("alpha", 0, "alpha=0.0: must be above 0"),
+        ("weight_interpolation", 0, "weight_interpolation=0.0: must lie in (0, 1]; 1 keeps the whole update"),
+        ("weight_interpolation", 1.5, "weight_interpolation=1.5: must lie in (0, 1]"),
         ("held_out", 0, "held_out=0.0: must lie in (0, 1)"),
         ("held_out", 1, "held_out=1.0: must lie in (0, 1)"),
         ("distillation_weight", -0.1, "distillation_weight=-0.1: must be at least 0"),

@@ -111,6 +111,31 @@ def test_routers_and_stock_checkpoints(targets, layout, tmp_path):
     assert_close(logits_of(recovery.merge()), trained)
 
 
+@pytest.mark.parametrize(
+    ("targets", "layout"),
+    [("attention", "variable"), ("router", "variable"), ("all", "variable"), ("all", "uniform")],
+)
+def test_a_part_of_the_update_lies_between_the_weights_before_and_after(targets, layout, tmp_path):
+    pruner = prune("qwen3_moe", layout=layout)
+    pruner.save_pretrained(tmp_path / "pruned")
+    before = {name: p.detach().clone() for name, p in pruner.model.named_parameters()}
+    whole = run(copy.deepcopy(pruner.model), tmp_path / "whole", targets=targets)
+    part = run(pruner.model, tmp_path / "part", targets=targets, weight_interpolation=0.25)
+    assert part.report.history == whole.report.history
+    assert part.report.stages["recovered"] > whole.report.stages["recovered"]
+    data = RecoveryData.load(quick(), None, ROWS)
+    assert part.report.stages["recovered"] == pytest.approx(held_out_loss(part.model, data), abs=1e-6)
+    trained = logits_of(part.model)
+    save_adapter(part, None, tmp_path / "adapter")
+    assert_close(logits_of(load_adapter(reload(tmp_path / "pruned"), tmp_path / "adapter")), trained, atol=1e-5)
+    assert "kept is 0.25 of the update after step 6" in part.report.card_section()
+    after, changed = dict(whole.merge().named_parameters()), 0
+    for name, parameter in part.merge().named_parameters():
+        assert_close(parameter, 0.75 * before[name] + 0.25 * after[name], atol=1e-6)
+        changed += (parameter - before[name]).abs().max() > 1e-5
+    assert changed
+
+
 def test_stock_experts_of_a_width_that_grouped_mm_refuses(tmp_path):
     model = prune("qwen3_moe", layout="uniform", ratio=0.25).model
     assert model.config.moe_intermediate_size == 9  # 36 bytes a row
@@ -220,7 +245,7 @@ def test_micro_batches_checkpointing_and_bfloat16_give_the_same_to_tolerance(pru
 
 
 def test_weights_in_bfloat16_are_trained_in_float32(pruned, model, tmp_path):
-    recovery = run(model.bfloat16(), tmp_path / "state")
+    recovery = run(model.bfloat16(), tmp_path / "state", weight_interpolation=0.75)
     assert {p.dtype for p in recovery.model.parameters() if p.requires_grad} == {torch.float32}
     assert recovery.report.improved
     assert recovery.merge().dtype == torch.bfloat16
