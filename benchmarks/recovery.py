@@ -18,7 +18,16 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
-from common import Evaluation, Results, argument_parser, load, load_or_measure, prune, window_losses
+from common import (
+    Evaluation,
+    Results,
+    argument_parser,
+    calibration_samples,
+    load,
+    load_or_measure,
+    prune,
+    window_losses,
+)
 
 from optimum_heapr.recovery.adapter import interpolate
 from optimum_heapr.recovery.configuration import TARGETS, RecoveryConfig
@@ -30,7 +39,7 @@ from optimum_heapr.recovery.teacher import Teacher
 
 HEAPR = {"criterion": "heapr"}
 COMPENSATED = {"criterion": "heapr", "compensate": True}
-RECOMMENDED = {"criterion": "obs", "compensate": True}
+RECOMMENDED = {"criterion": "obs", "compensate": True, "compensation_scope": "block"}
 CROSS_ENTROPY: dict = {}
 DISTILLATION = {"cross_entropy_weight": 0.0, "distillation_weight": 1.0}
 
@@ -40,7 +49,7 @@ STAGES: dict[str, tuple[dict, dict | None]] = {
     "(b) (a) + compensation": (COMPENSATED, None),
     "(c) (b) + LoRA, cross-entropy": (COMPENSATED, CROSS_ENTROPY),
     "(d) (b) + LoRA, distillation": (COMPENSATED, DISTILLATION),
-    "(b') OBS + compensation": (RECOMMENDED, None),
+    "(b') OBS + compensation over blocks": (RECOMMENDED, None),
     "(c') (b') + LoRA, cross-entropy": (RECOMMENDED, CROSS_ENTROPY),
     "(d') (b') + LoRA, distillation": (RECOMMENDED, DISTILLATION),
 }
@@ -72,7 +81,7 @@ def main(stack: ExitStack) -> None:
     args = parser.parse_args()
 
     model, tokenizer = load(args)
-    statistics = load_or_measure(args, model, tokenizer)
+    statistics, samples = load_or_measure(args, model, tokenizer), calibration_samples(args, tokenizer)
     config = RecoveryConfig(
         dataset=args.calibration,
         seq_length=args.seq_length,
@@ -120,7 +129,7 @@ def main(stack: ExitStack) -> None:
             if all(results.has(row, ratio) for row in shares.get(name, [name])):
                 continue
             pruning, training = STAGES[stage]
-            pruned, _ = prune(model, statistics, pruning, ratio)
+            pruned, _ = prune(model, statistics, pruning, ratio, samples)
             if training is None:
                 results.add(method=name, ratio=ratio, **evaluation.measure(pruned.eval()), cpu_minutes=0.0)
                 continue
