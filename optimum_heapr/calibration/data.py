@@ -105,14 +105,21 @@ def load_calibration_data(
         part (`Callable`, *optional*): takes the rows of each source and its name, returns the rows to use; by default all.
 
     Raises:
-        HeaprError: if the data is missing, empty, has no usable column, or has samples shorter than two tokens, or a
+        HeaprError: if the data is missing, of another type, empty, has no usable column, or has samples shorter than two tokens, or a
             mixture cannot be read or has a source that is too small a part of the samples.
     """
+    import datasets
+
     dataset = config.dataset if dataset is None else dataset
     if dataset is None:
-        raise HeaprError("dataset=None: name calibration text, a local file or a dataset on the Hub; its kind matters")
+        raise HeaprError("dataset=None: name the text, a local file or a dataset on the Hub; its kind matters")
     if not isinstance(dataset, (str, os.PathLike)):
         name = type(dataset).__name__
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            raise HeaprError(
+                f"dataset: is of type {name}; pass a path, a name on the Hub, or one split as a `datasets.Dataset`, such as "
+                "Dataset.from_dict({'text': texts})"
+            )
         samples, held_out = _samples(part(dataset, name), name, config.num_samples, config, tokenizer)
         return CalibrationData(samples, name, config.seed, config.seq_length, held_out=held_out)
     sources = parse_sources(dataset)

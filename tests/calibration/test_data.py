@@ -261,7 +261,10 @@ def refused(match, dataset, tokenizer=None, **options):
 
 
 def test_no_data_at_all_is_refused(tokenizer):
-    refused("dataset=None: name calibration text, a local file or a dataset on the Hub", None, tokenizer)
+    for wrong in (["one text", "another"], 3, datasets.DatasetDict({"train": texts_as_dataset(["one text"])})):
+        with pytest.raises(HeaprError, match=f"dataset: is of type {type(wrong).__name__}; pass a path"):
+            load_calibration_data(HeaprConfig(), tokenizer, wrong)
+    refused("dataset=None: name the text, a local file or a dataset on the Hub", None, tokenizer)
 
 
 def test_an_empty_dataset_is_refused(tmp_path, tokenizer):

@@ -133,7 +133,7 @@ def unknown_dtype(inputs, here):
 
 @mistake
 def no_dataset(inputs, here):
-    return prune(inputs, here), ["dataset=None", "name calibration text"]
+    return prune(inputs, here), ["dataset=None", "name the text"]
 
 
 @mistake

@@ -290,7 +290,7 @@ def test_without_text_nothing_is_cut(checkpoint):
     model, data = tiny_model(), calibration_data(*LENGTHS)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     plan = PruningPlan.build(calibrate(model, data, 4), HeaprConfig(**OPTIONS))
-    with pytest.raises(HeaprError, match="dataset=None: name calibration text"):
+    with pytest.raises(HeaprError, match="dataset=None: name the text"):
         HeaprPruner(model).apply(plan)
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
 
