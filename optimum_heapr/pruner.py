@@ -294,16 +294,16 @@ class HeaprPruner:
 
     def recover(
         self,
-        config: RecoveryConfig,
         dataset: Dataset | str | None = None,
+        config: RecoveryConfig | None = None,
         teacher: PreTrainedModel | str | os.PathLike | None = None,
         **options: Any,
     ) -> RecoveryReport:
         """Trains the pruned model with LoRA; the result is merged into `self.model` if it is better on held-out text.
 
         Args:
-            config (`RecoveryConfig`): what is trained, and how.
-            dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
+            dataset (`Dataset` or `str`, *optional*): training text, as for [`~HeaprPruner.calibrate`]; `config.dataset` if none.
+            config (`RecoveryConfig`, *optional*): what is trained, and how; its defaults if there is none.
             teacher (`PreTrainedModel` or `str`, *optional*): the unpruned model, for distillation and for the report; one
                 that is handed over as an object may be cut.
             options: `state_path` (`str`), a folder that lets the run go on if it is interrupted; `resume` (`bool`), go on
@@ -321,7 +321,7 @@ class HeaprPruner:
         if plan is None:
             raise HeaprError("model: was not pruned yet; call prune() or apply() first")
         self.model, self.recovery_report = recover_in_memory(
-            self.model, self.tokenizer, config, dataset, teacher, plan, **options
+            self.model, self.tokenizer, dataset, config, teacher, plan, **options
         )
         if self.report is not None and self.recovery_report.improved:
             self.report = without_measurements(self.report, "the model was trained after it was cut and measured")

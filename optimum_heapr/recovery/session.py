@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from .adapter import check_pruned
+from .configuration import RecoveryConfig
 from .data import RecoveryData
 from .output import save_adapter
 from .runner import recover
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..planning.plan import PruningPlan
-    from .configuration import RecoveryConfig
     from .report import RecoveryReport
 
 
 def recover_in_memory(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    config: RecoveryConfig,
     dataset: Dataset | str | None = None,
+    config: RecoveryConfig | None = None,
     teacher: PreTrainedModel | str | os.PathLike | None = None,
     plan: PruningPlan | None = None,
     state_path: str | os.PathLike | None = None,
@@ -41,13 +41,14 @@ def recover_in_memory(
     Args:
         model (`PreTrainedModel`): pruned; changed in place.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
-        config, dataset, teacher, state_path, resume, adapter_folder: as for [`~optimum_heapr.HeaprPruner.recover`].
+        dataset, config, teacher, state_path, resume, adapter_folder: as for [`~optimum_heapr.HeaprPruner.recover`].
         plan (`PruningPlan`, *optional*): what the model was pruned by.
 
     Raises:
         HeaprError: as [`~optimum_heapr.recovery.runner.recover`].
     """
     check_pruned(model)
+    config = config or RecoveryConfig()
     data = RecoveryData.load(config, tokenizer, dataset)
     with ExitStack() as stack:
         # A folder that is there is gone on from; a temporary one is empty.

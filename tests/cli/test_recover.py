@@ -98,7 +98,8 @@ def test_two_processes_train_what_one_trains(run, inputs, text, tmp_path):
         "--teacher",
         inputs.model,
     ]
-    command = list(map(str, [*command, "--distillation-weight", 1, "--cache-teacher"]))
+    command += ["--distillation-weight", 1, "--cache-teacher", "--weight-interpolation", 0.5]
+    command = list(map(str, command))
     alone = run(*command, "-o", tmp_path / "one")
     assert alone.status == 0, alone.error
     processes = in_two_processes(OPTIMUM_CLI, "heapr", *command, "-o", tmp_path / "two")

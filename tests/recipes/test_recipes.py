@@ -56,6 +56,8 @@ def test_the_recipes_of_the_demonstration_run():
         ("recover_lora.yaml", None, "recovered"),
         ("recover_distill.yaml", "demo", "recovered by distillation"),
     ):
-        report = pruner.recover(RecoveryConfig.from_file(RECIPES / "demo" / name).replace(**fewer), teacher=teacher)
+        report = pruner.recover(
+            config=RecoveryConfig.from_file(RECIPES / "demo" / name).replace(**fewer), teacher=teacher
+        )
         assert report.steps == 2 and {before, after} <= set(report.stages)
         before = "recovered before" if report.improved else before

@@ -293,9 +293,9 @@ def test_the_pruner_recovers_what_it_pruned(tmp_path):
     pruner = prune("qwen3_moe")
     with pytest.raises(HeaprError, match="state"):
         (tmp_path / "state").mkdir()
-        pruner.recover(quick(), ROWS, state_path=tmp_path / "state")
+        pruner.recover(ROWS, quick(), state_path=tmp_path / "state")
     pruner.model.name_or_path = "unpruned"  # as of a model that was loaded and pruned in memory
-    report = pruner.recover(quick(**DISTILLATION), ROWS, tiny_model("qwen3_moe"), adapter_folder=tmp_path / "adapter")
+    report = pruner.recover(ROWS, quick(**DISTILLATION), tiny_model("qwen3_moe"), adapter_folder=tmp_path / "adapter")
     assert report.improved and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == ""
     with pytest.raises(HeaprError, match="is an adapter of a model that was in memory"):
@@ -306,4 +306,4 @@ def test_the_pruner_recovers_what_it_pruned(tmp_path):
     unpruned = prune("qwen3_moe")
     unpruned.applied_plan = None
     with pytest.raises(HeaprError, match="was not pruned yet"):
-        unpruned.recover(quick(), ROWS)
+        unpruned.recover(ROWS, quick())
