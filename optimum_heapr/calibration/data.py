@@ -14,7 +14,15 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
-from .sources import SHUFFLE_BUFFER, columns_of, open_source, parse_sources, rows_of, shares_of, tokenized_documents
+from .sources import (
+    SHUFFLE_BUFFER,
+    open_source,
+    parse_sources,
+    rows_of,
+    shares_of,
+    tokenized_documents,
+    usable_columns,
+)
 
 
 if TYPE_CHECKING:
@@ -111,8 +119,7 @@ def load_calibration_data(
     import datasets
 
     dataset = config.dataset if dataset is None else dataset
-    if dataset is None:
-        raise HeaprError("dataset=None: name the text, a local file or a dataset on the Hub; its kind matters")
+    check_named(dataset)
     if not isinstance(dataset, (str, os.PathLike)):
         name = type(dataset).__name__
         if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
@@ -136,6 +143,28 @@ def load_calibration_data(
     return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins, held_out)
 
 
+def check_calibration_text(config: HeaprConfig) -> None:
+    """Opens the text that `config` names, so that one that cannot be used is refused before a model is loaded for it.
+
+    Raises:
+        HeaprError: if it is missing or empty, or has no column to read.
+    """
+    check_named(config.dataset)
+    for source in parse_sources(config.dataset):
+        rows = open_source(source, config.dataset_config, config.split, config.dataset_streaming)
+        usable_columns(rows, source.label, config.text_column)
+
+
+def check_named(dataset: Any) -> None:
+    """Refuses `None` in the place of a text.
+
+    Raises:
+        HeaprError: saying what to name.
+    """
+    if dataset is None:
+        raise HeaprError("dataset=None: name the text, a local file or a dataset on the Hub; its kind matters")
+
+
 def _samples(
     rows: Dataset | IterableDataset,
     source: str,
@@ -144,16 +173,13 @@ def _samples(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """At most `count` samples of one source, each of at least two tokens, and its share of those held out."""
-    is_stream = not hasattr(rows, "__len__")
-    columns = columns_of(rows, source)
-    if not columns or not is_stream and len(rows) == 0:
-        raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
+    columns = usable_columns(rows, source, config.text_column)
     held_out = 0 if config.eval_dataset is not None else -(-config.eval_samples * count // config.num_samples)
     if "input_ids" in columns:
         first = itertools.islice(rows_of(rows, source), count + held_out)
         samples = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in first]
     else:
-        if is_stream:
+        if not hasattr(rows, "__len__"):
             rows, order = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER), None
         else:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()

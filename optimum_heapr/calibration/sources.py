@@ -224,6 +224,20 @@ def columns_of(rows: Dataset | IterableDataset, source: str) -> list[str]:
     return list(next(rows_of(rows, source), {})) if known is None else known
 
 
+def usable_columns(rows: Dataset | IterableDataset, source: str, text_column: str) -> list[str]:
+    """As [`columns_of`], of rows that have something to calibrate or evaluate on.
+
+    Raises:
+        HeaprError: if there are no rows, or no column of tokens, messages or text.
+    """
+    columns = columns_of(rows, source)
+    if not columns or hasattr(rows, "__len__") and len(rows) == 0:
+        raise HeaprError(f"dataset={source!r}: is empty; name one with text in it")
+    if "input_ids" not in columns:
+        _reader_of(columns, source, text_column)
+    return columns
+
+
 def articles(lines: Dataset) -> Dataset:
     """The articles of WikiText, whose rows are lines; a heading such as ` = Title = ` opens one."""
     import datasets

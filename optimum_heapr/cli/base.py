@@ -223,6 +223,22 @@ def source_names(config: Options) -> list[str]:
     return [source.name for source in parse_sources(config.dataset)] if config.dataset else []
 
 
+def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = True) -> None:
+    """Opens the texts of a run, so that one that cannot be used is refused before a model is loaded for it.
+
+    Raises:
+        HeaprError: if one is missing or empty, or has no column to read.
+    """
+    from ..calibration.data import check_calibration_text
+    from ..evaluation.perplexity import open_evaluation_text
+    from ..evaluation.protocols import PROTOCOLS
+
+    if calibrates:
+        check_calibration_text(config)
+    if evaluates and config.eval_samples and config.eval_dataset not in (None, *PROTOCOLS):
+        open_evaluation_text(config.eval_dataset)
+
+
 def check_output_is_not_input(output: str, *inputs: str | None) -> None:
     """Refuses an output whose replacement would take an input away.
 

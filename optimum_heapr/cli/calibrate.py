@@ -11,6 +11,7 @@ from .base import (
     add_memory_options,
     add_model_options,
     check_output_is_not_input,
+    check_texts,
     chosen_memory,
     config_from,
     end_processes,
@@ -62,6 +63,7 @@ class CalibrateCommand(HeaprSubcommand):
         from .tables import statistics_table
 
         check_launcher()
+        check_texts(config, evaluates=False)
         saving = {"resume": self.args.resume, "save_every": self.args.save_every}
         path, state, run = f"{self.args.output}.state", None, {}
         with chosen_memory(self.args, config) as options:

@@ -14,6 +14,7 @@ from .base import (
     add_memory_options,
     add_model_options,
     check_output_is_not_input,
+    check_texts,
     chosen_memory,
     config_from,
     end_processes,
@@ -63,6 +64,9 @@ class PruneCommand(HeaprSubcommand):
         from .tables import compensation_lines, measured_lines, plan_table
 
         check_launcher()
+        calibrates = self.args.statistics is None or config.compensates_blocks
+        # Without a dataset there may be statistics beside the model.
+        check_texts(config, calibrates and config.dataset is not None, evaluates=not self.args.dry_run)
         if self.args.statistics is not None and self.args.memory == "auto":
             self.args.memory = "plain"  # nothing is calibrated
         with chosen_memory(self.args, config) as options:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..calibration.data import packed
-from ..calibration.sources import open_dataset, tokenized_documents
+from ..calibration.sources import open_dataset, tokenized_documents, usable_columns
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
 from .metric import TokenPerplexity
@@ -76,8 +76,7 @@ def evaluation_windows(
     if protocol is not None:
         windows = protocol.windows(tokenizer, seq_length)
         return list(itertools.islice(windows, num_samples))
-    named = isinstance(dataset, (str, os.PathLike))
-    rows = open_dataset(dataset, dataset_config, split, "evaluation") if named else dataset
+    rows = open_evaluation_text(dataset, dataset_config, split, text_column)
     if "input_ids" in rows.column_names:
         windows = (torch.tensor(row[:seq_length]) for row in rows["input_ids"])
     else:
@@ -86,6 +85,23 @@ def evaluation_windows(
     if not windows:
         raise HeaprError(f"dataset={source!r}: holds less than two tokens; name one with text in it")
     return windows
+
+
+def open_evaluation_text(
+    dataset: Dataset | str | os.PathLike,
+    dataset_config: str | None = None,
+    split: str = "test",
+    text_column: str = "text",
+) -> Dataset:
+    """The rows that [`evaluate_perplexity`] joins, of all texts but the published protocols. Arguments: as there.
+
+    Raises:
+        HeaprError: if they are missing or empty, or have no column to read.
+    """
+    named = isinstance(dataset, (str, os.PathLike))
+    rows = open_dataset(dataset, dataset_config, split, "evaluation") if named else dataset
+    usable_columns(rows, source_name(dataset), text_column)
+    return rows
 
 
 def source_name(dataset: Dataset | str | os.PathLike) -> str:

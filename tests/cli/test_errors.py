@@ -147,6 +147,17 @@ def missing_dataset_on_the_hub(inputs, here):
 
 
 @mistake
+def calibrate_without_a_dataset(inputs, here):
+    return ["calibrate", "-m", inputs.model, "-o", here / "out"], ["dataset=None", "name the text"]
+
+
+@mistake
+def missing_text_to_measure_on(inputs, here):
+    flags = [*inputs.calibration, "--eval-dataset", here / "nowhere.jsonl"]
+    return prune(inputs, here, *flags), [str(here / "nowhere.jsonl"), "no such file"]
+
+
+@mistake
 def dataset_of_an_unknown_kind(inputs, here):
     path = here / "text.pdf"
     path.write_bytes(b"%PDF")
@@ -492,16 +503,31 @@ def test_wrong_options_of_calibrate(option, named, run, inputs, tmp_path):
     assert listing(tmp_path) == {}
 
 
-def test_a_wrong_output_is_found_before_the_work(run, inputs, tmp_path, monkeypatch):
-    """Hours of calibration must not be lost to a typing mistake."""
+FOUND_BEFORE_THE_WORK = (
+    "output_is_not_empty",
+    "output_is_the_model",
+    "output_is_a_file",
+    "output_holds_the_model",
+    "calibrate_without_a_dataset",
+    "missing_dataset",
+    "missing_text_column",
+    "missing_text_to_measure_on",
+    "empty_dataset",
+)
+
+
+def test_mistakes_that_are_found_before_the_work(run, inputs, tmp_path, monkeypatch):
+    """Hours of calibration must not be lost to a typing mistake, nor the minutes that loading takes."""
     from optimum_heapr import loading
 
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
-    for name in ("output_is_not_empty", "output_is_the_model", "output_is_a_file", "output_holds_the_model"):
+    for name in FOUND_BEFORE_THE_WORK:
         folder = tmp_path / name
         folder.mkdir()
         arguments, named = MISTAKES[name](inputs, folder)
-        check(run(*arguments), arguments[0], named)
+        result = run(*arguments)
+        check(result, arguments[0], named)
+        assert result.output == ""
 
 
 def test_no_folders_above_the_output_are_left(run, inputs, tmp_path):
