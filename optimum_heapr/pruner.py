@@ -23,7 +23,7 @@ from .configuration import HeaprConfig
 from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
 from .hub.card import BaseModel
-from .hub.push import PUSH_OPTIONS, push_folder
+from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
 from .planning.plan import PruningPlan
@@ -352,7 +352,7 @@ class HeaprPruner:
         Raises:
             HeaprError: if nothing was pruned yet, the folder cannot be written or is not empty, or the Hub refuses.
         """
-        push_options = {name: save_options.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in save_options}
+        push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
         if self.applied_plan is None:
             raise HeaprError("model: was not pruned yet; call prune() or apply() first")
         folder = Path(folder)
@@ -372,28 +372,18 @@ class HeaprPruner:
             push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        with_statistics: bool = False,
-        **save_options: Any,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Uploads what [`~HeaprPruner.save_pretrained`] writes, in one commit.
 
         Args:
-            repo_id, private, token, revision, commit_message, create_pr, with_statistics: as for
-                [`~optimum_heapr.hub.push.push_folder`].
-            save_options: as for [`~HeaprPruner.save_pretrained`], e.g. `results`, `max_shard_size`.
+            repo_id (`str`): `NAME` or `OWNER/NAME` of the repository.
+            options: `private`, `token`, `revision`, `commit_message`, `create_pr` and `with_statistics`, as for
+                [`~optimum_heapr.hub.push.push_folder`]; others are for [`~HeaprPruner.save_pretrained`], e.g. `results`.
 
         Raises:
             HeaprError: if nothing was pruned yet, or the Hub refuses; then the repository holds what it held before.
         """
+        push_options, save_options = split_push_options(options)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_options)
-            options = (private, token, revision, commit_message, create_pr, with_statistics)
-            return push_folder(folder, repo_id, *options)
+            return push_folder(folder, repo_id, **push_options)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.statistics import STATISTICS_NAME
 from ..utils.errors import HeaprError
@@ -18,8 +19,6 @@ from .card import CARD_NAME, PLACEHOLDER
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-
-PUSH_OPTIONS = ("private", "token", "revision", "commit_message", "create_pr", "with_statistics")
 
 # Of an earlier model in the same repository these would be loaded in place of, or mistaken for, parts of the new one.
 _REPLACED = ("model*.safetensors", "model.safetensors.index.json", STATISTICS_NAME)
@@ -91,6 +90,15 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def split_push_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those options that [`push_folder`] has, and the others."""
+    ours = inspect.signature(push_folder).parameters.keys() - {"folder", "repo_id"}
+    return (
+        {name: value for name, value in options.items() if name in ours},
+        {name: value for name, value in options.items() if name not in ours},
+    )
 
 
 def check_login(repo_id: str) -> None:
