@@ -355,6 +355,8 @@ class HeaprPruner:
         push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
         if self.applied_plan is None:
             raise HeaprError("model: was not pruned yet; call prune() or apply() first")
+        if "max_shard_size" in save_options:
+            save_options["max_shard_size"] = parse_size("max_shard_size", str(save_options["max_shard_size"]))
         folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
             if self._checkpoint is not None:

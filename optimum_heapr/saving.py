@@ -18,6 +18,7 @@ from .report.content import build_report
 from .report.files import write_report
 from .report.observation import observe
 from .utils.files import replace_folder
+from .utils.sizes import parse_size
 
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def apply_streaming(
         HeaprError: if the plan was made for another model, or the checkpoint cannot be cut file by file.
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
-    statistics = load_statistics(statistics)
+    statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
     folder = Path(folder)
     with replace_folder(folder, overwrite) as temporary:
-        write_streaming(model, plan, temporary, statistics, model_options, max_shard_size=max_shard_size)
+        write_streaming(model, plan, temporary, statistics, model_options, max_shard_size=size)
     return folder
 
 

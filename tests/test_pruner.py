@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr import pruner as pruner_module
 from optimum_heapr.loading import load_model
+from optimum_heapr.saving import apply_streaming
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
@@ -191,6 +192,18 @@ def test_nothing_to_save_before_pruning(tmp_path):
     with pytest.raises(HeaprError, match=r"not pruned yet; call prune\(\) or apply\(\) first"):
         pruner.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_save_refuses_a_shard_size_that_is_none(tmp_path):
+    pruner = HeaprPruner.from_pretrained(
+        "demo", HeaprConfig(dataset="demo", num_samples=2, seq_length=32, eval_samples=0)
+    )
+    pruner.prune()
+    with pytest.raises(HeaprError, match="max_shard_size='5XB': must be a number of bytes"):
+        pruner.save_pretrained(tmp_path / "pruned", max_shard_size="5XB")
+    with pytest.raises(HeaprError, match="max_shard_size='5XB': must be a number of bytes"):
+        apply_streaming("demo", pruner.applied_plan, tmp_path / "pruned", max_shard_size="5XB")
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_refuses_a_filled_folder(tmp_path):

@@ -43,6 +43,7 @@ class ApplyCommand(HeaprSubcommand):
         check_output_is_not_input(args.output, args.model, args.plan, args.statistics)
         check_output_folder(args.output, args.overwrite)
         check_push(args)
+        saving = save_options_from(args)
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
         from ..saving import apply_streaming
@@ -54,11 +55,10 @@ class ApplyCommand(HeaprSubcommand):
         if args.in_memory or args.packed or args.device_map or args.dequantize:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
             pruner.apply(plan, args.statistics)
-            pruner.save_pretrained(args.output, args.overwrite, **save_options_from(args))
+            pruner.save_pretrained(args.output, args.overwrite, **saving)
         else:
-            apply_streaming(
-                args.model, plan, args.output, args.overwrite, args.max_shard_size, args.statistics, **options
-            )
+            size = saving["max_shard_size"]
+            apply_streaming(args.model, plan, args.output, args.overwrite, size, args.statistics, **options)
         print(plan_table(plan))
         print(f"Pruned model written to {args.output}")
         push(args)
@@ -102,4 +102,12 @@ def push(args) -> None:
 
 
 def save_options_from(args) -> dict:
-    return {"max_shard_size": args.max_shard_size, "save_original_format": not args.packed}
+    """The flags that say how weights are stored, as keyword arguments of `save_pretrained`.
+
+    Raises:
+        HeaprError: if the shard size is none.
+    """
+    from ..utils.sizes import parse_size
+
+    size = parse_size("max_shard_size", args.max_shard_size)
+    return {"max_shard_size": size, "save_original_format": not args.packed}

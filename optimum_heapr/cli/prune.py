@@ -58,6 +58,7 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
+        saving = save_options_from(self.args)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
@@ -89,7 +90,7 @@ class PruneCommand(HeaprSubcommand):
             if self.args.dry_run:
                 return
             pruner.apply(plan, measure=True, prompts=self.args.prompt)
-            pruner.save_pretrained(self.args.output, self.args.overwrite, **save_options_from(self.args))
+            pruner.save_pretrained(self.args.output, self.args.overwrite, **saving)
         for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
             print(line)
         print(f"Pruned model written to {self.args.output}, with report.html")

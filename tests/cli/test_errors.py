@@ -339,6 +339,18 @@ def output_is_a_file(inputs, here):
 
 
 @mistake
+def unknown_shard_size(inputs, here):
+    flags = [*inputs.calibration, "--max-shard-size", "5XB"]
+    return prune(inputs, here, *flags), ["max_shard_size='5XB'", "12GB"]
+
+
+@mistake
+def unknown_shard_size_of_apply(inputs, here):
+    flags = ["-m", inputs.model, "-p", inputs.plan, "-o", here / "out", "--max-shard-size", "0"]
+    return ["apply", *flags], ["max_shard_size='0'", "12GB"]
+
+
+@mistake
 def output_is_not_empty(inputs, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
@@ -513,6 +525,8 @@ FOUND_BEFORE_THE_WORK = (
     "missing_text_column",
     "missing_text_to_measure_on",
     "empty_dataset",
+    "unknown_shard_size",
+    "unknown_shard_size_of_apply",
 )
 
 
