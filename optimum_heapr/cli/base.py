@@ -11,13 +11,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..configuration import MEMORY, HeaprConfig
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.options import Options, option_type, option_types, read_mapping
+
+
+if TYPE_CHECKING:
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.state import StateFile
 
 
 CALIBRATION_OPTIONS = (
@@ -175,6 +180,41 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         help="for streaming: host memory for the inputs of all layers, e.g. 8GB; more goes to the disk of the output "
         "(default: a quarter of what is free)",
     )
+
+
+def add_state_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--save-every` and `--resume`, for commands that calibrate."""
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="K",
+        help="save the calibration to OUTPUT.state every K micro-batches",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUTPUT.state, if it is there; also saved on Ctrl-C"
+    )
+
+
+def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | StateFolder | None, dict[str, Any]]:
+    """Where a calibration is saved, if that was asked for, and the options of [`HeaprPruner.calibrate`] that say so.
+
+    The command removes it once its output is safe.
+
+    Raises:
+        HeaprError: if there is one and `--resume` was not passed, it is of another mode of `--memory`, or the command has no
+            output.
+    """
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.state import StateFile
+
+    if not (args.resume or args.save_every):
+        return None, {}
+    if args.output is None:
+        raise HeaprError("output=None: --save-every and --resume use OUTPUT.state; name the output with -o")
+    path, saving = f"{args.output}.state", {"resume": args.resume, "save_every": args.save_every}
+    state = (StateFolder if memory == "streaming" else StateFile)(path, **saving)
+    return state, {"state_path": path, "keep_state": True, **saving}
 
 
 @contextmanager

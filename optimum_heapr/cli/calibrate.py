@@ -10,12 +10,14 @@ from .base import (
     add_config_options,
     add_memory_options,
     add_model_options,
+    add_state_options,
     check_output_is_not_input,
     check_texts,
     chosen_memory,
     config_from,
     end_processes,
     source_names,
+    state_from,
 )
 
 
@@ -28,12 +30,7 @@ class CalibrateCommand(HeaprSubcommand):
         add_model_options(parser)
         parser.add_argument("-o", "--output", default="statistics.safetensors", help="statistics file to write")
         parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-        parser.add_argument(
-            "--save-every", type=int, default=0, metavar="K", help="save the run to OUTPUT.state every K micro-batches"
-        )
-        parser.add_argument(
-            "--resume", action="store_true", help="go on from OUTPUT.state, if it is there; also saved on Ctrl-C"
-        )
+        add_state_options(parser)
         add_memory_options(parser)
         parser.add_argument(
             "--no-grams",
@@ -55,23 +52,17 @@ class CalibrateCommand(HeaprSubcommand):
                 "or measure none with --statistics vector"
             )
         check_output_file(self.args.output, self.args.overwrite)
-        from ..calibration.layer_state import StateFolder
         from ..calibration.processes import check_launcher
-        from ..calibration.state import StateFile
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
         from .tables import statistics_table
 
         check_launcher()
         check_texts(config, evaluates=False)
-        saving = {"resume": self.args.resume, "save_every": self.args.save_every}
-        path, state, run = f"{self.args.output}.state", None, {}
         with chosen_memory(self.args, config) as options:
-            if any(saving.values()):
-                state = (StateFolder if options["memory"] == "streaming" else StateFile)(path, **saving)
-                run = {"state_path": path, "keep_state": True, **saving}
+            state, saving = state_from(self.args, options["memory"])
             pruner = HeaprPruner.from_pretrained(self.args.model, config, **options)
-            statistics = pruner.calibrate(keep_grams=not self.args.no_grams, **run)
+            statistics = pruner.calibrate(keep_grams=not self.args.no_grams, **saving)
             del pruner
             if is_main_process():
                 statistics.save(self.args.output, grams=not self.args.no_grams)

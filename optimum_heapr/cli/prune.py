@@ -13,12 +13,14 @@ from .base import (
     add_config_options,
     add_memory_options,
     add_model_options,
+    add_state_options,
     check_output_is_not_input,
     check_texts,
     chosen_memory,
     config_from,
     end_processes,
     source_names,
+    state_from,
 )
 
 
@@ -30,6 +32,7 @@ class PruneCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         add_output_options(parser, required=False)
+        add_state_options(parser)
         add_memory_options(parser)
         parser.add_argument(
             "-s", "--statistics", help="statistics file, folder or name on the Hub, in place of calibrating"
@@ -58,7 +61,7 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
-        saving = save_options_from(self.args)
+        storing = save_options_from(self.args)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
@@ -76,13 +79,16 @@ class PruneCommand(HeaprSubcommand):
                     f"packed=True: needs the model in memory, and this one is calibrated with --memory {options['memory']}; "
                     "leave --packed out, or pass --memory plain"
                 )
+            state, saving = state_from(self.args, options["memory"])
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             if pruner.statistics is None:
-                pruner.calibrate(keep_grams=config.compensates_experts)
+                pruner.calibrate(keep_grams=config.compensates_experts, **saving)
             end_processes()
-            if not is_main_process():
-                return  # under `accelerate launch` all processes calibrate, one cuts
+            if not is_main_process():  # under `accelerate launch` all processes calibrate, one cuts
+                if state is not None:
+                    state.remove()
+                return
             if pruner.statistics.cost is not None:
                 print(pruner.statistics.cost)
             plan = pruner.plan()
@@ -90,7 +96,9 @@ class PruneCommand(HeaprSubcommand):
             if self.args.dry_run:
                 return
             pruner.apply(plan, measure=True, prompts=self.args.prompt)
-            pruner.save_pretrained(self.args.output, self.args.overwrite, **saving)
+            pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
+        if state is not None:
+            state.remove()
         for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
             print(line)
         print(f"Pruned model written to {self.args.output}, with report.html")

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from tests.cli.conftest import listing, weights_and_settings
 from tests.processes import start_python
 
 
@@ -61,3 +62,30 @@ def test_saving_does_not_take_the_place_of_the_output(run, inputs, tmp_path, mon
     monkeypatch.setattr("optimum_heapr.calibration.runner._measure", lambda *_: pytest.fail("it was measured already"))
     assert run(*command, "--resume").status == 0
     assert (tmp_path / "out").read_bytes() == inputs.statistics.read_bytes()
+
+
+@pytest.mark.parametrize("memory", ["plain", "streaming"])
+def test_prune_goes_on_with_what_was_measured(memory, run, inputs, tmp_path, monkeypatch):
+    """What fails after hours of calibration, here while saving, does not take them with it."""
+    output, state = tmp_path / "out", tmp_path / "out.state"
+    command = ["prune", "-m", inputs.model, "-o", output, *inputs.calibration, "--memory", memory, "--save-every", 4]
+    monkeypatch.setattr(AtomicStatistics, "save", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*command)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [state]
+    kept = listing(tmp_path)
+    refused = run(*command)
+    assert refused.status == 2 and "pass --resume" in refused.error and listing(tmp_path) == kept
+    # Another ratio is another plan of the same statistics.
+    planned = run(*command, "--resume", "--ratio", 0.5, "--dry-run")
+    assert planned.status == 0 and "asked 50.00%" in planned.output and state.exists()
+    result = run(*command, "--resume")
+    assert result.status == 0, result.error
+    assert weights_and_settings(output) == weights_and_settings(inputs.pruned)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_prune_without_an_output_has_nowhere_to_save(run, inputs):
+    result = run("prune", "-m", inputs.model, *inputs.calibration, "--dry-run", "--save-every", 4)
+    assert result.status == 2 and "name the output with -o" in result.error
