@@ -66,7 +66,11 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"optimum-cli heapr {self.NAME}: interrupted; nothing half-written was left behind", file=sys.stderr)
+            state = f"{getattr(self.args, 'output', None)}.state"
+            left = "nothing half-written was left behind"
+            if hasattr(self.args, "resume") and os.path.exists(state):
+                left = f"{state} holds what was done, and --resume goes on from there"
+            print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
             sys.exit(130)
 
     def execute(self) -> None:
