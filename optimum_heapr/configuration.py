@@ -28,6 +28,7 @@ ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
+GOALS = ("ratio", "target_parameters", "target_size")  # ways to say how much goes
 
 
 @dataclass
@@ -219,6 +220,21 @@ class HeaprConfig(Options):
             self.allocation = "uniform"
         if self.layout == "uniform" and self.allocation != "uniform":
             raise HeaprError(f"allocation={self.allocation!r}: layout='uniform' needs allocation='uniform'")
+
+    @classmethod
+    def changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """`values` with `changes` on top: how much goes, if that is changed, is what the change says, in whichever way.
+
+        Raises:
+            HeaprError: if the change says it in two ways.
+        """
+        goals = [name for name in GOALS if changes.get(name) is not None]
+        if len(goals) > 1:
+            first, second = ((name, changes[name]) for name in goals[:2])
+            raise HeaprError(f"{second[0]}={second[1]!r}: {first[0]}={first[1]!r} is given as well; leave one out")
+        if goals:
+            values = {name: value for name, value in values.items() if name not in GOALS}
+        return super().changed(values, changes)
 
     @property
     def needs_grams(self) -> bool:

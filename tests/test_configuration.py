@@ -378,3 +378,13 @@ def test_a_foreign_heapr_config_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"heapr_config": content}))
         with pytest.raises(HeaprError, match=expected):
             HeaprConfig.from_pretrained(tmp_path)
+
+
+def test_a_change_of_how_much_goes_takes_the_place_of_what_was():
+    config = HeaprConfig(target_size="3MB")
+    assert config.replace(ratio=0.1).target_size is None
+    assert config.replace(target_parameters=9_000).target_size is None
+    assert config.replace(seed=3).target_size == "3MB"
+    assert config.replace(target_size=None).ratio == HeaprConfig().ratio
+    with pytest.raises(HeaprError, match=r"target_size='3MB': ratio=0.1 is given as well; leave one out"):
+        config.replace(ratio=0.1, target_size="3MB")

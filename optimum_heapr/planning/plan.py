@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,4 +229,4 @@ def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> Heap
             f"{name}={given}: must lie between {whole - total * each:,}{unit}, what is left without routed experts, and "
             f"{whole:,}{unit}, what the model has"
         )
-    return config.replace(ratio=removed / total)
+    return replace(config, ratio=removed / total)  # the target is kept beside it, for the record

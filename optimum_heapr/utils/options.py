@@ -79,7 +79,12 @@ class Options:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed, validated anew."""
-        return self.from_dict({**self.to_dict(), **changes})
+        return self.from_dict(self.changed(self.to_dict(), changes))
+
+    @classmethod
+    def changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """`values` with `changes` on top, as flags are on top of a recipe; a subclass may drop what a change takes the place of."""
+        return {**values, **changes}
 
 
 def read_mapping(path: str | os.PathLike) -> dict[str, Any]:

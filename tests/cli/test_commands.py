@@ -140,6 +140,15 @@ def test_flags_override_the_recipe(run, inputs, tmp_path, suffix):
     assert HeaprConfig.from_pretrained(output) == HeaprConfig(**{**options, "ratio": 0.3, "criterion": "fisher"})
 
 
+def test_a_ratio_takes_the_place_of_a_size_in_the_recipe(run, inputs, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("target_size: 1KB\n")  # no ratio reaches that
+    flags = ["-s", inputs.statistics, "--dry-run"]
+    result = run("plan", *flags, "-c", tmp_path / "recipe.yaml", "--ratio", "0.3")
+    assert result.status == 0 and "asked 30.00%" in result.output
+    refused = run("plan", *flags, "--target-size", "1MB", "--ratio", "0.3")
+    assert refused.status == 2 and "target_size='1MB': ratio=0.3 is given as well; leave one out" in refused.error
+
+
 def test_recipe_with_an_unknown_key_suggests_the_nearest(run, inputs, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("ratoi: 0.5\n")
