@@ -388,3 +388,10 @@ def test_a_change_of_how_much_goes_takes_the_place_of_what_was():
     assert config.replace(target_size=None).ratio == HeaprConfig().ratio
     with pytest.raises(HeaprError, match=r"target_size='3MB': ratio=0.1 is given as well; leave one out"):
         config.replace(ratio=0.1, target_size="3MB")
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.0e-3", "0.001", "10e-4", "+1e-3"])
+def test_numbers_in_yaml_are_written_as_people_write_them(tmp_path, written):
+    (tmp_path / "recipe.yaml").write_text(f"ridge: {written}\ndataset: 1e-3.jsonl\n")
+    config = HeaprConfig.from_file(tmp_path / "recipe.yaml")
+    assert config.ridge == 0.001 and config.dataset == "1e-3.jsonl"

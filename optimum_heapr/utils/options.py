@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -100,14 +101,25 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
     try:
-        # JSON on its own path: YAML 1.1 reads 1e-3 as a string.
-        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        content = json.loads(text) if str(path).endswith(".json") else yaml.load(text, _yaml_loader())
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
         reason = " ".join(str(error).split())
         raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
     if not isinstance(content, dict):
         raise HeaprError(f"config={str(path)!r}: must hold a mapping of option names to values, one a line")
     return content
+
+
+def _yaml_loader() -> type:
+    """`yaml.SafeLoader` that reads 1e-4 as the number that it is in YAML 1.2 and JSON; in YAML 1.1 it is text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
 
 
 def option_types(config_class: type[Options]) -> dict[str, Any]:
