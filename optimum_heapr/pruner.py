@@ -36,6 +36,7 @@ from .surgery.feasibility import check_feasible
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 from .utils.logging import get_logger
+from .utils.positions import warn_of_positions
 from .utils.sizes import parse_size
 
 
@@ -193,6 +194,7 @@ class HeaprPruner:
         state_class = StateFolder if self.memory == "streaming" else StateFile
         state = None if state_path is None else state_class(state_path, resume, save_every)
         data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
+        warn_of_positions(self.model, data.samples)
         self.calibration_data = data
         if self.memory == "streaming":
             self.statistics = self._checkpoint.calibrate(data, config, state, keep_grams)

@@ -13,6 +13,7 @@ import torch
 
 from ..demo import DEMO_MODEL
 from ..utils.errors import HeaprError
+from ..utils.positions import positions_of, warn_of_positions
 from .metric import TokenPerplexity, mean_with_error
 from .perplexity import evaluation_windows, window_losses
 from .size import ModelSize, routing_counts
@@ -84,6 +85,7 @@ class Comparison:
         self, dataset: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> dict[str, Any]:
         windows = evaluation_windows(tokenizer, dataset, **self.text_options)
+        warn_of_positions(model, windows)
         losses, counts = window_losses(model, windows, dataset), [len(window) - 1 for window in windows]
         found = {"dataset": dataset, **TokenPerplexity().compute(predictions=losses, references=counts)}
         if dataset not in self._first:
@@ -98,7 +100,7 @@ class Comparison:
     def _speed(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         options = dict(self.speed_options)
         length, new_tokens = options.pop("prompt_length"), options["new_tokens"]
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = positions_of(model)
         if room is not None and length + new_tokens >= room:
             raise HeaprError(
                 f"prompt_length={length}: with new_tokens={new_tokens} the model has positions for {room} tokens; lower one"

@@ -17,6 +17,7 @@ from ..calibration.data import packed
 from ..calibration.sources import open_dataset, tokenized_documents, usable_columns
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
+from ..utils.positions import warn_of_positions
 from .metric import TokenPerplexity
 from .protocols import PROTOCOLS
 
@@ -54,6 +55,7 @@ def evaluate_perplexity(
         HeaprError: if the data is missing or too short, or the loss is not finite.
     """
     windows = evaluation_windows(tokenizer, dataset, seq_length, num_samples, dataset_config, split, text_column)
+    warn_of_positions(model, windows)
     losses = window_losses(model, windows, source_name(dataset))
     return TokenPerplexity().compute(predictions=losses, references=[len(window) - 1 for window in windows])
 

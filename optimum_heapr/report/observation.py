@@ -13,6 +13,7 @@ from ..evaluation.size import ModelSize
 from ..evaluation.speed import Speed, greedy_tokens, measure_speed
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from ..utils.positions import positions_of
 
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _see_loss(seen: Observation, model: PreTrainedModel, workload: Workload) -> 
 
 
 def _see_speed(seen: Observation, model: PreTrainedModel, workload: Workload) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TIMED_TOKENS
+    room = positions_of(model) or TIMED_TOKENS
     length = min(TIMED_TOKENS, max(map(len, workload.windows)), max(room - TIMED_NEW_TOKENS - 1, 1))
     prompts = [window[:length] for window in workload.windows if len(window) >= length]
     seen.speed = measure_speed(model, prompts, TIMED_NEW_TOKENS, repetitions=REPETITIONS)
