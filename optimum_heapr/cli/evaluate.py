@@ -62,6 +62,8 @@ class EvaluateCommand(HeaprSubcommand):
         if args.num_samples is not None and args.num_samples < 1:
             raise HeaprError(f"num_samples={args.num_samples}: must be at least 1; leave it out for all windows")
         from ..evaluation.comparison import Comparison
+        from ..evaluation.perplexity import open_evaluation_text
+        from ..evaluation.protocols import PROTOCOLS
         from ..loading import load_model
 
         names = ("seq_length", "num_samples", "dataset_config", "split", "text_column")
@@ -74,6 +76,9 @@ class EvaluateCommand(HeaprSubcommand):
             {name: getattr(args, name) for name in task_names},
             {name: getattr(args, name) for name in speed_names} if args.speed else None,
         )
+        for dataset in args.dataset:  # before minutes are spent on loading
+            if dataset not in PROTOCOLS:
+                open_evaluation_text(dataset, args.dataset_config, args.split, args.text_column)
         for name in args.model:
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
             comparison.add(name, model, tokenizer, self._weight_files(model) if args.speed else ())

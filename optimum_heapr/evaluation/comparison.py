@@ -42,6 +42,9 @@ class Comparison:
         results (`dict[str, list[dict]]`): by kind, `perplexity`, `tasks` and `speed`, one entry for each model and text or
             metric. Perplexities have `increase` and `increase_standard_error` of the loss, against the first model on the
             same windows, unless the tokens are others.
+
+    Raises:
+        HeaprError: if an option of the speed is too small.
     """
 
     datasets: Sequence[str] = ()
@@ -53,6 +56,12 @@ class Comparison:
         default_factory=lambda: {"perplexity": [], "tasks": [], "speed": []}, init=False
     )
     _first: dict[str, tuple[list[torch.Tensor], list[float]]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (self.speed_options or {}).items():
+            least = 2 if name == "prompt_length" else 1
+            if value < least:
+                raise HeaprError(f"{name}={value}: must be at least {least}")
 
     def add(
         self,

@@ -414,6 +414,27 @@ def evaluate_a_missing_model(inputs, here):
 
 
 @mistake
+def evaluate_on_a_missing_text(inputs, here):
+    flags = ["-m", inputs.model, "--dataset", here / "nowhere.jsonl"]
+    return ["evaluate", *flags], [str(here / "nowhere.jsonl"), "no such file"]
+
+
+@mistake
+def time_without_a_prompt(inputs, here):
+    return ["evaluate", "-m", inputs.model, "--speed", "--prompt-length", "0"], ["prompt_length=0", "at least 2"]
+
+
+@mistake
+def time_no_sequences(inputs, here):
+    return ["evaluate", "-m", inputs.model, "--speed", "--batch-size", "0"], ["batch_size=0", "at least 1"]
+
+
+@mistake
+def time_no_new_tokens(inputs, here):
+    return ["evaluate", "-m", inputs.model, "--speed", "--new-tokens", "0"], ["new_tokens=0", "at least 1"]
+
+
+@mistake
 def evaluate_on_nothing(inputs, here):
     path = lines(here / "empty.jsonl", [{"text": ""}])
     return ["evaluate", "-m", inputs.model, "--dataset", path], [str(path), "two tokens"]
@@ -527,6 +548,10 @@ FOUND_BEFORE_THE_WORK = (
     "empty_dataset",
     "unknown_shard_size",
     "unknown_shard_size_of_apply",
+    "evaluate_on_a_missing_text",
+    "time_without_a_prompt",
+    "time_no_sequences",
+    "time_no_new_tokens",
 )
 
 
