@@ -100,6 +100,15 @@ def load_model(
     from .modeling.modeling_heapr import auto_class_name
 
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
+    if not os.path.isdir(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+        raise HeaprError(
+            f"model={path!r}: no such folder, and no name on the Hub either; name a folder or a repository on the Hub that "
+            "holds a causal language model"
+        )
+    if not allow_quantized and model_options.get("quantization_config") is not None:
+        raise HeaprError(
+            "quantization_config: quantized weights cannot be cut; leave it out, prune, and quantize what is saved"
+        )
     hub_options = hub_options_in(model_options)
     if "trust_remote_code" in model_options:
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]

@@ -105,7 +105,8 @@ def calibrate_already_pruned(inputs, here):
 
 @mistake
 def missing_model(inputs, here):
-    return prune(inputs, here, *inputs.calibration, model=here / "nowhere"), [str(here / "nowhere"), "name a folder"]
+    named = [str(here / "nowhere"), "no such folder", "name a folder"]
+    return prune(inputs, here, *inputs.calibration, model=here / "nowhere"), named
 
 
 @mistake

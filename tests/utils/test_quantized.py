@@ -120,3 +120,11 @@ def test_pruned_model_is_an_ordinary_one(kind, layout, request, tmp_path):
     assert "quant" not in (tmp_path / "pruned" / "config.json").read_text()
     reloaded, _ = load_model(tmp_path / "pruned")
     assert torch.equal(logits_of(reloaded), logits_of(pruner.model))
+
+
+def test_weights_are_not_quantized_on_the_way_in(tmp_path):
+    """`from_pretrained` would: attention in 8 bits, and experts that are cut in floating point."""
+    from transformers import QuantoConfig
+
+    with pytest.raises(HeaprError, match="quantization_config: quantized weights cannot be cut; leave it out, prune"):
+        HeaprPruner.from_pretrained("demo", quantization_config=QuantoConfig(weights="int8"))
