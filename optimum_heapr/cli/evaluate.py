@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand, add_model_options, model_options_from
 
@@ -65,6 +63,7 @@ class EvaluateCommand(HeaprSubcommand):
         from ..evaluation.perplexity import open_evaluation_text
         from ..evaluation.protocols import PROTOCOLS
         from ..loading import load_model
+        from .tables import perplexity_table, speed_table, tasks_table
 
         names = ("seq_length", "num_samples", "dataset_config", "split", "text_column")
         task_names = ("include_path", "num_fewshot", "limit", "batch_size", "chat_template")
@@ -83,9 +82,11 @@ class EvaluateCommand(HeaprSubcommand):
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
             comparison.add(name, model, tokenizer, self._weight_files(model) if args.speed else ())
             del model  # the next one may need its memory
-        print(
-            json.dumps(comparison.results, indent=2) if args.json else "\n\n".join(result_tables(comparison.results))
-        )
+        if args.json:
+            print(json.dumps(comparison.results, indent=2))
+            return
+        tables = {"perplexity": perplexity_table, "tasks": tasks_table, "speed": speed_table}
+        print("\n\n".join(tables[kind](rows) for kind, rows in comparison.results.items() if rows))
 
     def _weight_files(self, model) -> list[str]:
         """The files that a model was loaded from; none if they are not safetensors."""
@@ -96,51 +97,3 @@ class EvaluateCommand(HeaprSubcommand):
             return checkpoint_files(model.config._name_or_path, **options)
         except (HeaprError, OSError):
             return []
-
-
-def result_tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What a [`~optimum_heapr.evaluation.comparison.Comparison`] found, as plain text."""
-    from ..report.numbers import change, count, signed, size
-    from .tables import table
-
-    made = []
-    if rows := results["perplexity"]:
-        lines = []
-        for row in rows:
-            increase = ""
-            if row.get("increase") is not None:
-                increase = f"{signed(row['increase'])} ± {row['increase_standard_error']:.4f}"
-            numbers = [f"{row['perplexity']:.3f}", f"{row['loss']:.4f}", f"{row['loss_standard_error']:.4f}"]
-            lines.append([row["model"], row["dataset"], *numbers, row["num_tokens"], increase])
-        made.append(table(["model", "dataset", "perplexity", "loss", "± s.e.", "tokens", "against the first"], lines))
-    if rows := results["tasks"]:
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        lines = []
-        for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
-            found = {row["model"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
-            lines.append([task, metric, *(_with_error(found.get(model)) for model in models)])
-        made.append(table(["task", "metric", *models], lines))
-    if rows := results["speed"]:
-        first, lines = rows[0], []
-        for row in rows:
-            fields = [count(row["parameters"]), count(row["active_parameters"]), count(row["flops_per_token"])]
-            fields.append(size(row["checkpoint_bytes"] or row["weight_bytes"]))
-            for name in ("prefill", "decode"):
-                fields.append(f"{row[name]:,.1f} ± {row[f'{name}_spread']:.0%}")
-            fields.append(size(row["peak_bytes"]))
-            fields.append(change(first["decode"], row["decode"]) if row is not first else "")
-            lines.append([row["model"], *fields])
-        header = ["model", "parameters", "active", "FLOPs/token", "size", "prefill tok/s", "decode tok/s"]
-        made.append(
-            table([*header, "peak memory", "decode"], lines)
-            + f"\n{first['device']}, {first['prompt_tokens']} + {first['new_tokens']} tokens, batch size "
-            f"{first['batch_size']}, median of {first['repetitions']} ± half the distance of the quartiles"
-        )
-    return made
-
-
-def _with_error(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
-    return f"{row['value']:.4f}{error}"

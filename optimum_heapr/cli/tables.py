@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..planning.alignment import effective_multiple
 from ..report.markdown import summary, title
+from ..report.numbers import change, count, signed, size
 from ..report.tables import measured_on, report_tables
 
 
@@ -61,6 +62,47 @@ def plan_table(plan: PruningPlan) -> str:
             *compensation_lines(plan),
             *unreached_lines(plan.unreached),
         ]
+    )
+
+
+def perplexity_table(rows: list[dict[str, Any]]) -> str:
+    """Perplexities of one or several models, as in the results of a `Comparison`."""
+    lines = []
+    for row in rows:
+        increase = ""
+        if row.get("increase") is not None:
+            increase = f"{signed(row['increase'])} ± {row['increase_standard_error']:.4f}"
+        numbers = [f"{row['perplexity']:.3f}", f"{row['loss']:.4f}", f"{row['loss_standard_error']:.4f}"]
+        lines.append([row["model"], row["dataset"], *numbers, row["num_tokens"], increase])
+    return table(["model", "dataset", "perplexity", "loss", "± s.e.", "tokens", "against the first"], lines)
+
+
+def tasks_table(rows: list[dict[str, Any]]) -> str:
+    """Metrics of benchmarks, a column for each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = []
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
+        found = {row["model"]: row for row in rows if (row["task"], row["metric"]) == (task, metric)}
+        lines.append([task, metric, *(_with_error(found.get(model)) for model in models)])
+    return table(["task", "metric", *models], lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Sizes and speed of one or several models, and what they were measured with."""
+    first, lines = rows[0], []
+    for row in rows:
+        fields = [count(row["parameters"]), count(row["active_parameters"]), count(row["flops_per_token"])]
+        fields.append(size(row["checkpoint_bytes"] or row["weight_bytes"]))
+        for name in ("prefill", "decode"):
+            fields.append(f"{row[name]:,.1f} ± {row[f'{name}_spread']:.0%}")
+        fields.append(size(row["peak_bytes"]))
+        fields.append(change(first["decode"], row["decode"]) if row is not first else "")
+        lines.append([row["model"], *fields])
+    header = ["model", "parameters", "active", "FLOPs/token", "size", "prefill tok/s", "decode tok/s"]
+    return (
+        table([*header, "peak memory", "decode"], lines)
+        + f"\n{first['device']}, {first['prompt_tokens']} + {first['new_tokens']} tokens, batch size "
+        f"{first['batch_size']}, median of {first['repetitions']} ± half the distance of the quartiles"
     )
 
 
@@ -172,3 +214,10 @@ def measured_lines(report: dict[str, Any]) -> list[str]:
 def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:
     """One line a block that has experts no calibration token reached."""
     return [f"no calibration token reached {path} experts {experts}" for path, experts in unreached.items()]
+
+
+def _with_error(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    return f"{row['value']:.4f}{error}"
