@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Columns padded to their widest cell; the first to the left, numbers to the right."""
+    """Columns padded to their widest cell; the first, and those without a digit, to the left, numbers to the right."""
     cells = [header, *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    columns = list(zip(*cells))
+    widths = [max(map(len, column)) for column in columns]
+    is_text = [index == 0 or not re.search(r"\d", "".join(column[1:])) for index, column in enumerate(columns)]
     lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(row))
-        for row in ([list(zip(line, widths)) for line in cells])
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width) for cell, width, text in zip(row, widths, is_text)
+        ).rstrip()
+        for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
