@@ -85,7 +85,7 @@ class HeaprPruner:
         find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config or HeaprConfig()
+        self.config = HeaprConfig.checked(config)
         self.statistics: AtomicStatistics | None = None
         self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None
@@ -127,13 +127,13 @@ class HeaprPruner:
             HeaprError: if the model cannot be found, has an unknown type, or cannot be pruned, or if the statistics cannot be
                 read or are of another model.
         """
+        config = HeaprConfig.checked(config)
         budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
         if memory not in ("plain", "offload", "streaming"):
-            memory, estimate = choose_memory(model, config or HeaprConfig(), memory, budget, **model_options)
+            memory, estimate = choose_memory(model, config, memory, budget, **model_options)
             logger.info("%s", estimate or memory)
         options = options_for_memory(memory, model_options)
-        reuse = config is None or config.dataset is None
-        loaded, tokenizer, statistics = load_measured(model, statistics, reuse=reuse, **options)
+        loaded, tokenizer, statistics = load_measured(model, statistics, reuse=config.dataset is None, **options)
         pruner = cls(loaded, tokenizer, config)
         pruner.base = BaseModel.of(loaded, hub_options_in(model_options))
         pruner.statistics, pruner.memory = statistics, memory

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan
+from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan, RecoveryConfig
 from optimum_heapr import pruner as pruner_module
 from optimum_heapr.loading import load_model
 from optimum_heapr.saving import apply_streaming
@@ -55,6 +55,20 @@ def equal(first: AtomicStatistics, second: AtomicStatistics) -> bool:
         for name in ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "token_count")
     ]
     return first.blocks.keys() == second.blocks.keys() and all(same)
+
+
+def test_a_config_of_another_type_is_refused(tmp_path):
+    for wrong in ({"ratio": 0.5}, "recipe.yaml", RecoveryConfig()):
+        expected = f"config: is of type {type(wrong).__name__}; pass a HeaprConfig, such as HeaprConfig.from_file"
+        with pytest.raises(HeaprError, match=expected):
+            HeaprPruner(tiny_model(), None, wrong)
+        with pytest.raises(HeaprError, match=expected):
+            HeaprPruner.from_pretrained(tmp_path / "not looked at", wrong)
+    pruner = make()
+    pruner.calibrate(tokens())
+    pruner.prune()
+    with pytest.raises(HeaprError, match="config: is of type HeaprConfig; pass a RecoveryConfig"):
+        pruner.recover(tokens(), HeaprConfig())
 
 
 def test_calibrate_takes_data_in_every_form(text):

@@ -48,7 +48,7 @@ def recover_in_memory(
         HeaprError: as [`~optimum_heapr.recovery.runner.recover`].
     """
     check_pruned(model)
-    config = config or RecoveryConfig()
+    config = RecoveryConfig.checked(config)
     data = RecoveryData.load(config, tokenizer, dataset)
     with ExitStack() as stack:
         # A folder that is there is gone on from; a temporary one is empty.

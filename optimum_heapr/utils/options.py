@@ -50,6 +50,21 @@ class Options:
             raise HeaprError(f"{name}={value}: must be at least {least}; leave it out for the default")
 
     @classmethod
+    def checked(cls, config: Self | None) -> Self:
+        """The config that was passed, or the defaults.
+
+        Raises:
+            HeaprError: if it is something else, such as a mapping or the path of a recipe.
+        """
+        if config is not None and not isinstance(config, cls):
+            name = cls.__name__
+            raise HeaprError(
+                f"config: is of type {type(config).__name__}; pass a {name}, such as {name}.from_file(path) or "
+                f"{name}.from_dict(mapping)"
+            )
+        return config or cls()
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Makes a config from a mapping, such as a parsed recipe.
 
