@@ -210,7 +210,7 @@ def _arguments(config: RecoveryConfig, folder: RunFolder, is_bfloat16: bool) -> 
         )
     every = {"eval_steps": config.eval_steps, "save_steps": config.eval_steps, "logging_steps": config.eval_steps}
     reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         str(folder.path),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.micro_batch_size,
@@ -238,6 +238,10 @@ def _arguments(config: RecoveryConfig, folder: RunFolder, is_bfloat16: bool) -> 
         report_to="none",
         seed=config.seed,
     )
+    # Of several GPUs that one process sees, the Trainer would take all: nn.DataParallel, which copies the model for every
+    # micro-batch, and as many times the samples in a step. A launcher is what spreads a run; its processes have one each.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _no_bars() -> bool:

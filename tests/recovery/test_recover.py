@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprError
 from optimum_heapr.loading import load_model
+from optimum_heapr.recovery import runner
 from optimum_heapr.recovery import trainer as trainer_module
 from optimum_heapr.recovery.adapter import load_adapter
 from optimum_heapr.recovery.data import RecoveryData
@@ -242,6 +243,15 @@ def test_micro_batches_checkpointing_and_bfloat16_give_the_same_to_tolerance(pru
     assert losses["accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["checkpointed"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02) and losses["bf16"] != losses["plain"]
+
+
+def test_one_process_takes_one_of_several_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(runner, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = runner._arguments(quick(micro_batch_size=2), RunFolder(tmp_path / "run"), False)
+    assert not arguments.use_cpu and arguments.n_gpu == 1
+    assert arguments.train_batch_size == 2 and arguments.parallel_mode.value == "not_parallel"
 
 
 def test_weights_in_bfloat16_are_trained_in_float32(pruned, model, tmp_path):
