@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..experts import find_expert_blocks
+from ..utils.memory import measured_devices, peak_memory, reset_peak_memory
+from ..utils.placement import default_device
 from .decoder import decoder_layers
 from .loss import CHUNK_ELEMENTS
 
@@ -47,15 +49,12 @@ class Cost:
 @contextmanager
 def measured_cost() -> Iterator[Cost]:
     """Measures time and memory until the block ends; the tokens are the caller's to add."""
-    cost, began = Cost(), time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    cost, began, on_accelerator = Cost(), time.perf_counter(), bool(measured_devices())
+    if on_accelerator:
+        reset_peak_memory()
     yield cost
     cost.seconds = time.perf_counter() - began
-    if torch.cuda.is_available():
-        cost.peak_bytes = torch.cuda.max_memory_allocated()
-    else:
-        cost.peak_bytes = peak_resident_bytes()
+    cost.peak_bytes = peak_memory() if on_accelerator else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
@@ -117,9 +116,9 @@ class MemoryEstimate:
             HeaprError: for `streaming`, if the experts are not in one list of layers.
         """
         blocks = find_expert_blocks(model)
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        device = default_device()
+        if device.type != "cuda":  # of other accelerators nothing is asked but what the host has
+            device = torch.device("cpu")
         activations = activation_bytes(model, blocks, config)
         graph = activations.kept * model.config.get_text_config().num_hidden_layers
         estimate = cls(
@@ -248,9 +247,11 @@ def _own_parameters(model: torch.nn.Module, inside: set[int]) -> Iterator[torch.
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a device."""
+    """Memory of a device that new tensors can have."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps of tensors that are gone counts as taken for the driver, but not for new tensors.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     import psutil
 
     return psutil.virtual_memory().available
