@@ -178,10 +178,19 @@ def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:
 
 
 def options_for_memory(memory: str, model_options: dict[str, Any]) -> dict[str, Any]:
-    """Options of [`load_model`] with which a model is as `memory` says: `plain`, `offload` or `streaming`."""
+    """Options of [`load_model`] with which a model is as `memory` says: `plain`, `offload` or `streaming`.
+
+    Raises:
+        HeaprError: if a `device_map` is given for `streaming`.
+    """
     if memory == "offload":
         return {"device_map": "auto", **model_options}
     if memory == "streaming":
+        if model_options.get("device_map") is not None:
+            raise HeaprError(
+                f"device_map={model_options['device_map']!r}: memory='streaming' takes one layer at a time to where it computes; "
+                "leave it out, or pass memory='offload'"
+            )
         kept_out = ("device_map", "offload_folder")
         return {"skeleton": True, **{key: value for key, value in model_options.items() if key not in kept_out}}
     return model_options

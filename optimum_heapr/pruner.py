@@ -36,6 +36,7 @@ from .surgery.feasibility import check_feasible
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 from .utils.logging import get_logger
+from .utils.placement import place
 from .utils.positions import warn_of_positions
 from .utils.sizes import parse_size
 
@@ -263,6 +264,7 @@ class HeaprPruner:
             return self.model
         if measure:
             check_plan(self.model, plan)  # before minutes are spent on it
+            place(self.model)  # saved statistics do not need it there
         data = self._text_of(plan)
         base = self.base or BaseModel.of(self.model)
         workload = Workload.of(plan.config, self.tokenizer, self.calibration_data, prompts) if measure else None

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan, RecoveryConfig
 from optimum_heapr import pruner as pruner_module
+from optimum_heapr.calibration.data import load_calibration_data
 from optimum_heapr.loading import load_model
 from optimum_heapr.saving import apply_streaming
+from optimum_heapr.utils import placement
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
@@ -69,6 +71,24 @@ def test_a_config_of_another_type_is_refused(tmp_path):
     pruner.prune()
     with pytest.raises(HeaprError, match="config: is of type HeaprConfig; pass a RecoveryConfig"):
         pruner.recover(tokens(), HeaprConfig())
+
+
+def test_streaming_has_no_device_map():
+    with pytest.raises(HeaprError, match="device_map='auto': memory='streaming' takes one layer at a time"):
+        HeaprPruner.from_pretrained("demo", HeaprConfig(), memory="streaming", device_map="auto")
+
+
+def test_a_model_is_measured_on_the_accelerator_with_saved_statistics_too(monkeypatch):
+    statistics, pruner, moved = make().calibrate(tokens()), make(eval_samples=1), []
+    pruner.calibration_data = load_calibration_data(pruner.config, None, tokens())
+    plan = pruner.plan(statistics)
+    monkeypatch.setattr(placement, "has_accelerator", lambda: True)
+    monkeypatch.setattr(placement, "default_device", lambda: moved.append("there") or "cpu")
+    pruner.apply(plan)
+    assert not moved
+    pruner.model = tiny_model()
+    pruner.apply(plan, measure=True)
+    assert moved == ["there"]
 
 
 def test_calibrate_takes_data_in_every_form(text):

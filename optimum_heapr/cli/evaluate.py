@@ -63,6 +63,7 @@ class EvaluateCommand(HeaprSubcommand):
         from ..evaluation.perplexity import open_evaluation_text
         from ..evaluation.protocols import PROTOCOLS
         from ..loading import load_model
+        from ..utils.placement import place
         from .tables import perplexity_table, speed_table, tasks_table
 
         names = ("seq_length", "num_samples", "dataset_config", "split", "text_column")
@@ -80,7 +81,7 @@ class EvaluateCommand(HeaprSubcommand):
                 open_evaluation_text(dataset, args.dataset_config, args.split, args.text_column)
         for name in args.model:
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
-            comparison.add(name, model, tokenizer, self._weight_files(model) if args.speed else ())
+            comparison.add(name, place(model), tokenizer, self._weight_files(model) if args.speed else ())
             del model  # the next one may need its memory
         if args.json:
             print(json.dumps(comparison.results, indent=2))

@@ -10,6 +10,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
+from ..utils.placement import default_device
 from .base import Criterion
 from .elimination import Elimination, greedy_elimination, ridge_for_tokens
 
@@ -81,9 +82,14 @@ def _few_at_a_time(block: BlockStatistics) -> Sequence[torch.Tensor]:
 def _curves_from_matrices(block: BlockStatistics, ridges: torch.Tensor) -> Elimination:
     scale = token_dependence(block) ** (TOKEN_DEPENDENCE / 2)
     gradient_gram = block.mean("gradient_gram_sum") * scale.unsqueeze(1) * scale.unsqueeze(2)
-    found = greedy_elimination(block.mean("activation_gram_sum").float(), gradient_gram.float(), ridges)
+    matrices = block.mean("activation_gram_sum").float(), gradient_gram.float()
+    device = default_device()
+    if device.type == "cuda":  # statistics are on the host, and there it takes minutes for a large model
+        matrices = tuple(matrix.to(device) for matrix in matrices)
+    found = greedy_elimination(*matrices, ridges)
+    order, cost = found.order.cpu(), found.cost.cpu().double()
     # The ridge acts as activation that is not there, and experts have different ones.
-    return Elimination(found.order, found.cost.double() * (block.token_count / (1 + ridges)).unsqueeze(1))
+    return Elimination(order, cost * (block.token_count / (1 + ridges)).unsqueeze(1))
 
 
 def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> None:

@@ -177,6 +177,16 @@ def test_evaluate_compares_models(run, inputs):
     assert one["perplexity"][0]["num_tokens"] == 31
 
 
+def test_evaluate_takes_models_to_the_gpu(run, inputs, monkeypatch):
+    from optimum_heapr.utils import placement
+
+    moved = []
+    monkeypatch.setattr(placement, "has_accelerator", lambda: True)
+    monkeypatch.setattr(placement, "default_device", lambda: moved.append("there") or "cpu")
+    flags = ["--dataset", inputs.text, "--seq-length", "32", "--num-samples", "1"]
+    assert run("evaluate", "-m", inputs.model, inputs.pruned, *flags).status == 0 and len(moved) == 2
+
+
 def test_evaluate_compares_speed_and_size(run, inputs):
     flags = ["--speed", "--prompt-length", "12", "--new-tokens", "4", "--repetitions", "2", "--dataset", inputs.text]
     flags += ["--seq-length", "32"]
