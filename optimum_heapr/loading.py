@@ -90,7 +90,7 @@ def load_model(
 
     Raises:
         HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
-            quantized.
+            quantized, or its devices are not there.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -133,6 +133,14 @@ def load_model(
         raise HeaprError(
             f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
             "causal language model"
+        ) from error
+    except (AssertionError, RuntimeError) as error:  # of PyTorch, about devices that are not there or are full
+        if model_options.get("device_map") is None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise HeaprError(
+            f"device_map={model_options['device_map']!r}: the model cannot go there ({reason}); name devices that are there "
+            "and have room, such as 'auto', or leave it out"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)

@@ -78,6 +78,14 @@ def test_streaming_has_no_device_map():
         HeaprPruner.from_pretrained("demo", HeaprConfig(), memory="streaming", device_map="auto")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(
+        HeaprError, match="device_map='cuda': the model cannot go there .*; name devices that are there"
+    ):
+        load_model("demo", device_map="cuda")
+
+
 def test_a_model_is_measured_on_the_accelerator_with_saved_statistics_too(monkeypatch):
     statistics, pruner, moved = make().calibrate(tokens()), make(eval_samples=1), []
     pruner.calibration_data = load_calibration_data(pruner.config, None, tokens())
