@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""Settings of every test: one thread, no network, no caches outside a temporary folder."""
+"""Settings of every test: the CPU, one thread, no network, no caches outside a temporary folder."""
 
 import logging
 import os
@@ -15,6 +15,8 @@ import torch
 # own sets them anew in a subprocess.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On a host with a GPU too: models would be moved there, and tests go on with tensors of the CPU.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 _CACHE = tempfile.mkdtemp(prefix="heapr-tests-")
 os.environ["HF_HOME"] = _CACHE
 
