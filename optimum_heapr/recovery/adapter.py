@@ -50,7 +50,7 @@ def interpolate(model: PeftModel, share: float) -> None:
     An update of LoRA is linear in `B`; changed copies of routers and norms are moved towards what they are copies of.
 
     Args:
-        model (`PeftModel`): an adapter of [`~optimum_heapr.recovery.targets.adapter_config`], not merged.
+        model (`PeftModel`): an adapter of a recovery run, not merged.
         share (`float`): in (0, 1].
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
