@@ -103,6 +103,9 @@ class Options:
         return {**values, **changes}
 
 
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+
+
 def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     """Parses a YAML or JSON file whose top level is a mapping.
 
@@ -116,7 +119,7 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
     try:
-        content = json.loads(text) if str(path).endswith(".json") else yaml.load(text, _yaml_loader())
+        content = json.loads(text) if str(path).endswith(".json") else _with_numbers(yaml.safe_load(text))
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
         reason = " ".join(str(error).split())
         raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
@@ -125,16 +128,14 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _yaml_loader() -> type:
-    """`yaml.SafeLoader` that reads 1e-4 as the number that it is in YAML 1.2 and JSON; in YAML 1.1 it is text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    return Loader
+def _with_numbers(content: Any) -> Any:
+    """`content` with values such as 1e-4 as numbers, which they are in YAML 1.2 and JSON; in YAML 1.1 they are text."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        name: float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        for name, value in content.items()
+    }
 
 
 def option_types(config_class: type[Options]) -> dict[str, Any]:
