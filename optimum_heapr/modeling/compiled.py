@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import library, nn
 
 
 PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -69,7 +69,7 @@ def _lent(block: nn.Module, parameters: list[torch.Tensor]) -> Iterator[None]:
         block._parameters.update(own)
 
 
-@torch.library.custom_op(_NAME, mutates_args=())
+@library.custom_op(_NAME, mutates_args=())
 def _operation(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -86,7 +86,7 @@ def _(hidden_states, top_k_index, top_k_weights, parameters, number, autocast):
     return torch.empty_like(hidden_states)
 
 
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
+@library.custom_op(f"{_NAME}_backward", mutates_args=())
 def _backward_operation(
     gradient: torch.Tensor,
     hidden_states: torch.Tensor,
