@@ -37,9 +37,9 @@ def measure(name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from optimum_heapr import HeaprConfig
-    from optimum_heapr.calibration.data import CalibrationData
-    from optimum_heapr.calibration.memory import MemoryEstimate
+    from optimum_heapr.calibration.estimate import MemoryEstimate
     from optimum_heapr.calibration.runner import calibrate
+    from optimum_heapr.text.samples import CalibrationData
 
     model_type, tokens, dtype, (hidden, width, layers, vocabulary, experts, top_k) = SHAPES[name]
     sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "head_dim": hidden // 8}

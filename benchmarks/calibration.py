@@ -28,10 +28,11 @@ from explicit_covariances import explicit_scores
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprPruner
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.loss import summed_token_loss
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.cli.tables import table
+from optimum_heapr.criteria import importance
+from optimum_heapr.text.samples import CalibrationData
 
 
 VOCABULARY = 151_936  # that of Qwen3
@@ -121,7 +122,7 @@ def cost_rows(args: argparse.Namespace) -> list[list[str]]:
         measured, (explicit, explicit_bytes) = results["calibration"], results["explicit"]
         ours = sum(t.numel() * t.element_size() for block in measured.blocks.values() for t in block.sums.values())
         if name == "float32":
-            difference = largest_difference(measured.importance("heapr"), explicit, measured)
+            difference = largest_difference(importance(measured, "heapr"), explicit, measured)
             assert difference < 1e-3, f"scores differ by {difference}"
             rows.append(["largest difference of a score, float32", "explicit covariances", "calibration"])
             rows[-1] += [f"{difference:.0e}", "< 1e-3"]
@@ -237,7 +238,7 @@ def ranking_rows(args: argparse.Namespace) -> list[list[str]]:
     flat = {}
     for name in ("float32", "bfloat16", "float16"):
         measured = HeaprPruner.from_pretrained(args.model, config, dtype=getattr(torch, name)).calibrate()
-        scores = measured.importance("heapr")
+        scores = importance(measured, "heapr")
         flat[name] = torch.cat([scores[path][block.reached].flatten() for path, block in measured.blocks.items()])
     rows = []
     for name in ("bfloat16", "float16"):

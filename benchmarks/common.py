@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprPruner
 from optimum_heapr.calibration import tap
-from optimum_heapr.calibration.data import CalibrationData, load_calibration_data
-from optimum_heapr.calibration.sources import open_dataset, tokenized_documents
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.loading import load_model
 from optimum_heapr.surgery.compensation import compensate_experts
+from optimum_heapr.text.samples import CalibrationData, load_calibration_data
+from optimum_heapr.text.sources import open_dataset, tokenized_documents
 
 
 RIDGE = 0.01

@@ -34,6 +34,7 @@ from common import (
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration import tap
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.criteria import importance
 from optimum_heapr.criteria.elimination import ridge_for_tokens
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.compensation import compensation_weights
@@ -90,7 +91,7 @@ def main() -> None:
     results = Results(args.output, about, [*args.criteria, "by held-out tokens"])
     if args.resume:
         results.resume()
-    scores = {name: statistics.importance(name) for name in args.criteria}
+    scores = {name: importance(statistics, name) for name in args.criteria}
     for ratio in args.ratios:
         plans = {
             name: allocate(scores[name], HeaprConfig(ratio=ratio, criterion=name), statistics.unreached)

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.cli.tables import table
+from optimum_heapr.text.samples import CalibrationData
 
 
 def size_of(folder: Path) -> int:

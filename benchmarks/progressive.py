@@ -26,6 +26,7 @@ from common import (
 
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.planning.allocation import allocate
 
@@ -64,7 +65,7 @@ def main() -> None:
             for part in range(1, rounds + 1):
                 statistics = unpruned if part == 1 else calibrate(model, data, args.batch_size, gram=True)
                 config = HeaprConfig(ratio=ratio * part / rounds, criterion=criterion)
-                kept = allocate(statistics.importance(criterion), config, unpruned.unreached)
+                kept = allocate(importance(statistics, criterion), config, unpruned.unreached)
                 zero_and_compensate(model, statistics, kept)
                 silence(model, kept)
             results.add(method=name, ratio=ratio, **evaluation.measure(model))

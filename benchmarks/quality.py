@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from common import Evaluation, Results, argument_parser, calibration_samples, load, load_or_measure, prune
 
-from optimum_heapr.loading import load_model
+from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.criteria import importance
 
 
 OVER_BLOCKS = {"compensate": True, "compensation_scope": "block", "batch_size": 8}
@@ -77,7 +78,7 @@ PLOTTED = (
 def drop_experts(model, statistics, criterion: str, ratio: float):
     """A copy of the model without the lowest-ranked experts of each layer, which the router no longer knows either."""
     model = copy.deepcopy(model)
-    for path, score in statistics.importance(criterion).items():
+    for path, score in importance(statistics, criterion).items():
         kept = max(round((1 - ratio) * len(score)), model.config.num_experts_per_tok)
         chosen = score[:, 0].sort(descending=True, stable=True).indices[:kept].sort().values
         experts, router = model.get_submodule(path), model.get_submodule(path.rsplit(".", 1)[0]).gate

@@ -23,10 +23,11 @@ import torch
 from common import RIDGE, Evaluation, Results, argument_parser, calibration_samples, load, load_or_measure
 
 from optimum_heapr import HeaprConfig
-from optimum_heapr.calibration.activations import ActivationStore
-from optimum_heapr.calibration.decoder import Decoder
-from optimum_heapr.calibration.walk import LayerWalk
+from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.layerwise.activations import ActivationStore
+from optimum_heapr.layerwise.decoder import Decoder
+from optimum_heapr.layerwise.walk import LayerWalk
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.surgery.apply import set_rows
 from optimum_heapr.surgery.block_compensation import BlockFit
@@ -133,7 +134,7 @@ def main() -> None:
     results = Results(args.output, about, list(METHODS))
     if args.resume:
         results.resume()
-    scores = statistics.importance(args.criterion)
+    scores = importance(statistics, args.criterion)
     for method, ratio in itertools.product(args.methods, args.ratios):
         if not results.has(method, ratio):
             kept = allocate(scores, HeaprConfig(ratio=ratio, criterion=args.criterion), statistics.unreached)

@@ -57,7 +57,7 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
     from datasets import Dataset
 
     from optimum_heapr import HeaprConfig, HeaprPruner
-    from optimum_heapr.calibration.memory import peak_resident_bytes
+    from optimum_heapr.calibration.cost import peak_resident_bytes
 
     ids = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
     config = HeaprConfig(criterion=criterion, num_samples=samples, seq_length=length)

@@ -14,25 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.data import load_calibration_data
 from .calibration.layer_state import StateFolder
 from .calibration.runner import calibrate
 from .calibration.state import StateFile
 from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from .checkpoints.loading import choose_memory, hub_options_in, load_measured, options_for_memory
+from .checkpoints.saving import save_companions
+from .checkpoints.streamed import StreamedCheckpoint
 from .configuration import HeaprConfig
 from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
 from .hub.card import BaseModel
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
-from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
 from .planning.plan import PruningPlan
 from .report.content import build_report, without_measurements
 from .report.observation import Workload, observe
-from .saving import save_companions
-from .streamed import StreamedCheckpoint
 from .surgery.apply import apply_plan, check_compensation, check_plan
 from .surgery.feasibility import check_feasible
+from .text.samples import load_calibration_data
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 from .utils.logging import get_logger
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .calibration.data import CalibrationData
     from .recovery.configuration import RecoveryConfig
     from .recovery.report import RecoveryReport
+    from .text.samples import CalibrationData
 
 
 logger = get_logger(__name__)

@@ -17,8 +17,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from optimum_heapr.calibration.data import CalibrationData
     from optimum_heapr.calibration.statistics import AtomicStatistics
+    from optimum_heapr.text.samples import CalibrationData
 
 
 VOCAB_SIZE = 320
@@ -136,7 +136,7 @@ def random_samples(*lengths: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -
 
 def calibration_data(*lengths: int, seed: int = 0) -> CalibrationData:
     """Random calibration samples of these lengths."""
-    from optimum_heapr.calibration.data import CalibrationData
+    from optimum_heapr.text.samples import CalibrationData
 
     return CalibrationData(random_samples(*lengths, seed=seed), "random tokens", seed, max(lengths))
 

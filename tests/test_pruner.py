@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan, RecoveryConfig
 from optimum_heapr import pruner as pruner_module
-from optimum_heapr.calibration.data import load_calibration_data
-from optimum_heapr.loading import load_model
-from optimum_heapr.saving import apply_streaming
+from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.checkpoints.saving import apply_streaming
+from optimum_heapr.text.samples import load_calibration_data
 from optimum_heapr.utils import placement
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..fingerprint import check_same_model
 from ..utils.errors import HeaprError
-from .statistics import AtomicStatistics, BlockStatistics, check_same_model
+from .statistics import AtomicStatistics, BlockStatistics
 
 
 def merge_statistics(parts: Sequence[AtomicStatistics]) -> AtomicStatistics:

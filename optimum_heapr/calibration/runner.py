@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..experts import find_expert_blocks
+from ..fingerprint import model_fingerprint, storage_of
+from ..layerwise.memory import available_bytes, checkpointed_layers, has_offloaded_weights
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress, show_throughput
+from .cost import measured_cost
 from .loss import summed_token_loss
-from .memory import available_bytes, checkpointed_layers, has_offloaded_weights, measured_cost
 from .processes import add_over_processes, check_model_is_whole, check_placement, start_processes
 from .state import Progress, StateFile, interruption
-from .statistics import AtomicStatistics, BlockStatistics, model_fingerprint, storage_of
+from .statistics import AtomicStatistics, BlockStatistics
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
-    from .data import CalibrationData
+    from ..text.samples import CalibrationData
 
 
 logger = get_logger(__name__)

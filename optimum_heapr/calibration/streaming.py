@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..experts import ExpertBlock
+from ..fingerprint import hash_of_samples, model_fingerprint, storage_of
+from ..layerwise.activations import ActivationStore
+from ..layerwise.layers import StreamedModel
+from ..layerwise.memory import activation_budget
+from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
-from .activations import ActivationStore
+from .cost import Cost, measured_cost
 from .layer_state import LayerProgress, LayerState
-from .layers import StreamedModel
 from .loss import summed_token_loss
-from .memory import Cost, activation_budget, measured_cost
 from .processes import add_block, add_progress, start_processes
 from .runner import (
     block_statistics,
@@ -35,16 +38,15 @@ from .runner import (
     what_is_not_finite,
 )
 from .state import Interruption, Progress, interruption
-from .statistics import AtomicStatistics, BlockStatistics, hash_of_samples, model_fingerprint, storage_of
+from .statistics import AtomicStatistics, BlockStatistics
 from .tap import new_accumulators, switched_experts, tapped
-from .walk import LayerWalk
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..checkpoint import SourceCheckpoint
-    from .data import CalibrationData
+    from ..layerwise.source import SourceCheckpoint
+    from ..text.samples import CalibrationData
 
 
 logger = get_logger(__name__)
@@ -66,7 +68,7 @@ def calibrate_streaming(
     """Measures the statistics of every atomic expert of a model that is read from its checkpoint layer by layer.
 
     Args:
-        model (`PreTrainedModel`): without storage, from [`~optimum_heapr.surgery.skeleton.load_skeleton`]; it stays so.
+        model (`PreTrainedModel`): without storage, from [`~optimum_heapr.checkpoints.skeleton.load_skeleton`]; it stays so.
         source (`SourceCheckpoint`): its weights.
         data (`CalibrationData`): tokenized samples.
         folder (`Path`): an empty folder, or that of the run to go on from. It takes the activations past the budget and

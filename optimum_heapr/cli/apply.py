@@ -44,9 +44,9 @@ class ApplyCommand(HeaprSubcommand):
         check_output_folder(args.output, args.overwrite)
         check_push(args)
         saving = save_options_from(args)
+        from ..checkpoints.saving import apply_streaming
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
-        from ..saving import apply_streaming
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)

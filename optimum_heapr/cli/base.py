@@ -230,7 +230,7 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
     Raises:
         HeaprError: if there is no such mode, size or dtype.
     """
-    from ..loading import choose_memory
+    from ..checkpoints.loading import choose_memory
     from ..utils.logging import is_main_process
     from ..utils.sizes import parse_size
 
@@ -262,7 +262,7 @@ def source_names(config: Options) -> list[str]:
     Raises:
         HeaprError: if the mixture cannot be read.
     """
-    from ..calibration.sources import parse_sources
+    from ..text.sources import parse_sources
 
     return [source.name for source in parse_sources(config.dataset)] if config.dataset else []
 
@@ -273,9 +273,9 @@ def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = 
     Raises:
         HeaprError: if one is missing or empty, or has no column to read.
     """
-    from ..calibration.data import check_calibration_text
     from ..evaluation.perplexity import open_evaluation_text
-    from ..evaluation.protocols import PROTOCOLS
+    from ..text.protocols import PROTOCOLS
+    from ..text.samples import check_calibration_text
 
     if calibrates:
         check_calibration_text(config)

@@ -59,10 +59,10 @@ class EvaluateCommand(HeaprSubcommand):
             raise HeaprError("dataset=[]: nothing to evaluate; name text with --dataset, --tasks, or --speed")
         if args.num_samples is not None and args.num_samples < 1:
             raise HeaprError(f"num_samples={args.num_samples}: must be at least 1; leave it out for all windows")
+        from ..checkpoints.loading import load_model
         from ..evaluation.comparison import Comparison
         from ..evaluation.perplexity import open_evaluation_text
-        from ..evaluation.protocols import PROTOCOLS
-        from ..loading import load_model
+        from ..text.protocols import PROTOCOLS
         from ..utils.placement import place
         from .tables import perplexity_table, speed_table, tasks_table
 

@@ -71,7 +71,7 @@ class RecoverCommand(HeaprSubcommand):
 
     def _recover(self, config: RecoveryConfig, folder: RunFolder) -> RecoveryReport:
         """Loads, trains and writes; returns what was measured."""
-        from ..loading import load_model
+        from ..checkpoints.loading import load_model
         from ..recovery.adapter import check_pruned
         from ..recovery.data import RecoveryData
         from ..recovery.output import plan_of, save_adapter, save_merged

@@ -7,6 +7,7 @@ import re
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
+from ..criteria import importance
 from ..planning.alignment import effective_multiple
 from ..report.markdown import summary, title
 from ..report.numbers import change, count, signed, size
@@ -157,7 +158,7 @@ def report_text(report: dict[str, Any]) -> str:
 def importance_table(statistics: AtomicStatistics, criterion: str = "heapr") -> str:
     """Quantiles of the importance in each layer."""
     rows = []
-    for path, scores in statistics.importance(criterion).items():
+    for path, scores in importance(statistics, criterion).items():
         measured = scores[statistics.blocks[path].reached].double().flatten().sort().values
         if len(measured):
             places = [round(share * (len(measured) - 1)) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]

@@ -29,9 +29,19 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def importance(
-    statistics: AtomicStatistics, criterion: str, seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+    statistics: AtomicStatistics, criterion: str = "heapr", seed: int = 0, reduction: str = "mean", ridge: float = 0.01
 ) -> dict[str, torch.Tensor]:
     """Importance of each atomic expert by block, [E, I]; higher is kept.
+
+    Experts that no token reached have unknown statistics: they rank below every reached atomic expert, among themselves by
+    weight norm.
+
+    Args:
+        statistics (`AtomicStatistics`): what calibration measured.
+        criterion (`str`): one of `CRITERIA`.
+        seed (`int`): of what is random.
+        reduction (`str`): `mean` over the tokens of an expert, or `total` over all tokens.
+        ridge (`float`): least regularization of what inverts a matrix.
 
     Raises:
         HeaprError: if there is no such criterion, or it needs statistics that were not measured.

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..calibration.data import packed
-from ..calibration.sources import open_dataset, tokenized_documents, usable_columns
+from ..text.protocols import PROTOCOLS
+from ..text.samples import packed
+from ..text.sources import open_dataset, tokenized_documents, usable_columns
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
 from ..utils.positions import warn_of_positions
 from .metric import TokenPerplexity
-from .protocols import PROTOCOLS
 
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.sources import FILE_BUILDERS, PRESETS, parse_sources
 from ..demo import DEMO_MODEL, demo_model_path
 from ..report.markdown import CHART_NAME
 from ..report.tables import comparison
+from ..text.sources import FILE_BUILDERS, PRESETS, parse_sources
 from ..utils.errors import HeaprError
 from ..utils.files import public_name
 

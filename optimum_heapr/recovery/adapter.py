@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration.statistics import hash_of_values
 from ..experts import model_name
+from ..fingerprint import hash_of_values
 from ..utils.errors import HeaprError
 from .report import REPORT_NAME
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..calibration.data import CalibrationData, load_calibration_data
 from ..configuration import HeaprConfig
+from ..text.samples import CalibrationData, load_calibration_data
 from ..utils.errors import HeaprError
 
 
@@ -49,7 +49,7 @@ class RecoveryData:
             dataset (`Dataset` or `str`, *optional*): used in place of `config.dataset`.
 
         Raises:
-            HeaprError: as [`~optimum_heapr.calibration.data.load_calibration_data`], or if a source is a
+            HeaprError: as [`~optimum_heapr.text.samples.load_calibration_data`], or if a source is a
                 stream or a single document.
         """
         num_held_out = max(1, round(config.held_out * config.num_samples))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoints.loading import load_model
 from ..experts import model_name
-from ..loading import load_model
 from ..surgery.apply import apply_plan
 from ..utils.errors import HeaprError
 from ..utils.files import replace_file, write_json
@@ -70,7 +70,7 @@ class Teacher:
             data (`RecoveryData`): samples.
             folder (`RunFolder`): where the output goes.
             plan (`PruningPlan`, *optional*): what the student was pruned by; with it, the share of compensation is measured.
-            model_options: as for [`~optimum_heapr.loading.load_model`].
+            model_options: as for [`~optimum_heapr.checkpoints.loading.load_model`].
 
         Raises:
             HeaprError: if it cannot be loaded, has another vocabulary or hidden size, or the folder is of another teacher.

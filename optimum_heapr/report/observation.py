@@ -19,9 +19,9 @@ from ..utils.positions import positions_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..calibration.data import CalibrationData
     from ..configuration import HeaprConfig
     from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 logger = get_logger(__name__)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..calibration.decoder import Decoder
 from ..calibration.runner import frozen_in_evaluation_mode
-from ..calibration.statistics import check_same_model, model_fingerprint
 from ..experts import find_expert_blocks, model_name
+from ..fingerprint import check_same_model, model_fingerprint
+from ..layerwise.decoder import Decoder
 from ..utils.errors import HeaprError
 from ..utils.logging import with_paths
 from ..utils.placement import place
@@ -23,11 +23,11 @@ from .stock import cut_to_stock, find_stock_layout, stock_width
 
 
 if TYPE_CHECKING:
-    from ..calibration.data import CalibrationData
     from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
     from ..modeling.atomic_experts import AtomicExperts
     from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 def apply_plan(

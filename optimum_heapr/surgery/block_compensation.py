@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ..calibration.activations import ActivationStore
-from ..calibration.memory import activation_budget, available_bytes
 from ..calibration.tap import switched_experts
-from ..calibration.walk import LayerWalk
 from ..experts import experts_per_token
+from ..layerwise.activations import ActivationStore
+from ..layerwise.memory import activation_budget, available_bytes
+from ..layerwise.walk import LayerWalk
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress
 from ..utils.placement import default_device
@@ -39,11 +39,11 @@ from .least_squares import Part, solve_together
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration.data import CalibrationData
-    from ..calibration.decoder import Decoder
     from ..configuration import HeaprConfig
     from ..experts import ExpertBlock
+    from ..layerwise.decoder import Decoder
     from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 logger = get_logger(__name__)

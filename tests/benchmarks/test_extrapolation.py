@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.streaming import calibrate_streaming
-from optimum_heapr.checkpoint import SourceCheckpoint
-from optimum_heapr.loading import load_model
+from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.layerwise.source import SourceCheckpoint
 from optimum_heapr.utils.tensor_files import TensorReader, checkpoint_files
 from tests.helpers import calibration_data, repository, tiny_model
 

@@ -7,9 +7,10 @@ from transformers import Qwen3MoeForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError
 from optimum_heapr.calibration import runner
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate, check_gram_memory
+from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import plain_qwen3_moe
 
 
@@ -112,7 +113,7 @@ def test_file_with_and_without(measured, tmp_path):
         assert torch.equal(vectors.blocks[path].output_norm_sum, block.output_norm_sum)
         assert everything.blocks[path].has_grams and not vectors.blocks[path].has_grams
     with pytest.raises(HeaprError, match="criterion='obs'.*statistics='gram'"):
-        vectors.importance("obs")
+        importance(vectors, "obs")
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from optimum_heapr import HeaprError
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.merging import merge_statistics
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.criteria import importance
 from optimum_heapr.criteria.obs import store_removal_curves
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import assert_same_statistics, calibration_data, random_statistics, tiny_model
 
 
@@ -113,7 +114,7 @@ def test_removal_curves_are_of_one_part_and_are_not_added(tmp_path):
         store_removal_curves(part)
     merged = merge_statistics(parts)
     assert all(block.has_grams and not block.has_curves for block in merged.blocks.values())
-    scores, expected = merged.importance("obs"), whole.importance("obs")
+    scores, expected = importance(merged, "obs"), importance(whole, "obs")
     for path in scores:
         torch.testing.assert_close(scores[path], expected[path])
 

@@ -27,7 +27,7 @@ statistics = calibrate(tiny_model(dtype=torch.float64), calibration_data(*{LENGT
 statistics.save(os.path.join(sys.argv[1], os.environ["RANK"]))
 from pathlib import Path
 from optimum_heapr.calibration.streaming import calibrate_streaming
-from optimum_heapr.loading import load_model, source_of
+from optimum_heapr.checkpoints.loading import load_model, source_of
 model, _ = load_model(sys.argv[1] + "/model", skeleton=True)
 source = source_of(model)
 work = Path(sys.argv[1], "work" + os.environ["RANK"])

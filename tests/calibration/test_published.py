@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.criteria import importance
 from tests.helpers import needs_shared, shared_folder
 
 
@@ -25,7 +26,7 @@ def scores():
 
 def flat(statistics, published):
     """All atomic experts of all blocks in one row: ours, the published ones, and whether the expert was reached."""
-    ours = statistics.importance("heapr")
+    ours = importance(statistics, "heapr")
     reached = [block.reached.unsqueeze(1).expand(-1, block.width) for block in statistics.blocks.values()]
     return (
         torch.cat([score.flatten() for score in ours.values()]).double(),

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.tap import CALIBRATION_IMPLEMENTATION
 from optimum_heapr.cli.tables import statistics_table
+from optimum_heapr.text.samples import CalibrationData
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import assert_same_statistics, calibration_data, random_ids, tiny_model
 

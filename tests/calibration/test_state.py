@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.state import Progress, StateFile
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import calibration_data, tiny_model
 
 

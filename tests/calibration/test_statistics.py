@@ -9,13 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.calibration.statistics import (
-    AtomicStatistics,
-    BlockStatistics,
-    check_same_model,
-    model_fingerprint,
-)
+from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
+from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.fingerprint import check_same_model, model_fingerprint
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import calibration_data, random_statistics, tiny_model
 
@@ -55,8 +52,8 @@ def test_a_calibration_comes_back(tmp_path):
     loaded = AtomicStatistics.load(tmp_path / "statistics.safetensors")
     assert loaded.fingerprint == statistics.fingerprint
     for criterion in ("heapr", "fisher", "magnitude", "activation", "reap", "frequency", "random"):
-        for path, scores in statistics.importance(criterion).items():
-            assert torch.equal(loaded.importance(criterion)[path], scores)
+        for path, scores in importance(statistics, criterion).items():
+            assert torch.equal(importance(loaded, criterion)[path], scores)
 
 
 def test_the_file_holds_one_tensor_a_statistic_under_the_path_of_the_block(saved):

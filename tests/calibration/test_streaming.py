@@ -12,14 +12,15 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.calibration import streaming, walk
-from optimum_heapr.calibration.data import CalibrationData
-from optimum_heapr.calibration.layers import check_layers
+from optimum_heapr.calibration import streaming
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.checkpoint import SourceCheckpoint
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.families import TESTED
-from optimum_heapr.loading import load_model
+from optimum_heapr.layerwise import walk
+from optimum_heapr.layerwise.layers import check_layers
+from optimum_heapr.layerwise.source import SourceCheckpoint
 from optimum_heapr.planning.plan import PruningPlan
+from optimum_heapr.text.samples import CalibrationData
 from optimum_heapr.utils.errors import HeaprError
 from optimum_heapr.utils.tensor_files import checkpoint_files
 from tests.calibration.test_runner import poisoned_data

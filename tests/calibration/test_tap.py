@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimum_heapr.calibration.loss import summed_token_loss
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.tap import calibration_tap
+from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
 from tests.helpers import SUMS, assert_same_statistics, calibration_data, random_ids, tiny_model
 
@@ -70,7 +71,7 @@ def test_no_matrix_of_hidden_size_by_hidden_size_is_ever_formed(model_type):
     model = tiny_model(model_type, hidden_size=d)
     assert all(list(parameter.shape).count(d) < 2 for parameter in model.parameters())
     with Shapes() as shapes:
-        calibrate(model, calibration_data(16, 7), batch_size=2).importance("heapr")
+        importance(calibrate(model, calibration_data(16, 7), batch_size=2), "heapr")
     assert any(d in shape for shape in shapes.seen)
     assert [shape for shape in shapes.seen if shape.count(d) > 1] == []
     # Nor hidden under another shape: the largest tensors are the logits and the weights.

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import optimum_heapr.surgery.streaming as streaming
+import optimum_heapr.checkpoints.cutting as streaming
 
 from .conftest import listing
 

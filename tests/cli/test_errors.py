@@ -558,7 +558,7 @@ FOUND_BEFORE_THE_WORK = (
 
 def test_mistakes_that_are_found_before_the_work(run, inputs, tmp_path, monkeypatch):
     """Hours of calibration must not be lost to a typing mistake, nor the minutes that loading takes."""
-    from optimum_heapr import loading
+    from optimum_heapr.checkpoints import loading
 
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     for name in FOUND_BEFORE_THE_WORK:

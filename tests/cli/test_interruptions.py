@@ -12,7 +12,7 @@ from tests.processes import start_python
 
 # (module or class, function) to be interrupted in: while measuring, planning, cutting, writing, putting in place.
 MOMENTS = {
-    "loading": ("optimum_heapr.loading", "load_model"),
+    "loading": ("optimum_heapr.checkpoints.loading", "load_model"),
     "calibrating": ("optimum_heapr.pruner", "calibrate"),
     "cutting": ("optimum_heapr.pruner", "apply_plan"),
     "writing weights": ("transformers.PreTrainedModel", "save_pretrained"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optimum_heapr.calibration import memory, streaming
+from optimum_heapr.calibration import streaming
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.layerwise import memory
 from tests.cli.conftest import listing
 
 

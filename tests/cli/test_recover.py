@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from optimum_heapr.loading import load_model
+from optimum_heapr.checkpoints.loading import load_model
 from tests.cli.conftest import listing
 from tests.helpers import random_ids, tiny_model
 from tests.processes import OPTIMUM_CLI, in_two_processes

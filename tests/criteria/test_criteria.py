@@ -45,7 +45,9 @@ def test_scores_follow_the_formula(name):
     statistics = random_statistics(blocks=3, experts=3, width=5, dtype=torch.float64)
     scores = importance(statistics, name)
     assert list(scores) == list(statistics.blocks)
-    assert torch.equal(statistics.importance(name)["model.layers.0.mlp.experts"], scores["model.layers.0.mlp.experts"])
+    assert torch.equal(
+        importance(statistics, name)["model.layers.0.mlp.experts"], scores["model.layers.0.mlp.experts"]
+    )
     for path, block in statistics.blocks.items():
         assert scores[path].shape == (3, 5)
         for expert in range(3):
@@ -60,13 +62,13 @@ def test_scores_follow_the_formula(name):
 
 def test_heapr_is_the_default():
     statistics = random_statistics()
-    for path, scores in statistics.importance().items():
-        assert torch.equal(scores, statistics.importance("heapr")[path])
+    for path, scores in importance(statistics).items():
+        assert torch.equal(scores, importance(statistics, "heapr")[path])
 
 
 def test_an_unknown_criterion_is_refused_with_the_nearest_name():
     with pytest.raises(HeaprError) as error:
-        random_statistics().importance("magnitud")
+        importance(random_statistics(), "magnitud")
     assert str(error.value) == (
         f"criterion='magnitud': must be one of {', '.join(NAMES)}; did you mean \"magnitude\"?"
     )
@@ -76,7 +78,7 @@ def test_the_norm_is_that_of_the_three_rows_of_an_atomic_expert():
     for model_type in ("qwen3_moe", "gpt_oss"):
         model = tiny_model(model_type)
         block = find_expert_blocks(model)[1]
-        scores = calibrate(model, calibration_data(4)).importance("magnitude")[block.path]
+        scores = importance(calibrate(model, calibration_data(4)), "magnitude")[block.path]
         module = block.module
         for expert, atom in ((0, 0), (3, 7), (5, 11)):
             if model_type == "gpt_oss":

@@ -6,7 +6,7 @@ import torch
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, PruningPlan
 from optimum_heapr.calibration.statistics import BlockStatistics
-from optimum_heapr.criteria import obs
+from optimum_heapr.criteria import importance, obs
 from optimum_heapr.criteria.elimination import greedy_elimination, ridge_for_tokens
 from optimum_heapr.criteria.obs import (
     TOKEN_DEPENDENCE,
@@ -52,7 +52,7 @@ def statistics() -> AtomicStatistics:
 
 def test_reductions_differ_by_the_tokens_of_the_expert(statistics):
     for criterion in ("heapr", "fisher"):
-        mean, total = (statistics.importance(criterion, reduction=reduction) for reduction in ("mean", "total"))
+        mean, total = (importance(statistics, criterion, reduction=reduction) for reduction in ("mean", "total"))
         for path, block in statistics.blocks.items():
             reached = block.reached
             expected = mean[path][reached] * block.token_count[reached, None]
@@ -60,7 +60,7 @@ def test_reductions_differ_by_the_tokens_of_the_expert(statistics):
             assert (total[path][~reached] < 0).all()
     block = statistics.blocks["layers.0"]
     product = block.activation_sq_sum[1] * block.gradient_sq_sum[1] / 25**2 / 2
-    torch.testing.assert_close(statistics.importance("heapr")["layers.0"][1], product.double())
+    torch.testing.assert_close(importance(statistics, "heapr")["layers.0"][1], product.double())
 
 
 def test_scores_of_order_sort_into_the_order_whatever_the_cost():
@@ -81,7 +81,7 @@ def test_scores_of_order_sort_into_the_order_whatever_the_cost():
 
 def test_obs_is_the_elimination_of_each_expert(statistics):
     block = statistics.blocks["layers.1"]
-    scores = statistics.importance("obs")["layers.1"]
+    scores = importance(statistics, "obs")["layers.1"]
     for expert, tokens in enumerate((60, 25, 0, 7)):
         if not tokens:
             assert (scores[expert] < 0).all()
@@ -109,11 +109,11 @@ def test_obs_plans_remove_a_beginning_of_the_order(statistics, ratio, allocation
 
 
 def test_obs_does_not_depend_on_the_unit_of_the_gradient(statistics):
-    before = statistics.importance("obs")
+    before = importance(statistics, "obs")
     for block in statistics.blocks.values():
         for total in (block.gradient_gram_sum, block.gradient_sq_sum, block.fisher_sum):
             total *= 2.0**-40
-    for path, scores in statistics.importance("obs").items():
+    for path, scores in importance(statistics, "obs").items():
         assert torch.equal(scores.argsort(dim=1), before[path].argsort(dim=1))
 
 
@@ -128,7 +128,7 @@ def test_token_dependence_is_one_where_nothing_is_known(statistics):
 
 @pytest.mark.parametrize("criterion", ["reap", "frequency"])
 def test_expert_level_baselines_take_whole_experts(statistics, criterion):
-    scores = statistics.importance(criterion)
+    scores = importance(statistics, criterion)
     for path, block in statistics.blocks.items():
         counts = block.token_count.clamp(min=1)
         expected = block.token_count if criterion == "frequency" else block.output_norm_sum / counts
@@ -144,7 +144,7 @@ def test_expert_level_baselines_take_whole_experts(statistics, criterion):
 def test_reap_without_its_statistic_is_refused(statistics):
     statistics.blocks["layers.0"].output_norm_sum = None
     with pytest.raises(HeaprError, match="criterion='reap'.*layers.0.*calibrate again"):
-        statistics.importance("reap")
+        importance(statistics, "reap")
 
 
 # Stored removal curves
@@ -194,7 +194,7 @@ def test_without_matrices_compensation_is_refused_and_other_criteria_are_not(sta
     for path, block in loaded.blocks.items():
         with pytest.raises(HeaprError, match="compensate=True: needs second-order statistics"):
             block.check_grams(path, "compensate=True")
-        assert torch.equal(statistics.importance("fisher")[path], loaded.importance("fisher")[path])
+        assert torch.equal(importance(statistics, "fisher")[path], importance(loaded, "fisher")[path])
 
 
 def test_an_order_that_is_none_is_refused(statistics, tmp_path):

@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.hub.card import (
     BaseModel,
     held_out_result,
@@ -21,7 +22,6 @@ from optimum_heapr.hub.card import (
     write_card,
 )
 from optimum_heapr.report.content import without_measurements as report_without_measurements
-from optimum_heapr.saving import apply_streaming
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
 from tests.report.reports import measured_pruner
 

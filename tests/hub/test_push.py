@@ -11,7 +11,7 @@ PUSH = """
 from pathlib import Path
 from huggingface_hub import hf_hub_download
 from optimum_heapr import HeaprConfig, HeaprPruner
-from optimum_heapr.calibration.data import CalibrationData
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import tiny_tokenizer
 from tests.modeling.test_families import make_model
 from tests.surgery.stock_models import logits_of, wide_model
@@ -143,7 +143,7 @@ tiny_tokenizer().push_to_hub("me/base")
 from huggingface_hub import ModelCard
 ModelCard("---\\nlicense: other\\nlicense_name: tiny-licence\\nlicense_link: LICENSE\\n---\\nBase.").push_to_hub("me/base")
 Path("text.jsonl").write_text("".join(json.dumps({"input_ids": list(range(3, 40))}) + "\\n" for _ in range(4)))
-from optimum_heapr.saving import apply_streaming
+from optimum_heapr.checkpoints.saving import apply_streaming
 config = HeaprConfig(ratio=0.25, dataset="text.jsonl", num_samples=4, seq_length=24)
 pruner = HeaprPruner.from_pretrained("me/base", config, token="hf_writer")
 pruner.prune()

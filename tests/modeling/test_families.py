@@ -5,15 +5,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.calibration.statistics import model_fingerprint
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.families import TESTED, families_markdown, scan_families
+from optimum_heapr.fingerprint import model_fingerprint
 from optimum_heapr.modeling.auto import FAMILIES
 from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.pruner import HeaprPruner
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import repository
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprError
-from optimum_heapr.loading import load_model
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.recovery import runner
 from optimum_heapr.recovery import trainer as trainer_module
 from optimum_heapr.recovery.adapter import load_adapter

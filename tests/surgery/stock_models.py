@@ -7,9 +7,9 @@ import copy
 
 import torch
 
-from optimum_heapr.calibration.statistics import model_fingerprint
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.fingerprint import model_fingerprint
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.planning.plan import PruningPlan
 from tests.modeling.test_families import make_model

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
-from optimum_heapr.calibration.data import CalibrationData
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.saving import apply_streaming
 from optimum_heapr.surgery.apply import compensate_block
+from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import plain_qwen3_moe
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.checkpoints.saving import apply_streaming, write_streaming
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.families import TESTED
-from optimum_heapr.saving import apply_streaming, write_streaming
 from optimum_heapr.surgery import least_squares
 from optimum_heapr.surgery.block_compensation import fit_block
 from optimum_heapr.surgery.block_inputs import watched_blocks

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from optimum_heapr import HeaprConfig
-from optimum_heapr.calibration.memory import MemoryEstimate, available_bytes, measured_cost
+from optimum_heapr.calibration.cost import measured_cost
+from optimum_heapr.calibration.estimate import MemoryEstimate
+from optimum_heapr.layerwise.memory import available_bytes
 from optimum_heapr.utils import memory
 from tests.helpers import tiny_model
 

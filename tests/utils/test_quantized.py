@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.loading import load_model
 from optimum_heapr.pruner import HeaprPruner
-from optimum_heapr.saving import apply_streaming
 from optimum_heapr.utils.errors import HeaprError
 from tests.surgery.stock_models import logits_of, random_plan, wide_model
 

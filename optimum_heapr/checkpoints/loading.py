@@ -8,22 +8,22 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
-from .configuration import MEMORY
-from .demo import DEMO_MODEL, demo_model_path
-from .experts import find_expert_blocks
-from .hub.statistics import load_statistics, measured_before
-from .utils.errors import HeaprError, did_you_mean
-from .utils.logging import get_logger
-from .utils.quantized import unquantized_loading
+from ..calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from ..configuration import MEMORY
+from ..demo import DEMO_MODEL, demo_model_path
+from ..experts import find_expert_blocks
+from ..hub.statistics import load_statistics, measured_before
+from ..utils.errors import HeaprError, did_you_mean
+from ..utils.logging import get_logger
+from ..utils.quantized import unquantized_loading
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .calibration.memory import MemoryEstimate
-    from .checkpoint import SourceCheckpoint
-    from .configuration import HeaprConfig
+    from ..calibration.estimate import MemoryEstimate
+    from ..configuration import HeaprConfig
+    from ..layerwise.source import SourceCheckpoint
 
 
 logger = get_logger(__name__)
@@ -97,7 +97,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
 
-    from .modeling.modeling_heapr import auto_class_name
+    from ..modeling.modeling_heapr import auto_class_name
 
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
     if not os.path.isdir(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1):
@@ -121,7 +121,7 @@ def load_model(
         if skeleton and quantization:
             raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
         if skeleton:
-            from .surgery.skeleton import load_skeleton
+            from .skeleton import load_skeleton
 
             model = load_skeleton(auto_class, config, path, **options)
         else:
@@ -179,8 +179,8 @@ def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:
     Raises:
         HeaprError: if its checkpoint cannot be read piece by piece.
     """
-    from .checkpoint import SourceCheckpoint
-    from .utils.tensor_files import checkpoint_files
+    from ..layerwise.source import SourceCheckpoint
+    from ..utils.tensor_files import checkpoint_files
 
     return SourceCheckpoint(model, checkpoint_files(model.config._name_or_path, **hub_options_in(model_options)))
 
@@ -235,8 +235,8 @@ def choose_memory(
     # Where the weights go is said already.
     if memory == "plain" or (memory == "auto" and {"device_map", "dequantize"} & set(model_options)):
         return "plain", None
-    from .calibration.layers import check_layers
-    from .calibration.memory import MemoryEstimate
+    from ..calibration.estimate import MemoryEstimate
+    from ..layerwise.layers import check_layers
 
     try:
         model, _ = load_model(name, skeleton=True, **{**model_options, "device_map": None})

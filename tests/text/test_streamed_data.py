@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optimum_heapr import HeaprConfig, HeaprError
-from optimum_heapr.calibration.data import load_calibration_data
+from optimum_heapr.text.samples import load_calibration_data
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, tiny_tokenizer
 
 

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprConfig
-from optimum_heapr.calibration import memory
-from optimum_heapr.calibration.memory import Cost, MemoryEstimate, checkpointed_layers, has_offloaded_weights
+from optimum_heapr.calibration.cost import Cost
+from optimum_heapr.calibration.estimate import MemoryEstimate
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.layerwise import memory
+from optimum_heapr.layerwise.memory import checkpointed_layers, has_offloaded_weights
 from tests.calibration.test_runner import model_in_an_uncommon_state, snapshot
 from tests.helpers import assert_same_statistics, calibration_data, tiny_model
 
@@ -136,7 +138,7 @@ def test_the_estimate_of_streaming(monkeypatch):
 
 def test_the_peak_is_that_of_this_process():
     """Not, as the system reports it, of the one that started it."""
-    code = "from optimum_heapr.calibration.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    code = "from optimum_heapr.layerwise.memory import peak_resident_bytes; print(peak_resident_bytes())"
     ballast = torch.ones(2**28)  # 1 GiB
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ballast.sum() > 0 and 2**26 < int(result.stdout) < 2**30, result.stderr

@@ -30,25 +30,25 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from ..calibration.layers import StreamedModel
-from ..calibration.statistics import check_same_model, model_fingerprint
-from ..checkpoint import SourceCheckpoint, StandIn, not_streamable, unlisted
+from ..fingerprint import check_same_model, model_fingerprint
+from ..layerwise.layers import StreamedModel
+from ..layerwise.source import SourceCheckpoint, StandIn, not_streamable, unlisted
+from ..surgery.apply import check_compensation, compensate_block, cut_model, set_rows
+from ..surgery.block_compensation import FittedFiles, compensate_together
+from ..surgery.selection import packed_rows, padded_expert
+from ..surgery.stock import stock_width, zero_pad
 from ..utils.logging import progress
 from ..utils.placement import default_device
 from ..utils.tensor_files import write_tensors
-from .apply import check_compensation, compensate_block, cut_model, set_rows
-from .block_compensation import FittedFiles, compensate_together
-from .selection import packed_rows, padded_expert
-from .stock import stock_width, zero_pad
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration.data import CalibrationData
     from ..calibration.statistics import AtomicStatistics
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -68,7 +68,7 @@ def stream_plan(
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
     Args:
-        skeleton (`PreTrainedModel`): the unpruned model, from [`~optimum_heapr.surgery.skeleton.load_skeleton`]; it is cut in place.
+        skeleton (`PreTrainedModel`): the unpruned model, from [`~optimum_heapr.checkpoints.skeleton.load_skeleton`]; it is cut in place.
         files (`Iterable[str]`): its safetensors files.
         plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
         folder (`Path`): an empty folder.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..calibration.sources import open_dataset
 from ..utils.errors import HeaprError
+from .sources import open_dataset
 
 
 if TYPE_CHECKING:

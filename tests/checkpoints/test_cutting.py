@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import optimum_heapr.surgery.streaming as streaming
+import optimum_heapr.checkpoints.cutting as streaming
+from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.families import TESTED
 from optimum_heapr.pruner import HeaprPruner
-from optimum_heapr.saving import apply_streaming
 from optimum_heapr.utils.errors import HeaprError
 from tests.processes import run_python
 
@@ -180,8 +180,8 @@ def test_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatc
 KILLED = """
 import os, signal, sys
 from optimum_heapr.planning.plan import PruningPlan
-from optimum_heapr.saving import apply_streaming
-from optimum_heapr.surgery.streaming import TargetCheckpoint
+from optimum_heapr.checkpoints.saving import apply_streaming
+from optimum_heapr.checkpoints.cutting import TargetCheckpoint
 parts, calls = TargetCheckpoint.parts, []
 def killed(self, name):
     calls.append(name)
@@ -227,9 +227,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from optimum_heapr.pruner import HeaprPruner
-from optimum_heapr.saving import apply_streaming
+from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.planning.plan import PruningPlan
-import optimum_heapr.surgery.streaming, transformers.models.qwen3_moe.modeling_qwen3_moe
+import optimum_heapr.checkpoints.cutting, transformers.models.qwen3_moe.modeling_qwen3_moe
 plan, source, output, way = sys.argv[1:]
 def memory(field):
     status = Path("/proc/self/status").read_text()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from optimum_heapr import HeaprError
-from optimum_heapr.evaluation import protocols
 from optimum_heapr.evaluation.perplexity import evaluate_perplexity
+from optimum_heapr.text import protocols
 from tests.helpers import SENTENCES, tiny_model, tiny_tokenizer
 
 

@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.streaming import calibrate_streaming
-from .criteria.obs import store_removal_curve
+from ..calibration.streaming import calibrate_streaming
+from ..criteria.obs import store_removal_curve
+from ..utils.errors import HeaprError
 from .loading import source_of
 from .saving import write_streaming
-from .utils.errors import HeaprError
 
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from transformers import PreTrainedModel
 
-    from .calibration.data import CalibrationData
-    from .calibration.layer_state import StateFolder
-    from .calibration.statistics import AtomicStatistics, BlockStatistics
-    from .configuration import HeaprConfig
-    from .planning.plan import PruningPlan
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.statistics import AtomicStatistics, BlockStatistics
+    from ..configuration import HeaprConfig
+    from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 class StreamedCheckpoint:
@@ -32,7 +32,7 @@ class StreamedCheckpoint:
 
     Args:
         model (`PreTrainedModel`): without storage if it is to be calibrated here; it says where the checkpoint is.
-        model_options (`dict`): as for [`~optimum_heapr.loading.load_model`]; `offload_folder` is where activations go that
+        model_options (`dict`): as for [`~optimum_heapr.checkpoints.loading.load_model`]; `offload_folder` is where activations go that
             are past the budget, and matrices; by default a temporary folder of the system.
         activation_memory (`int`, *optional*): bytes of layer inputs in the memory of the host.
     """

@@ -1,73 +1,24 @@
 # Licensed under the Apache License, Version 2.0
-"""What a calibration takes, and how a model that does not fit is calibrated with its weights offloaded."""
+"""What a calibration will need at once, before anything is loaded."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..experts import find_expert_blocks
-from ..utils.memory import measured_devices, peak_memory, reset_peak_memory
+from ..layerwise.decoder import decoder_layers
+from ..layerwise.memory import activation_budget, available_bytes, processes_here
 from ..utils.placement import default_device
-from .decoder import decoder_layers
 from .loss import CHUNK_ELEMENTS
 
 
 if TYPE_CHECKING:
     from ..configuration import HeaprConfig
     from ..experts import ExpertBlock
-
-
-@dataclass
-class Cost:
-    """What a calibration took, on this process.
-
-    Attributes:
-        tokens (`int`): tokens that were measured, padding not counted.
-        seconds (`float`): time for them.
-        peak_bytes (`int`): most memory in use: of the accelerator if there is one, else of the process since its start.
-    """
-
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def __str__(self) -> str:
-        speed = self.tokens / self.seconds if self.seconds else 0.0
-        return f"{speed:,.0f} tokens/s, at most {self.peak_bytes / 2**30:.2f} GiB of memory"
-
-
-@contextmanager
-def measured_cost() -> Iterator[Cost]:
-    """Measures time and memory until the block ends; the tokens are the caller's to add."""
-    cost, began, on_accelerator = Cost(), time.perf_counter(), bool(measured_devices())
-    if on_accelerator:
-        reset_peak_memory()
-    yield cost
-    cost.seconds = time.perf_counter() - began
-    cost.peak_bytes = peak_memory() if on_accelerator else peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process had since its start."""
-    try:
-        # What the system reports of its use of resources may be that of the process that started this one.
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource  # not on every system
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass
@@ -218,18 +169,6 @@ def activation_bytes(model: torch.nn.Module, blocks: list[ExpertBlock], config: 
     return ActivationBytes(*(int(ALLOCATION_LOSS * part) for part in (kept, passing, head)))
 
 
-def activation_budget(activation_memory: int | None) -> int:
-    """Bytes of layer inputs that are kept on the host: as asked for, or a quarter of what is free."""
-    if activation_memory is not None:
-        return activation_memory
-    return available_bytes(torch.device("cpu")) // processes_here() // 4
-
-
-def processes_here() -> int:
-    """Processes of this run that share the memory of this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def _statistics_bytes(blocks: list[ExpertBlock], config: HeaprConfig) -> int:
     sums = 3 * sum(block.num_experts * block.width for block in blocks)
     return 4 * (sums + (2 * sum(b.num_experts * b.width**2 for b in blocks) if config.needs_grams else 0))
@@ -244,50 +183,3 @@ def _own_parameters(model: torch.nn.Module, inside: set[int]) -> Iterator[torch.
     for module in model.modules():
         if id(module) not in inside:
             yield from module.parameters(recurse=False)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory of a device that new tensors can have."""
-    if device.type == "cuda":
-        # What PyTorch keeps of tensors that are gone counts as taken for the driver, but not for new tensors.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def has_offloaded_weights(model: torch.nn.Module) -> bool:
-    """Whether weights lie elsewhere than on the device that computes, and are brought in layer by layer."""
-    return any(parameter.device.type == "meta" for parameter in model.parameters())
-
-
-@contextmanager
-def checkpointed_layers(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
-    """Keeps only the inputs of the decoder layers for the backward, which computes the rest again.
-
-    Weights that are brought in for a layer can then be dropped behind it: what the backward needs of them would otherwise
-    keep them all. The second forward runs to its end, as the hook that drops them comes last. The model is to be in
-    evaluation mode; its layers, but nothing in them, are put into training mode, without which they do not checkpoint.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = (
-        [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if enabled else []
-    )
-    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, early_stop=False)
-    before = [{name: layer.__dict__.get(name) for name in _SWITCHES} for layer in layers]
-    try:
-        for layer in layers:
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func, layer.training = True, checkpoint, True
-        yield
-    finally:
-        for layer, values in zip(layers, before):
-            for name, value in values.items():
-                if value is None:
-                    layer.__dict__.pop(name, None)
-                else:
-                    layer.__dict__[name] = value
-
-
-_SWITCHES = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")

@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 
-from optimum_heapr.calibration.data import CalibrationData, by_turns, load_calibration_data, packed
-from optimum_heapr.calibration.sources import open_dataset
 from optimum_heapr.configuration import HeaprConfig
+from optimum_heapr.text.samples import CalibrationData, by_turns, load_calibration_data, packed
+from optimum_heapr.text.sources import open_dataset
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_samples, tiny_tokenizer
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint import not_streamable
+from ..fingerprint import sampled_values
 from .decoder import Decoder
-from .statistics import sampled_values
+from .source import not_streamable
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..checkpoint import SourceCheckpoint
+    from .source import SourceCheckpoint
 
 
 class StreamedModel(Decoder):
@@ -25,7 +25,7 @@ class StreamedModel(Decoder):
     A model without storage, whose weights are brought in for a layer, or for all that is not a layer, and dropped again.
 
     Args:
-        model (`PreTrainedModel`): on the meta device, from [`~optimum_heapr.surgery.skeleton.load_skeleton`].
+        model (`PreTrainedModel`): on the meta device, from [`~optimum_heapr.checkpoints.skeleton.load_skeleton`].
         source (`SourceCheckpoint`): its weights.
         device (`torch.device`): where they are brought to.
 

@@ -8,24 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.data import load_calibration_data
-from .calibration.statistics import AtomicStatistics
-from .hub.card import BaseModel, write_card
-from .hub.statistics import load_statistics
+from ..calibration.statistics import AtomicStatistics
+from ..hub.card import BaseModel, write_card
+from ..hub.statistics import load_statistics
+from ..planning.plan import PLAN_NAME, PruningPlan
+from ..report.content import build_report
+from ..report.files import write_report
+from ..report.observation import observe
+from ..text.samples import load_calibration_data
+from ..utils.files import replace_folder
+from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
-from .planning.plan import PLAN_NAME, PruningPlan
-from .report.content import build_report
-from .report.files import write_report
-from .report.observation import observe
-from .utils.files import replace_folder
-from .utils.sizes import parse_size
 
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .calibration.data import CalibrationData
+    from ..text.samples import CalibrationData
 
 
 def apply_streaming(
@@ -75,8 +75,8 @@ def write_streaming(
     activation_memory: int | None = None,
 ) -> None:
     """What [`apply_streaming`] does, into an empty folder."""
-    from .surgery.streaming import stream_plan
-    from .utils.tensor_files import checkpoint_files
+    from ..utils.tensor_files import checkpoint_files
+    from .cutting import stream_plan
 
     skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))

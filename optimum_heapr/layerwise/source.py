@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .experts import EXPERT_PARAMETERS, ExpertBlock, find_expert_blocks, model_name
-from .utils.errors import HeaprError
-from .utils.tensor_files import TensorReader
+from ..experts import EXPERT_PARAMETERS, ExpertBlock, find_expert_blocks, model_name
+from ..utils.errors import HeaprError
+from ..utils.tensor_files import TensorReader
 
 
 if TYPE_CHECKING:
