@@ -25,8 +25,9 @@ from optimum_heapr.calibration import tap
 from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.surgery.compensation import compensate_experts
+from optimum_heapr.text.documents import tokenized_documents
 from optimum_heapr.text.samples import CalibrationData, load_calibration_data
-from optimum_heapr.text.sources import open_dataset, tokenized_documents
+from optimum_heapr.text.sources import open_dataset
 
 
 RIDGE = 0.01

@@ -37,7 +37,7 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria import importance
 from optimum_heapr.criteria.elimination import ridge_for_tokens
 from optimum_heapr.planning.allocation import allocate
-from optimum_heapr.surgery.compensation import compensation_weights
+from optimum_heapr.surgery.regression import compensation_weights
 
 
 class RowsAccumulator(tap.BlockAccumulator):

@@ -24,7 +24,7 @@ from .checkpoints.streamed import StreamedCheckpoint
 from .configuration import HeaprConfig
 from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
-from .hub.card import BaseModel
+from .hub.base_model import BaseModel
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..experts import find_expert_blocks
+from ..layerwise import memory
 from ..layerwise.decoder import decoder_layers
-from ..layerwise.memory import activation_budget, available_bytes, processes_here
+from ..layerwise.memory import activation_budget, processes_here
 from ..utils.placement import default_device
 from .loss import CHUNK_ELEMENTS
 
@@ -77,7 +78,7 @@ class MemoryEstimate:
             weights=_bytes_of(model.parameters()),
             statistics=_statistics_bytes(blocks, config) * (2 if config.skip_nonfinite else 1),
             activations=graph + max(activations.passing, activations.head),
-            available=available_bytes(device) // (1 if device.type == "cuda" else processes_here()),
+            available=memory.available_bytes(device) // (1 if device.type == "cuda" else processes_here()),
             device=device,
         )
         if mode == "streaming":

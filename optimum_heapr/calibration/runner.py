@@ -6,17 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..experts import find_expert_blocks
 from ..fingerprint import model_fingerprint, storage_of
-from ..layerwise.memory import available_bytes, checkpointed_layers, has_offloaded_weights
+from ..layerwise.memory import checkpointed_layers, has_offloaded_weights
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress, show_throughput
-from .cost import measured_cost
+from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
+from .cost import Cost, measured_cost
 from .loss import summed_token_loss
 from .processes import add_over_processes, check_model_is_whole, check_placement, start_processes
 from .state import Progress, StateFile, interruption
@@ -25,6 +26,8 @@ from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..experts import ExpertBlock
     from ..text.samples import CalibrationData
 
@@ -67,26 +70,15 @@ def calibrate(
     check_model_is_whole(model)
     blocks = find_expert_blocks(model)
     accelerator = start_processes()
-    check_placement(model, accelerator.num_processes)
-    if getattr(model, "hf_device_map", None) is None:
-        model.to(accelerator.device)
-    device = model.get_input_embeddings().weight.device
-    device = accelerator.device if device.type == "meta" else device
+    device = _placed(model, accelerator)
     if gram:
         check_gram_memory(blocks, copies=2 if skip_nonfinite else 1)
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    run = {
-        "model": {**model_fingerprint(model, blocks), "dtype": str(blocks[0].module.down_proj.dtype)},
-        "data": data.fingerprint,
-        "seed": data.seed,
-        "seq_length": data.seq_length,
-        "batch_size": batch_size,
-        "statistics": "gram" if gram else "vector",
-        "skip_nonfinite": skip_nonfinite,
-        "processes": accelerator.num_processes,
-    }
+    run = description_of_run(
+        model_fingerprint(model, blocks), blocks, data, batch_size, gram, skip_nonfinite, accelerator.num_processes
+    )
 
     with (
         measured_cost() as cost,
@@ -98,23 +90,10 @@ def calibrate(
         # What is to be left out must not have been added: a micro-batch then has sums of its own.
         totals = new_accumulators(blocks, gram) if skip_nonfinite else accumulators
         done = Progress() if state is None else state.begin(run, totals)
+        measuring = _Measuring(model, blocks, device, accumulators, totals, done, cost)
         bar = progress(own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own))
         for index in bar:
-            loss, targets, problem = _measure(model, batches[index], blocks, accumulators, device)
-            samples = batches[index]["sample_index"].tolist()
-            if problem and not skip_nonfinite:
-                raise not_finite_error(problem, index, samples)
-            if problem:
-                logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", problem, index, samples)
-                done.skipped += samples
-            else:
-                done.loss += loss
-                done.targets += targets
-                cost.tokens += int(batches[index]["attention_mask"].sum())
-            if skip_nonfinite:
-                for path, accumulator in accumulators.items():
-                    accumulator.clear() if problem else accumulator.move_to(totals[path])
-            done.batches += 1
+            measuring.add(batches[index], index, skip_nonfinite)
             show_throughput(bar, cost.tokens)
             if state is not None and (state.is_due(done) or interrupted.signal is not None):
                 state.save(done, totals)
@@ -135,12 +114,41 @@ def calibrate(
     return result
 
 
-def not_finite_error(problem: str, index: int, samples: list[int]) -> HeaprError:
-    """What is said about a micro-batch whose loss or gradients are not finite."""
-    return HeaprError(
-        f"{problem}: not finite in micro-batch {index} (samples {samples}); look at these samples, load the model in "
-        "bfloat16 or float32, or leave them out with skip_nonfinite=True (--skip-nonfinite)"
-    )
+def _placed(model: torch.nn.Module, accelerator: Accelerator) -> torch.device:
+    """Where token ids go; a model that is not spread over devices already goes to the one of this process."""
+    check_placement(model, accelerator.num_processes)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(accelerator.device)
+    device = model.get_input_embeddings().weight.device
+    return accelerator.device if device.type == "meta" else device
+
+
+def description_of_run(
+    model: dict[str, Any],
+    blocks: list[ExpertBlock],
+    data: CalibrationData,
+    batch_size: int,
+    gram: bool,
+    skip_nonfinite: bool,
+    processes: int,
+) -> dict[str, Any]:
+    """What the sums of a run depend on, plain JSON types: an interrupted one goes on only with the same.
+
+    Args:
+        model (`dict`): the model's fingerprint.
+        blocks, data, batch_size, gram, skip_nonfinite: as of [`calibrate`].
+        processes (`int`): how many share the samples.
+    """
+    return {
+        "model": {**model, "dtype": str(blocks[0].module.down_proj.dtype)},
+        "data": data.fingerprint,
+        "seed": data.seed,
+        "seq_length": data.seq_length,
+        "batch_size": batch_size,
+        "statistics": "gram" if gram else "vector",
+        "skip_nonfinite": skip_nonfinite,
+        "processes": processes,
+    }
 
 
 def finished_statistics(
@@ -174,29 +182,66 @@ def finished_statistics(
 _QUANTITIES = {"gradient_sq_sum": "gradients", "activation_sq_sum": "activations", "output_norm_sum": "outputs"}
 
 
-def _measure(
-    model: torch.nn.Module,
-    batch: dict[str, torch.Tensor],
-    blocks: list[ExpertBlock],
-    accumulators: dict[str, BlockAccumulator],
-    device: torch.device,
-) -> tuple[float, int, str | None]:
-    """Adds one micro-batch to the accumulators.
+@dataclass
+class _Measuring:
+    """One process on its way through its micro-batches.
 
-    Returns:
-        `tuple[float, int, str | None]`: summed loss in nats, tokens predicted, and what is not finite, if anything; the
-        accumulators then hold what must not be used.
+    Attributes:
+        model, blocks: what is measured.
+        device (`torch.device`): where token ids go.
+        accumulators (`dict`): by block, what the tap adds to.
+        totals (`dict`): by block, the sums of all micro-batches; the same objects unless some may be left out.
+        done (`Progress`): how far it came.
+        cost (`Cost`): what it took.
     """
-    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    mask_padding(blocks, accumulators, batch)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    loss, targets = summed_token_loss(logits, ids, mask)
-    del logits
-    value = loss.item()
-    if not math.isfinite(value):
-        return value, targets, f"loss={value}"
-    loss.backward()
-    return value, targets, what_is_not_finite(accumulators)
+
+    model: torch.nn.Module
+    blocks: list[ExpertBlock]
+    device: torch.device
+    accumulators: dict[str, BlockAccumulator]
+    totals: dict[str, BlockAccumulator]
+    done: Progress
+    cost: Cost
+
+    def add(self, batch: dict[str, torch.Tensor], index: int, skip_nonfinite: bool) -> None:
+        """Adds one micro-batch to the totals, or leaves it out where something is not finite.
+
+        Raises:
+            HeaprError: if something is not finite and nothing may be left out.
+        """
+        loss, targets, problem = self._measure(batch)
+        samples = batch["sample_index"].tolist()
+        if problem and not skip_nonfinite:
+            raise not_finite_error(problem, index, samples)
+        if problem:
+            logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", problem, index, samples)
+            self.done.skipped += samples
+        else:
+            self.done.loss += loss
+            self.done.targets += targets
+            self.cost.tokens += int(batch["attention_mask"].sum())
+        if skip_nonfinite:
+            for path, accumulator in self.accumulators.items():
+                accumulator.clear() if problem else accumulator.move_to(self.totals[path])
+        self.done.batches += 1
+
+    def _measure(self, batch: dict[str, torch.Tensor]) -> tuple[float, int, str | None]:
+        """Adds one micro-batch to the accumulators.
+
+        Returns:
+            `tuple[float, int, str | None]`: summed loss in nats, tokens predicted, and what is not finite, if anything; the
+            accumulators then hold what must not be used.
+        """
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        mask_padding(self.blocks, self.accumulators, batch)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss, targets = summed_token_loss(logits, ids, mask)
+        del logits
+        value = loss.item()
+        if not math.isfinite(value):
+            return value, targets, f"loss={value}"
+        loss.backward()
+        return value, targets, what_is_not_finite(self.accumulators)
 
 
 def mask_padding(
@@ -234,76 +279,9 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required[name])
 
 
-def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1, place: torch.device | None = None) -> None:
-    """States what the second-order statistics take, and refuses what does not fit next to the model.
-
-    Args:
-        blocks (`list[ExpertBlock]`): the expert blocks that are measured at once.
-        copies (`int`): how often each matrix is held.
-        place (`torch.device`, *optional*): where they will be; defaults to where the blocks are.
-
-    Raises:
-        HeaprError: naming the bytes needed and available, and on which device.
-    """
-    needed: dict[torch.device, int] = {}
-    for block in blocks:
-        device = place or block.device
-        needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width**2
-    for device, size in needed.items():
-        available = available_bytes(device)
-        logger.info(
-            "Second-order statistics take %s bytes on %s, of %s available", f"{size:,}", device, f"{available:,}"
-        )
-        if size > available:
-            raise HeaprError(
-                f"statistics='gram': needs {size:,} bytes on {device} for two float32 matrices an expert, and {available:,} "
-                "are available; spread the model over more memory, or use a criterion and compensate=False that "
-                "statistics='vector' serves"
-            )
-
-
-def check_vocabulary(data: CalibrationData, vocabulary: int) -> None:
-    """Refuses token ids that the model has no embedding for: on a GPU they would end the process."""
-    for index, sample in enumerate(data.samples):
-        if not (0 <= int(sample.min()) and int(sample.max()) < vocabulary):
-            raise HeaprError(
-                f"dataset={data.source!r}: sample {index} has token ids from {int(sample.min())} to {int(sample.max())}, "
-                f"the model knows 0 to {vocabulary - 1}; use ids made by the tokenizer of this model"
-            )
-
-
 def block_statistics(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
     measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
     return BlockStatistics(
         weight_norm=block.atomic_norms(),
         **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},
     )
-
-
-def warn_about_coverage(statistics: AtomicStatistics) -> None:
-    """Names experts without any token, and counts those whose tokens are fewer than their atomic experts."""
-    unreached = statistics.unreached
-    scarce = [
-        (count, block.width)
-        for block in statistics.blocks.values()
-        for count in block.token_count.tolist()
-        if 0 < count < block.width
-    ]
-    if scarce:
-        factor = max(width / count for count, width in scarce)
-        logger.warning(
-            "%d experts were reached by fewer tokens than they are wide, the least by %d, so the means of their atomic "
-            "experts are rough. Raise num_samples (now %d; about %d would do for these), or add data of another kind.",
-            len(scarce),
-            min(count for count, _ in scarce),
-            statistics.fingerprint["data"]["num_samples"],
-            math.ceil(statistics.fingerprint["data"]["num_samples"] * factor),
-        )
-    if unreached:
-        where = "; ".join(f"{path}: {experts}" for path, experts in unreached.items())
-        logger.warning(
-            "%d experts were reached by no calibration token, so their statistics are unknown and they are pruned first "
-            "(%s). Raise num_samples, add data of another kind, or set protect_unreached=True or min_width.",
-            sum(map(len, unreached.values())),
-            where,
-        )

@@ -23,20 +23,12 @@ from ..layerwise.layers import StreamedModel
 from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
+from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
 from .layer_state import LayerProgress, LayerState
 from .loss import summed_token_loss
 from .processes import add_block, add_progress, start_processes
-from .runner import (
-    block_statistics,
-    check_gram_memory,
-    check_vocabulary,
-    finished_statistics,
-    mask_padding,
-    not_finite_error,
-    warn_about_coverage,
-    what_is_not_finite,
-)
+from .runner import block_statistics, description_of_run, finished_statistics, mask_padding, what_is_not_finite
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics
 from .tap import new_accumulators, switched_experts, tapped
@@ -102,17 +94,10 @@ def calibrate_streaming(
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     first_experts = [source.expert(block, 0) for block in blocks]
     identity = {"model": model_fingerprint(model, first_experts), "storage": storage_of(model, blocks)}
-    run = {
-        "model": {**identity["model"], "dtype": str(blocks[0].module.down_proj.dtype)},
-        "data": data.fingerprint,
-        "seed": data.seed,
-        "seq_length": data.seq_length,
-        "batch_size": batch_size,
-        "statistics": "gram" if gram else "vector",
-        "skip_nonfinite": skip_nonfinite,
-        "processes": accelerator.num_processes,
-        "kept": kept,
-    }
+    run = description_of_run(
+        identity["model"], blocks, data, batch_size, gram, skip_nonfinite, accelerator.num_processes
+    )
+    run["kept"] = kept
     state = LayerState(folder, resumable)
     store = ActivationStore(folder, 0 if resumable else activation_budget(activation_memory))
     alone = accelerator.num_processes == 1

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.statistics import AtomicStatistics
-from ..hub.card import BaseModel, write_card
+from ..hub.base_model import BaseModel
+from ..hub.card import write_card
 from ..hub.statistics import load_statistics
 from ..planning.plan import PLAN_NAME, PruningPlan
 from ..report.content import build_report

@@ -4,15 +4,9 @@
 from __future__ import annotations
 
 from ..utils.errors import HeaprError
-from .base import (
-    TEXT_OPTIONS,
-    HeaprSubcommand,
-    add_config_options,
-    add_model_options,
-    changed_options,
-    check_output_is_not_input,
-    model_options_from,
-)
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input
+from .options import TEXT_OPTIONS, add_config_options, add_model_options, changed_options, model_options_from
 
 
 class ApplyCommand(HeaprSubcommand):

@@ -4,21 +4,10 @@
 from __future__ import annotations
 
 from ..utils.errors import HeaprError
-from .base import (
-    CALIBRATION_OPTIONS,
-    HeaprSubcommand,
-    add_config_options,
-    add_memory_options,
-    add_model_options,
-    add_state_options,
-    check_output_is_not_input,
-    check_texts,
-    chosen_memory,
-    config_from,
-    end_processes,
-    source_names,
-    state_from,
-)
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input, check_texts, source_names
+from .options import CALIBRATION_OPTIONS, add_config_options, add_model_options, config_from
+from .running import add_memory_options, add_state_options, chosen_memory, end_processes, state_from
 
 
 class CalibrateCommand(HeaprSubcommand):

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from ..utils.errors import HeaprError
-from .base import HeaprSubcommand, add_model_options, model_options_from
+from .base import HeaprSubcommand
+from .options import add_model_options, model_options_from
 
 
 class EvaluateCommand(HeaprSubcommand):

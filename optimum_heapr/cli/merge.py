@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .base import HeaprSubcommand, check_output_is_not_input
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input
 
 
 class MergeCommand(HeaprSubcommand):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from .base import PLANNING_OPTIONS, HeaprSubcommand, add_config_options, check_output_is_not_input, config_from
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input
+from .options import PLANNING_OPTIONS, add_config_options, config_from
 
 
 class PlanCommand(HeaprSubcommand):

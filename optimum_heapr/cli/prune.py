@@ -5,23 +5,17 @@ from __future__ import annotations
 
 from ..utils.errors import HeaprError
 from .apply import add_output_options, check_push, push, save_options_from
-from .base import (
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input, check_texts, source_names
+from .options import (
     CALIBRATION_OPTIONS,
     EVALUATION_OPTIONS,
     PLANNING_OPTIONS,
-    HeaprSubcommand,
     add_config_options,
-    add_memory_options,
     add_model_options,
-    add_state_options,
-    check_output_is_not_input,
-    check_texts,
-    chosen_memory,
     config_from,
-    end_processes,
-    source_names,
-    state_from,
 )
+from .running import add_memory_options, add_state_options, chosen_memory, end_processes, state_from
 
 
 class PruneCommand(HeaprSubcommand):

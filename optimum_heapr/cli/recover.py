@@ -7,16 +7,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
-from .base import (
-    HeaprSubcommand,
-    add_config_options,
-    add_model_options,
-    check_output_is_not_input,
-    config_from,
-    end_processes,
-    model_options_from,
-    source_names,
-)
+from .base import HeaprSubcommand
+from .checks import check_output_is_not_input, source_names
+from .options import add_config_options, add_model_options, config_from, model_options_from
+from .running import end_processes
 
 
 if TYPE_CHECKING:

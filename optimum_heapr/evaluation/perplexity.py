@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..text.documents import tokenized_documents, usable_columns
 from ..text.protocols import PROTOCOLS
 from ..text.samples import packed
-from ..text.sources import open_dataset, tokenized_documents, usable_columns
+from ..text.sources import open_dataset
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
 from ..utils.positions import warn_of_positions

@@ -24,6 +24,18 @@ from dataclasses import dataclass
 import torch
 
 from ..criteria.elimination import ridge_for_tokens
+from .regression import (
+    at_least_float32,
+    block_of,
+    check_gram,
+    check_kept,
+    check_ridge,
+    columns_of,
+    compensation_weights,
+    complement,
+    expanded,
+    solve,
+)
 
 
 __all__ = ["CompensationResult", "compensate", "compensate_experts", "compensation_weights", "ridge_for_tokens"]
@@ -49,46 +61,6 @@ class CompensationResult:
     error_before: float
     error_after: float
     ridge: float | None
-
-
-def compensation_weights(
-    activation_gram: torch.Tensor, kept: torch.Tensor, ridge: float | torch.Tensor = 0.01
-) -> torch.Tensor:
-    """The regression C = A_RK (A_KK + lambda I)^-1 of the removed activations on the kept ones.
-
-    Args:
-        activation_gram: A [I, I] or [B, I, I], symmetric positive semidefinite.
-        kept: indices of the kept atoms, LongTensor [w] or [B, w], distinct; in any order.
-        ridge: lambda in units of mean(diag A), which is taken over all atoms; a number, or a tensor [B]. At least 0.
-
-    Returns:
-        C [I - w, w] or [B, I - w, w] in float32, or float64 if A is. Row i belongs to the i-th removed atom in
-        ascending order, column j to `kept[j]`. The compensated weights are `W[:, kept] + W[:, removed] @ C`.
-
-    Raises:
-        ValueError: shapes do not match, indices are not distinct or out of range, a value is not finite, the ridge is
-            negative, or A_KK + lambda I cannot be factored even in float64.
-    """
-    grams, indices = (activation_gram[None], kept[None]) if activation_gram.dim() == 2 else (activation_gram, kept)
-    if grams.dim() != 3 or grams.shape[1] != grams.shape[2] or indices.dim() != 2 or len(indices) != len(grams):
-        raise ValueError(
-            f"activation_gram has shape {tuple(activation_gram.shape)} and kept {tuple(kept.shape)}; they must be "
-            "[atoms, atoms] and [width], or [experts, atoms, atoms] and [experts, width]."
-        )
-    _check_gram(grams)
-    for row in indices:
-        _check_kept(row, grams.shape[1])
-    ridges = torch.as_tensor(ridge, dtype=torch.float32, device=grams.device).expand(len(grams))
-    for value in ridges.tolist():
-        _check_ridge(value)
-    indices = indices.to(grams.device)
-    weights, solved = _solve(_at_least_float32(grams), indices, _complement(indices, grams.shape[1]), ridges)
-    if not solved.all():
-        raise ValueError(
-            f"activation_gram of {int((~solved).sum())} expert(s) is singular over the kept atoms with ridge "
-            f"{ridges[~solved].min().item():.3g}, even in float64; it must be positive definite. Use a larger ridge."
-        )
-    return weights[0] if activation_gram.dim() == 2 else weights
 
 
 def compensate(
@@ -141,7 +113,7 @@ def compensate_experts(
             f"down_projs, activation_grams, kept and token_counts have {lengths} entries; "
             "they must have one for each expert."
         )
-    _check_ridge(ridge)
+    check_ridge(ridge)
     groups = defaultdict(list)
     for index, (weight, gram, selected, tokens) in enumerate(zip(down_projs, activation_grams, kept, token_counts)):
         _check_expert(weight, gram, selected, tokens)
@@ -170,26 +142,26 @@ def _compensate_group(
 ) -> list[CompensationResult]:
     """Experts of one shape and width: down_proj [b, H, I], gram [b, I, I], kept [b, w]."""
     atoms, width = down_proj.shape[2], kept.shape[1]
-    removed = _complement(kept, atoms)
-    plain = _columns(down_proj, kept)
+    removed = complement(kept, atoms)
+    plain = columns_of(down_proj, kept)
     if width == atoms:
         return [CompensationResult(weight.clone(), 0.0, 0.0, None) for weight in plain]
 
-    gram = _at_least_float32(gram)
+    gram = at_least_float32(gram)
     gram = gram.double() if down_proj.dtype == torch.float64 else gram
     weight = down_proj.to(gram.dtype)
     total = _output_energy(weight, gram)
-    lost = _columns(weight, removed)
-    before = _relative(_output_energy(lost, _block(gram, removed, removed)), total)
+    lost = columns_of(weight, removed)
+    before = _relative(_output_energy(lost, block_of(gram, removed, removed)), total)
     if width == 0:
         return [CompensationResult(new.clone(), error, error, None) for new, error in zip(plain, before.tolist())]
 
     ridges = [ridge_for_tokens(ridge, atoms, tokens) for tokens in token_counts]
-    weights, usable = _solve(gram, kept, removed, torch.tensor(ridges, dtype=gram.dtype, device=gram.device))
+    weights, usable = solve(gram, kept, removed, torch.tensor(ridges, dtype=gram.dtype, device=gram.device))
     usable &= torch.tensor(token_counts, device=gram.device) > 0
     # Rounded to the stored type before the error is taken, so that the error is that of what is saved.
-    compensated = torch.baddbmm(_columns(weight, kept), lost, weights).to(down_proj.dtype)
-    change = (-weight).scatter(2, _expand(kept, weight), compensated.to(gram.dtype) - _columns(weight, kept))
+    compensated = torch.baddbmm(columns_of(weight, kept), lost, weights).to(down_proj.dtype)
+    change = (-weight).scatter(2, expanded(kept, weight), compensated.to(gram.dtype) - columns_of(weight, kept))
     after = _relative(_output_energy(change, gram), total)
     usable &= after <= before  # False for NaN as well
     return [
@@ -204,24 +176,6 @@ def _compensate_group(
     ]
 
 
-def _solve(
-    gram: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """C [b, I - w, w] for gram [b, I, I], and whether it could be solved, bool [b]. Zeros where it could not."""
-    diagonal_added = ridge.to(gram.dtype) * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-    among_kept = _block(gram, kept, kept)
-    among_kept.diagonal(dim1=1, dim2=2).add_(diagonal_added[:, None])
-    factor, info = torch.linalg.cholesky_ex(among_kept)
-    weights = torch.cholesky_solve(_block(gram, kept, removed), factor).mT
-    solved = (info == 0) & weights.isfinite().all(dim=2).all(dim=1)
-    if gram.dtype != torch.float64 and not solved.all():
-        again = (~solved).nonzero().flatten()
-        precise, solved_again = _solve(gram[again].double(), kept[again], removed[again], ridge[again])
-        weights[again] = precise.to(weights.dtype)
-        solved[again] = solved_again
-    return torch.where(solved[:, None, None], weights, 0), solved
-
-
 def _output_energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """trace(W A W^T) [b] = E |r W h|^2 for weight [b, H, I] and gram [b, I, I]; rounding below zero is cut off."""
     return ((weight @ gram) * weight).sum(dim=(1, 2)).clamp(min=0)
@@ -229,30 +183,6 @@ def _output_energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 def _relative(energy: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, energy / total, 0)
-
-
-def _complement(kept: torch.Tensor, atoms: int) -> torch.Tensor:
-    """Indices [b, I - w] that are not in kept [b, w], ascending."""
-    is_kept = torch.zeros(len(kept), atoms, dtype=torch.uint8, device=kept.device).scatter_(1, kept, 1)
-    return is_kept.argsort(dim=1, stable=True)[:, : atoms - kept.shape[1]]
-
-
-def _expand(index: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return index[:, None, :].expand(-1, matrix.shape[1], -1)
-
-
-def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns index [b, m] of matrix [b, n, I], as a new [b, n, m]."""
-    return matrix.gather(2, _expand(index, matrix))
-
-
-def _block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """matrix[b, rows, columns] of a matrix [b, I, I], as a new [b, r, c]."""
-    return _columns(matrix.gather(1, rows[:, :, None].expand(-1, -1, matrix.shape[2])), columns)
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_expert(down_proj: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, token_count: int) -> None:
@@ -269,38 +199,7 @@ def _check_expert(down_proj: torch.Tensor, gram: torch.Tensor, kept: torch.Tenso
         )
     if not torch.isfinite(down_proj).all():
         raise ValueError("down_proj has values that are not finite; every value must be. Check the checkpoint.")
-    _check_gram(gram)
-    _check_kept(kept, atoms)
+    check_gram(gram)
+    check_kept(kept, atoms)
     if token_count < 0:
         raise ValueError(f"token_count is {token_count}; it must be at least 0. Pass how many tokens A averages over.")
-
-
-def _check_gram(gram: torch.Tensor) -> None:
-    if not torch.isfinite(gram).all():
-        raise ValueError(
-            "activation_gram has values that are not finite; every value must be. Check the calibration pass for "
-            "overflow and repeat it."
-        )
-
-
-def _check_kept(kept: torch.Tensor, atoms: int) -> None:
-    if kept.dim() != 1 or kept.dtype != torch.int64:
-        raise ValueError(
-            f"kept has shape {tuple(kept.shape)} and type {kept.dtype}; it must be a one-dimensional torch.int64 "
-            "tensor of indices. Turn a mask into indices with mask.nonzero().flatten()."
-        )
-    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < atoms:
-        raise ValueError(
-            f"kept has indices from {int(kept.min())} to {int(kept.max())}; they must be from 0 to {atoms - 1}. "
-            "Check that the plan belongs to this model."
-        )
-    if len(kept.unique()) != len(kept):
-        raise ValueError(
-            f"kept has {len(kept)} indices of which {len(kept.unique())} are distinct; all must be. "
-            "Remove the repeats."
-        )
-
-
-def _check_ridge(ridge: float) -> None:
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge is {ridge}; it must be finite and at least 0. Use 0.01 unless you measured better.")

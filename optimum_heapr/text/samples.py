@@ -14,15 +14,9 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
-from .sources import (
-    SHUFFLE_BUFFER,
-    open_source,
-    parse_sources,
-    rows_of,
-    shares_of,
-    tokenized_documents,
-    usable_columns,
-)
+from .documents import tokenized_documents, usable_columns
+from .mixtures import parse_sources, shares_of
+from .sources import SHUFFLE_BUFFER, open_source, rows_of
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError
-from optimum_heapr.calibration import runner
-from optimum_heapr.calibration.runner import calibrate, check_gram_memory
+from optimum_heapr.calibration.checks import check_gram_memory
+from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.layerwise import memory
 from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import plain_qwen3_moe
 
@@ -120,7 +121,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     blocks = find_expert_blocks(tiny_model())
     check_gram_memory(blocks)
     needed = 2 * 2 * 4 * 4 * 8 * 8  # blocks, matrices, bytes, experts, I, I
-    monkeypatch.setattr(runner, "available_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(HeaprError, match=f"statistics='gram'.*{needed:,}.*{needed - 1:,}.*statistics='vector'"):
         check_gram_memory(blocks)
 

@@ -18,7 +18,7 @@ from optimum_heapr.calibration import runner
 from optimum.commands.optimum_cli import main
 
 number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-measure, calls = runner._measure, []
+measure, calls = runner._Measuring._measure, []
 
 def killed(*arguments):
     result = measure(*arguments)
@@ -27,7 +27,7 @@ def killed(*arguments):
         os.kill(os.getpid(), number)
     return result
 
-runner._measure = killed
+runner._Measuring._measure = killed
 main()
 """
 
@@ -60,7 +60,9 @@ def test_saving_does_not_take_the_place_of_the_output(run, inputs, tmp_path, mon
         run(*command)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
-    monkeypatch.setattr("optimum_heapr.calibration.runner._measure", lambda *_: pytest.fail("it was measured already"))
+    monkeypatch.setattr(
+        "optimum_heapr.calibration.runner._Measuring._measure", lambda *_: pytest.fail("it was measured already")
+    )
     assert run(*command, "--resume").status == 0
     assert (tmp_path / "out").read_bytes() == inputs.statistics.read_bytes()
 

@@ -13,14 +13,8 @@ from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.checkpoints.saving import apply_streaming
-from optimum_heapr.hub.card import (
-    BaseModel,
-    held_out_result,
-    model_card,
-    perplexity_result,
-    without_measurements,
-    write_card,
-)
+from optimum_heapr.hub.base_model import BaseModel
+from optimum_heapr.hub.card import held_out_result, model_card, perplexity_result, without_measurements, write_card
 from optimum_heapr.report.content import without_measurements as report_without_measurements
 from tests.helpers import random_ids, tiny_model, tiny_tokenizer
 from tests.report.reports import measured_pruner

@@ -4,12 +4,8 @@
 import pytest
 import torch
 
-from optimum_heapr.surgery.compensation import (
-    compensate,
-    compensate_experts,
-    compensation_weights,
-    ridge_for_tokens,
-)
+from optimum_heapr.surgery.compensation import compensate, compensate_experts, ridge_for_tokens
+from optimum_heapr.surgery.regression import compensation_weights
 
 
 torch.set_num_threads(1)

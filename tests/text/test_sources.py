@@ -11,8 +11,9 @@ from optimum_heapr import HeaprConfig, HeaprError
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.cli.tables import statistics_table
 from optimum_heapr.text import sources as sources_module
+from optimum_heapr.text.mixtures import Source, parse_sources, shares_of
 from optimum_heapr.text.samples import load_calibration_data
-from optimum_heapr.text.sources import Source, articles, open_source, parse_sources, shares_of
+from optimum_heapr.text.sources import articles, open_source
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, assert_same_statistics, tiny_model, tiny_tokenizer
 
 

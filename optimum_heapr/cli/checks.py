@@ -1,0 +1,55 @@
+# Licensed under the Apache License, Version 2.0
+"""What a command refuses before any work is done for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..configuration import HeaprConfig
+from ..utils.errors import HeaprError
+from ..utils.options import Options
+
+
+def source_names(config: Options) -> list[str]:
+    """The paths and names in `config.dataset`, which may be a mixture.
+
+    Raises:
+        HeaprError: if the mixture cannot be read.
+    """
+    from ..text.mixtures import parse_sources
+
+    return [source.name for source in parse_sources(config.dataset)] if config.dataset else []
+
+
+def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = True) -> None:
+    """Opens the texts of a run, so that one that cannot be used is refused before a model is loaded for it.
+
+    Raises:
+        HeaprError: if one is missing or empty, or has no column to read.
+    """
+    from ..evaluation.perplexity import open_evaluation_text
+    from ..text.protocols import PROTOCOLS
+    from ..text.samples import check_calibration_text
+
+    if calibrates:
+        check_calibration_text(config)
+    if evaluates and config.eval_samples and config.eval_dataset not in (None, *PROTOCOLS):
+        open_evaluation_text(config.eval_dataset)
+
+
+def check_output_is_not_input(output: str, *inputs: str | None) -> None:
+    """Refuses an output whose replacement would take an input away.
+
+    Args:
+        output (`str`): file or folder to be written.
+        inputs (`str`, *optional*): what the command reads: paths, or names on the Hub.
+
+    Raises:
+        HeaprError: if an input is the output, or a file or folder inside it.
+    """
+    place = Path(output).resolve()
+    for name in filter(None, inputs):
+        source = Path(name).resolve()
+        if place == source or (source.exists() and place in source.parents):
+            what = "is" if place == source else "holds"
+            raise HeaprError(f"output={output!r}: {what} the input {name!r}; name another place")

@@ -1,0 +1,108 @@
+# Licensed under the Apache License, Version 2.0
+"""How a calibration runs: where the memory comes from, where it is saved, and the processes that share it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configuration import MEMORY, HeaprConfig
+from ..utils.errors import HeaprError
+from .options import model_options_from
+
+
+if TYPE_CHECKING:
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.state import StateFile
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--memory` and `--activation-memory`, for commands that calibrate."""
+    parser.add_argument(
+        "--memory",
+        default="auto",
+        metavar="{" + ",".join(MEMORY) + "}",
+        help="plain: all weights at once; streaming: one layer at a time, each read twice in all; offload: what does not "
+        "fit stays on the host or the disk, and layers are computed twice; auto: as the estimate says (default: auto)",
+    )
+    parser.add_argument(
+        "--activation-memory",
+        metavar="SIZE",
+        help="for streaming: host memory for the inputs of all layers, e.g. 8GB; more goes to the disk of the output "
+        "(default: a quarter of what is free)",
+    )
+
+
+def add_state_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--save-every` and `--resume`, for commands that calibrate."""
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="K",
+        help="save the calibration to OUTPUT.state every K micro-batches",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUTPUT.state, if it is there; also saved on Ctrl-C"
+    )
+
+
+def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | StateFolder | None, dict[str, Any]]:
+    """Where a calibration is saved, if that was asked for, and the options of [`HeaprPruner.calibrate`] that say so.
+
+    The command removes it once its output is safe.
+
+    Raises:
+        HeaprError: if there is one and `--resume` was not passed, it is of another mode of `--memory`, or the command has no
+            output.
+    """
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.state import StateFile
+
+    if not (args.resume or args.save_every):
+        return None, {}
+    if args.output is None:
+        raise HeaprError("output=None: --save-every and --resume use OUTPUT.state; name the output with -o")
+    path, saving = f"{args.output}.state", {"resume": args.resume, "save_every": args.save_every}
+    state = (StateFolder if memory == "streaming" else StateFile)(path, **saving)
+    return state, {"state_path": path, "keep_state": True, **saving}
+
+
+@contextmanager
+def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dict[str, Any]]:
+    """Prints what calibrating needs, and yields how to load the model, as keyword arguments of `from_pretrained`.
+
+    What does not fit goes into a hidden folder on the disk of the output, which is gone when the block ends.
+
+    Raises:
+        HeaprError: if there is no such mode, size or dtype.
+    """
+    from ..checkpoints.loading import choose_memory
+    from ..utils.logging import is_main_process
+    from ..utils.sizes import parse_size
+
+    options = model_options_from(args)
+    budget = parse_size("activation_memory", args.activation_memory) if args.activation_memory else None
+    memory, estimate = choose_memory(args.model, config, args.memory, budget, **options)
+    if estimate is not None and is_main_process():
+        print(estimate, flush=True)
+    output = Path(args.output or "pruned")
+    folder = Path(f"{output.parent / ('.' + output.name)}.{os.getpid()}.offload")
+    try:
+        placed = {} if memory == "plain" else {"offload_folder": str(folder)}
+        yield {"memory": memory, "activation_memory": budget, **placed, **options}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_processes() -> None:
+    """Closes what connects the processes of one run, if there are several; from here on each is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
