@@ -32,3 +32,10 @@ class HeaprCommand(BaseOptimumCLICommand):
             DemoCommand,
         )
     )
+
+    def __init__(self, subparsers, args=None, command=None, from_defaults_factory=False, parser=None):
+        if not from_defaults_factory and self.COMMAND.name in subparsers.choices:
+            # Optimum registers the commands of every copy of a plugin that it can import, as where an installed package
+            # also lies on PYTHONPATH. The second stands for what the first registered.
+            from_defaults_factory, parser = True, subparsers.choices[self.COMMAND.name]
+        super().__init__(subparsers, args, command, from_defaults_factory, parser)

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Each command does what its name says, alone and one after another."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+from optimum_heapr.cli import HeaprCommand
 from tests.cli.conftest import listing, weights_and_settings
 
 
@@ -296,3 +298,27 @@ def test_the_installed_command(inputs, tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("optimum-cli heapr plan: error: ratio=1.2") and result.stderr.count("\n") == 1
     assert listing(tmp_path) == {}
+
+
+def test_two_importable_copies_are_one_command(run, monkeypatch, tmp_path, capsys):
+    """As where an installed package also lies on PYTHONPATH: Optimum registers what it finds in each."""
+    from optimum.commands import optimum_cli
+
+    once = len(optimum_cli.load_optimum_namespace_cli_commands())
+    here = Path(importlib.util.find_spec("optimum.commands.register.register_heapr").origin)
+    for name in ("copy", "another"):
+        folder = tmp_path / name / "optimum" / "commands" / "register"
+        folder.mkdir(parents=True)
+        shutil.copy(here, folder)
+        monkeypatch.syspath_prepend(tmp_path / name)
+    assert len(optimum_cli.load_optimum_namespace_cli_commands()) == once + 2
+
+    result = run("--help")
+    assert result.status == 0 and "calibrate" in result.output and result.error == ""
+    result = run("inspect", "no-such-file")
+    assert result.status == 2 and "no-such-file" in result.error
+    monkeypatch.setattr(sys, "argv", ["optimum-cli"])
+    with pytest.raises(SystemExit):
+        optimum_cli.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["heapr"]]
+    assert line.split(None, 1)[1] in HeaprCommand.COMMAND.help
