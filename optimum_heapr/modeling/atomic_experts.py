@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 
-from .compiled import compiled_forward, numbered
+from .compiled import PARAMETERS, compiled_forward, numbered
 from .half_precision import half_precision_forward, is_half_precision_inference, width_step
 
 
@@ -78,6 +78,11 @@ class AtomicExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, widths={min(self.widths)}..{max(self.widths)}, total={sum(self.widths)}"
+
+    def weights(self) -> list[torch.Tensor]:
+        """What the block computes with, in the order of `PARAMETERS`: mostly its parameters, but an adapter may add to them, and
+        a quantizer keep them in another form."""
+        return [getattr(self, name) for name in PARAMETERS if hasattr(self, name)]
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.stock_class._apply_gate(self, gate_up)
@@ -238,11 +243,19 @@ def grouped_mm_atomic_experts_forward(
 
 def _grouped(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """rows [n, a] sorted by group, weight [groups, a, b] -> [n, b]."""
-    # The kernel wants rows of whole 16 bytes: widths that are multiples of 8 in half precision, of 4 in float32.
-    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    if len(counts) > 1 and aligned:
-        return _grouped_mm(rows, weight, offs=offsets)
+    dtype = product_dtype(weight)  # the kernel itself does not know autocast
+    # It has no float64, and wants rows of whole 16 bytes: widths that are multiples of 8 in half precision, of 4 in float32.
+    known = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    if len(counts) > 1 and known:
+        return _grouped_mm(rows, weight.to(dtype), offs=offsets)
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight)])
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What a product with this weight is computed in here, as autocast decides."""
+    device = weight.device.type
+    lowered = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lowered else weight.dtype
 
 
 def _repeat(values, counts: list[int], device: torch.device) -> torch.Tensor:

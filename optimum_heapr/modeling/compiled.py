@@ -35,8 +35,7 @@ def compiled_forward(
     block: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """As `AtomicExperts.forward`."""
-    # Parameters are handed over as they are here, which is not always as they are stored (an adapter may add to them).
-    parameters = [getattr(block, name) for name in PARAMETERS if hasattr(block, name)]
+    parameters = block.weights()
     device = hidden_states.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return _operation(hidden_states, top_k_index, top_k_weights, parameters, block.number, autocast)

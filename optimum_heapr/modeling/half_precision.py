@@ -39,11 +39,11 @@ def _round_up(size: int, step: int) -> int:
 
 
 def is_half_precision_inference(experts: nn.Module, *inputs: torch.Tensor) -> bool:
-    """Whether `half_precision_forward` is to be used. Not for training: there the gradient of each of the views into a packed
-    parameter that it takes would be as large as the parameter."""
-    half = experts.down_proj.dtype in (torch.bfloat16, torch.float16)
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *experts.parameters()))
-    return half and experts.down_proj.device.type == "cpu" and not trained
+    """Whether `half_precision_forward` is to be used. Not where a gradient is wanted: that of each of the views into a packed
+    weight that it takes would be as large as the weight."""
+    weights = experts.weights()  # not the parameters: a weight may be computed from frozen ones and an adapter's
+    half = weights[0].dtype in (torch.bfloat16, torch.float16) and weights[0].device.type == "cpu"
+    return half and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)))
 
 
 def half_precision_forward(
