@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""Settings of every test: the CPU, one thread, no network, no caches outside a temporary folder."""
+"""Settings of every test: the CPU, one thread (or `OMP_NUM_THREADS`), no network, no caches outside a temporary folder."""
 
 import logging
 import os
@@ -20,7 +20,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 _CACHE = tempfile.mkdtemp(prefix="heapr-tests-")
 os.environ["HF_HOME"] = _CACHE
 
-torch.set_num_threads(1)
+# Sums depend on how many threads share them. Processes that tests start inherit the variable, so that theirs are the same.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 # A shell that runs the suite in the background lets it ignore Ctrl-C, and every process that a test starts as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +39,13 @@ def heapr_log(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads():
+    """A command may set it for its process, which here goes on."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)

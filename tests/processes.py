@@ -101,7 +101,7 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process that works on the CPU with others."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+    return {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **more}
 
 
 def free_port() -> int:
@@ -130,6 +130,8 @@ def in_two_processes(code: str, *arguments, **variables: str) -> list[subprocess
 
 def _run(code: str, arguments: list[str], environment: dict[str, str], cwd: str, folder: str) -> None:
     """In the new process."""
+    import torch
+
     for name, descriptor in (("output", 1), ("error", 2)):
         file = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)
@@ -140,4 +142,5 @@ def _run(code: str, arguments: list[str], environment: dict[str, str], cwd: str,
     sys.path[:0] = ["", *filter(None, paths)]
     sys.argv = ["-c", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read its own in the process forked from
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

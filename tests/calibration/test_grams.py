@@ -15,7 +15,6 @@ from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import plain_qwen3_moe
 
 
-torch.set_num_threads(1)
 SUMS = ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "output_norm_sum")
 GRAMS = ("activation_gram_sum", "gradient_gram_sum")
 

@@ -18,7 +18,6 @@ LENGTHS = (16, 7, 12, 16, 3)
 
 SCRIPT = f"""
 import os, sys, torch
-torch.set_num_threads(1)
 from optimum_heapr import HeaprError
 from optimum_heapr.calibration.processes import check_placement
 from optimum_heapr.calibration.runner import calibrate

@@ -18,8 +18,7 @@ from optimum_heapr.families import TESTED
 from optimum_heapr.pruner import HeaprPruner
 from optimum_heapr.utils.errors import HeaprError
 from tests.processes import run_python
-
-from .stock_models import layout_plan, random_plan, wide_model
+from tests.surgery.stock_models import layout_plan, random_plan, wide_model
 
 
 LAYOUTS = ("variable", "uniform", "padded")
@@ -225,7 +224,6 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 from optimum_heapr.pruner import HeaprPruner
 from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.planning.plan import PruningPlan

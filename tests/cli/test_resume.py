@@ -13,7 +13,6 @@ from tests.processes import start_python
 # Kills itself in the middle of the micro-batch of a number.
 KILLED = """
 import os, sys, signal, torch
-torch.set_num_threads(1)
 from optimum_heapr.calibration import runner
 from optimum.commands.optimum_cli import main
 

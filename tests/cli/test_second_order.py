@@ -13,9 +13,6 @@ from optimum_heapr.cli import HeaprCommand
 from tests.helpers import plain_qwen3_moe
 
 
-torch.set_num_threads(1)
-
-
 def run(*arguments) -> None:
     parser = argparse.ArgumentParser("optimum-cli")
     HeaprCommand(parser.add_subparsers())

@@ -15,9 +15,6 @@ from optimum_heapr.criteria import elimination
 from optimum_heapr.criteria.elimination import greedy_elimination
 
 
-torch.set_num_threads(1)
-
-
 def samples(atoms, tokens=64, hidden=5, seed=0):
     """Correlated activations r * h [tokens, I], output gradients g [tokens, H] and down_proj W [H, I], in float64."""
     generator = torch.Generator().manual_seed(seed)

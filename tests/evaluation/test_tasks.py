@@ -167,7 +167,7 @@ print("FOUND", found["results"]["tiny_choice"]["acc,none"])
 @pytest.mark.slow
 def test_the_harness_alone_runs_a_pruned_checkpoint(folder, pruned, tmp_path):
     """As `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True`, without this package."""
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
     done = run_python(PLAIN, pruned[0], folder, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.rpartition("FOUND ")[2]) == pytest.approx(accuracy(pruned[1]))

@@ -14,7 +14,6 @@ from tests.hub_emulator import WRITER, Hub
 PRELUDE = """
 import json, os, sys, time
 import torch
-torch.set_num_threads(1)
 time.sleep = lambda seconds: None  # retries need not wait
 def answer(value):
     print("ANSWER " + json.dumps(value))

@@ -10,7 +10,6 @@ from optimum_heapr.planning.estimate import estimated_loss_increase
 from optimum_heapr.surgery.compensation import compensate
 
 
-torch.set_num_threads(1)
 TOKENS, WIDTH, HIDDEN = 400, 6, 5
 
 

@@ -10,7 +10,6 @@ from optimum_heapr.calibration.runner import calibrate
 from tests.helpers import calibration_data, random_statistics, tiny_model
 
 
-torch.set_num_threads(1)
 # 2 blocks of 4 experts of 8 atomic experts, 96 parameters each, in a model of 10,000.
 ROUTED = 2 * 4 * 8 * 96
 

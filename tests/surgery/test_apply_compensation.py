@@ -17,9 +17,6 @@ from optimum_heapr.text.samples import CalibrationData
 from tests.helpers import plain_qwen3_moe
 
 
-torch.set_num_threads(1)
-
-
 def tiny_model(seed=0) -> Qwen3MoeForCausalLM:
     return plain_qwen3_moe(width=16, seed=seed)
 

@@ -8,7 +8,6 @@ from optimum_heapr.surgery.compensation import compensate, compensate_experts, r
 from optimum_heapr.surgery.regression import compensation_weights
 
 
-torch.set_num_threads(1)
 PLENTY = 10**9  # tokens: so many that the ridge asked for is the ridge used
 
 
