@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from optimum_heapr.calibration.tap import BlockAccumulator, _RoutedRows
+from optimum_heapr.calibration.accumulator import BlockAccumulator, RoutedRows
 from optimum_heapr.criteria.elimination import greedy_elimination
 from optimum_heapr.surgery.compensation import compensate_experts
 
@@ -59,7 +59,8 @@ def main() -> None:
     rows_each = 1024  # enough to be representative: an expert's rows of a large micro-batch
     rows = args.experts * rows_each
     h, g = torch.randn(2, rows, args.width, device=device)
-    routed = _RoutedRows([rows_each] * args.experts, torch.ones(rows, device=device), None)
+    expert = torch.arange(args.experts, device=device).repeat_interleave(rows_each)
+    routed = RoutedRows(expert, [rows_each] * args.experts, torch.ones(rows, device=device), None)
     routed.output_norm = torch.ones(rows, device=device)
     times = {}
     for gram in (False, True):
@@ -67,6 +68,7 @@ def main() -> None:
         sums.add(h, g, routed)  # warm
         times[gram] = seconds(lambda: sums.add(h, g, routed), device)[0] * args.tokens * args.top_k / rows
     count = int(sums.token_count[0])
+    sums.complete()
     grams = sums.activation_gram_sum / count, sums.gradient_gram_sum / count
     elimination, found = seconds(lambda: greedy_elimination(*grams), device)
     kept = list(found.order[:, -round(args.keep * args.width) :].sort(dim=1).values)

@@ -255,11 +255,13 @@ def mask_padding(
 
 def what_is_not_finite(accumulators: dict[str, BlockAccumulator]) -> str | None:
     """Which sum of which block is not finite, if any."""
-    for path, accumulator in accumulators.items():
-        name = accumulator.not_finite()
-        if name is not None:
-            return f"{_QUANTITIES.get(name, name)} of {path}"
-    return None
+    names = [(path, name) for path, accumulator in accumulators.items() for name in accumulator.sums()]
+    flags = [accumulator.finite() for accumulator in accumulators.values()]
+    # Of all blocks at once: each time that a number is read, an accelerator has to be waited for.
+    finite = torch.cat([flag.to(flags[0].device) for flag in flags]).tolist()
+    return next(
+        (f"{_QUANTITIES.get(name, name)} of {path}" for (path, name), good in zip(names, finite) if not good), None
+    )
 
 
 @contextmanager
@@ -280,6 +282,7 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def block_statistics(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
+    sums.complete()
     measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
     return BlockStatistics(
         weight_norm=block.atomic_norms(),

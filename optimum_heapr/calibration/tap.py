@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from ..experts import model_name
 from ..utils.errors import HeaprError
+from .accumulator import BlockAccumulator, RoutedRows
 
 
 if TYPE_CHECKING:
@@ -30,117 +30,6 @@ if TYPE_CHECKING:
 
 
 CALIBRATION_IMPLEMENTATION = "heapr_calibration"
-
-
-class BlockAccumulator:
-    """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
-
-    Args:
-        gram (`bool`): also accumulate the two I x I matrices of each expert.
-
-    Attributes:
-        activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
-        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I].
-        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
-        token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
-        output_norm_sum (`torch.Tensor`): sum of router weight times the norm of the expert's output, [E].
-        activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
-        gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
-        token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        gram: bool = False,
-    ):
-        options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-        sums = torch.zeros(3, num_experts, width, **options)
-        self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = sums
-        self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.output_norm_sum = torch.zeros(num_experts, **options)
-        self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
-        self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
-        self.token_mask: torch.Tensor | None = None
-
-    def sums(self) -> dict[str, torch.Tensor]:
-        """What is accumulated, by name, without what is not measured; the tensors themselves."""
-        names = (
-            "activation_sq_sum",
-            "gradient_sq_sum",
-            "fisher_sum",
-            "token_count",
-            "output_norm_sum",
-            "activation_gram_sum",
-            "gradient_gram_sum",
-        )
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-
-    def not_finite(self) -> str | None:
-        """Name of the first sum that is not finite."""
-        sums = self.sums()
-        finite = torch.stack([tensor.isfinite().all() for tensor in sums.values()]).tolist()
-        return next((name for name, good in zip(sums, finite) if not good), None)
-
-    def move_to(self, total: BlockAccumulator) -> None:
-        """Adds these sums to those of `total`, and begins anew."""
-        own = self.sums()
-        for name, tensor in total.sums().items():
-            tensor += own[name]
-        self.clear()
-
-    def clear(self) -> None:
-        """Sets all sums to zero."""
-        for tensor in self.sums().values():
-            tensor.zero_()
-
-    def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: _RoutedRows) -> None:
-        """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
-        start = 0
-        for expert, count in enumerate(routed.counts):
-            if count == 0:
-                continue
-            rows = slice(start, start + count)
-            start += count
-            h, g, router_weight, output_norm = (
-                part[rows].to(self.activation_sq_sum.dtype)
-                for part in (activation, gradient, routed.router_weight, routed.output_norm)
-            )
-            if routed.valid is not None:
-                # Padding on the right has no gradient, so only h and the router weight need the mask.
-                valid = routed.valid[rows]
-                h, router_weight = h * valid[:, None], router_weight * valid
-                self.token_count[expert] += valid.sum()
-            else:
-                self.token_count[expert] += count
-            self.activation_sq_sum[expert] += h.square().sum(0)
-            self.gradient_sq_sum[expert] += g.square().sum(0)
-            self.fisher_sum[expert] += (h * g).square_().sum(0)
-            self.output_norm_sum[expert] += router_weight @ output_norm
-            if self.activation_gram_sum is not None:
-                weighted = h * router_weight[:, None]
-                self.activation_gram_sum[expert].addmm_(weighted.T, weighted)
-                self.gradient_gram_sum[expert].addmm_(g.T, g)
-
-
-@dataclass
-class _RoutedRows:
-    """What the sums need to know of the rows of one micro-batch, which are sorted by expert.
-
-    Attributes:
-        counts (`list[int]`): rows of each expert.
-        router_weight (`torch.Tensor`): [rows].
-        valid (`torch.Tensor`, *optional*): which rows belong to tokens that count, [rows]; `None` if all do.
-        output_norm (`torch.Tensor`, *optional*): norm of the expert's output, [rows]; known once the forward is through.
-    """
-
-    counts: list[int]
-    router_weight: torch.Tensor
-    valid: torch.Tensor | None
-    output_norm: torch.Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -214,7 +103,7 @@ def calibration_experts_forward(
             # The first block of the model: nothing below it is needed, so the graph starts here.
             activation = activation.detach().requires_grad_(True)
         valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
-        routed = _RoutedRows(counts.tolist(), router_weights.detach(), valid)
+        routed = RoutedRows(expert_of_row, counts.tolist(), router_weights.detach(), valid)
         activation = _Tap.apply(activation, accumulator, routed)
     output = linear(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed

@@ -66,7 +66,9 @@ class CalibrationData:
     def _shares(self) -> list[dict[str, Any]]:
         """Samples and tokens of each source, in the order of their names."""
         origins = self.origins or [self.source] * len(self.samples)
-        lengths = {name: [len(s) for s, origin in zip(self.samples, origins) if origin == name] for name in origins}
+        lengths: dict[str, list[int]] = {name: [] for name in origins}
+        for sample, name in zip(self.samples, origins):
+            lengths[name].append(len(sample))
         return [
             {"name": name, "num_samples": len(lengths[name]), "num_tokens": sum(lengths[name])}
             for name in sorted(lengths)

@@ -1,0 +1,149 @@
+# Licensed under the Apache License, Version 2.0
+"""The sums that a calibration makes of one expert block, over the rows of all experts at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+ROWS_IN_A_RUN = 64
+"""Rows of one expert that are added one after another; what runs give is added then, so that rounding stays small."""
+NUMBERS_AT_ONCE_CPU = 2**18
+"""Squares are made of this many numbers at a time on a CPU, so that they are still in its cache when they are added."""
+GRAM_PANEL_CPU = 192
+"""Columns of a Gram matrix that are made at a time on a CPU; above the diagonal only."""
+
+
+@dataclass
+class RoutedRows:
+    """What the sums need to know of the rows of one micro-batch, which are sorted by expert.
+
+    Attributes:
+        expert (`torch.Tensor`): number of the expert, [rows], rising.
+        counts (`list[int]`): rows of each expert.
+        router_weight (`torch.Tensor`): [rows].
+        valid (`torch.Tensor`, *optional*): which rows belong to tokens that count, [rows]; `None` if all do.
+        output_norm (`torch.Tensor`, *optional*): norm of the expert's output, [rows]; known once the forward is through.
+    """
+
+    expert: torch.Tensor
+    counts: list[int]
+    router_weight: torch.Tensor
+    valid: torch.Tensor | None
+    output_norm: torch.Tensor | None = None
+
+
+class BlockAccumulator:
+    """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
+
+    Args:
+        gram (`bool`): also accumulate the two I x I matrices of each expert.
+
+    Attributes:
+        activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
+        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I].
+        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
+        token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
+        output_norm_sum (`torch.Tensor`): sum of router weight times the norm of the expert's output, [E].
+        activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
+        gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
+        token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        gram: bool = False,
+    ):
+        options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        self._vectors = torch.zeros(3, num_experts, width, **options)
+        self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = self._vectors
+        self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.output_norm_sum = torch.zeros(num_experts, **options)
+        self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
+        self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
+        self.token_mask: torch.Tensor | None = None
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """What is accumulated, by name, without what is not measured; the tensors themselves."""
+        names = (
+            "activation_sq_sum",
+            "gradient_sq_sum",
+            "fisher_sum",
+            "token_count",
+            "output_norm_sum",
+            "activation_gram_sum",
+            "gradient_gram_sum",
+        )
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def finite(self) -> torch.Tensor:
+        """Which of the sums are finite, bool, in their order; of matrices the diagonal decides, by Cauchy and Schwarz."""
+        parts = (part.diagonal(dim1=1, dim2=2) if part.dim() == 3 else part for part in self.sums().values())
+        return torch.stack([part.isfinite().all() for part in parts])
+
+    def move_to(self, total: BlockAccumulator) -> None:
+        """Adds these sums to those of `total`, and begins anew."""
+        own = self.sums()
+        for name, tensor in total.sums().items():
+            tensor += own[name]
+        self.clear()
+
+    def complete(self) -> None:
+        """Fills in the lower halves of the matrices, of which only the upper ones are kept up to date."""
+        for matrices in (self.activation_gram_sum, self.gradient_gram_sum):
+            for matrix in () if matrices is None else matrices:
+                matrix.copy_(matrix.triu() + matrix.triu(1).T)
+
+    def clear(self) -> None:
+        """Sets all sums to zero."""
+        for tensor in self.sums().values():
+            tensor.zero_()
+
+    def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
+        """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
+        router_weight = routed.router_weight.to(self.output_norm_sum.dtype)
+        ones = torch.ones_like(routed.expert)
+        if routed.valid is not None:
+            # Padding on the right has no gradient, so only h and the router weight need the mask.
+            router_weight, ones = router_weight * routed.valid, ones * routed.valid
+        self.token_count.index_add_(0, routed.expert, ones)
+        self.output_norm_sum.index_add_(0, routed.expert, router_weight * routed.output_norm)
+        self._add_vectors(activation, gradient, routed)
+        if self.activation_gram_sum is not None:
+            parts = (rows.split(routed.counts) for rows in (activation, gradient, router_weight))
+            for of_h, of_g, h, g, r in zip(self.activation_gram_sum, self.gradient_gram_sum, *parts):
+                _add_gram(of_h, h.to(r.dtype) * r[:, None])
+                _add_gram(of_g, g.to(r.dtype))
+
+    def _add_vectors(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
+        """The three vectors of all experts at once, by a few operations for each piece of the rows."""
+        rows, width = activation.shape
+        # Both terms never fall, so what is equal belongs to one expert and to one run.
+        run = routed.expert + torch.arange(rows, device=routed.expert.device) // ROWS_IN_A_RUN
+        runs = self._vectors.new_zeros(3, len(self.token_count) + rows // ROWS_IN_A_RUN + 1, width)
+        step = max(NUMBERS_AT_ONCE_CPU // width, 1) if runs.device.type == "cpu" else max(rows, 1)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            h_square, g_square = (whole[part].to(runs.dtype).square() for whole in (activation, gradient))
+            if routed.valid is not None:
+                h_square.mul_(routed.valid[part, None])
+            runs[0].index_add_(0, run[part], h_square)
+            runs[1].index_add_(0, run[part], g_square)
+            runs[2].index_add_(0, run[part], h_square.mul_(g_square))
+        expert_of_run = torch.zeros(runs.shape[1], dtype=torch.int64, device=runs.device)
+        self._vectors.index_add_(1, expert_of_run.scatter_(0, run, routed.expert), runs)
+
+
+def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds `rows^T rows`, rows [n, I], to the upper triangle of `total` [I, I] and to some of what is below."""
+    width = rows.shape[1]
+    panel = GRAM_PANEL_CPU if rows.device.type == "cpu" else width
+    for start in range(0, width if len(rows) else 0, panel):
+        columns = slice(start, start + panel)
+        total[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
