@@ -60,7 +60,9 @@ def apply_streaming(
     statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
     folder = Path(folder)
     with replace_folder(folder, overwrite) as temporary:
-        write_streaming(model, plan, temporary, statistics, model_options, max_shard_size=size)
+        write_streaming(
+            model, plan, temporary, statistics=statistics, max_shard_size=size, model_options=model_options
+        )
     return folder
 
 
@@ -68,6 +70,7 @@ def write_streaming(
     model: str | os.PathLike,
     plan: PruningPlan,
     folder: Path,
+    *,
     statistics: AtomicStatistics | None,
     model_options: dict[str, Any],
     results: Sequence[EvalResult] = (),

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.checkpoints.saving import apply_streaming
+from optimum_heapr.checkpoints.stages import load_stages
 from optimum_heapr.hub.base_model import BaseModel
 from optimum_heapr.hub.card import held_out_result, model_card, perplexity_result, without_measurements, write_card
 from optimum_heapr.report.content import without_measurements as report_without_measurements
@@ -120,7 +121,7 @@ def test_loading_instructions_follow_the_checkpoint():
 def test_a_base_card_that_says_nothing(text, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text(text)
-    base = HeaprPruner.from_pretrained(tmp_path).base
+    base = load_stages(tmp_path, HeaprConfig()).stages.base
     assert base == BaseModel(tmp_path.name)
 
 

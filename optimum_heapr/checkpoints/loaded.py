@@ -1,0 +1,138 @@
+# Licensed under the Apache License, Version 2.0
+"""A model that is in memory: measured, cut and written where it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.runner import calibrate
+from ..calibration.state import StateFile
+from ..criteria.obs import store_removal_curves
+from ..hub.base_model import BaseModel
+from ..report.content import build_report
+from ..report.observation import Workload, observe
+from ..surgery.apply import apply_plan, check_plan
+from ..utils.errors import HeaprError
+from ..utils.placement import place
+from ..utils.sizes import parse_size
+from .saving import save_companions
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..calibration.layer_state import StateFolder
+    from ..calibration.statistics import AtomicStatistics
+    from ..configuration import HeaprConfig
+    from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
+
+
+class LoadedModel:
+    """
+    The stages of pruning, from calibration to a folder, for a model in memory; subclasses have them for one that is not.
+
+    Args:
+        model (`PreTrainedModel`): it is changed in place.
+        base (`BaseModel`, *optional*): what it is called; by default what it was loaded from says.
+    """
+
+    state_class: type[StateFile] | type[StateFolder] = StateFile
+
+    def __init__(self, model: PreTrainedModel, base: BaseModel | None = None):
+        self.model = model
+        self._base = base
+
+    @property
+    def base(self) -> BaseModel:
+        """What the model was before it is cut: its name, and what its card says."""
+        if self._base is None:
+            self._base = BaseModel.of(self.model)
+        return self._base
+
+    def state(self, path: str | os.PathLike | None, resume: bool, save_every: int) -> StateFile | StateFolder | None:
+        """Where a calibration is saved and goes on from, if a path is named.
+
+        Raises:
+            HeaprError: if none is, and it was asked for; or as the class of the state.
+        """
+        if path is not None:
+            return self.state_class(path, resume, save_every)
+        if resume or save_every:
+            raise HeaprError(f"state_path=None: resume={resume} and save_every={save_every} need a file; name one")
+        return None
+
+    def calibrate(
+        self,
+        data: CalibrationData,
+        config: HeaprConfig,
+        state: StateFile | None = None,
+        keep_grams: bool = True,
+        checkpointing: bool = False,
+    ) -> AtomicStatistics:
+        """[`~optimum_heapr.calibration.runner.calibrate`], and removal curves if the criterion needs them.
+
+        Args:
+            data (`CalibrationData`): tokenized samples.
+            config (`HeaprConfig`): how to measure, and by which criterion removal curves are made.
+            state (`StateFile`, *optional*): where the run is saved and goes on from. The caller removes it.
+            keep_grams (`bool`): not asked for in memory, where matrices are as they were summed.
+            checkpointing (`bool`): compute each layer twice, in less memory.
+        """
+        statistics = calibrate(
+            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
+        )
+        if config.criterion == "obs":
+            store_removal_curves(statistics, config.ridge)
+        return statistics
+
+    def check(self, plan: PruningPlan) -> None:
+        """Refuses a plan of another model.
+
+        Raises:
+            HeaprError: naming what differs.
+        """
+        check_plan(self.model, plan)
+
+    def apply(
+        self,
+        plan: PruningPlan,
+        statistics: AtomicStatistics | None,
+        data: CalibrationData | None,
+        measured: tuple[PreTrainedTokenizerBase | None, Sequence[str] | None] | None = None,
+    ) -> dict[str, Any] | None:
+        """Cuts the model, and says in a report what that did.
+
+        Args:
+            plan (`PruningPlan`): what stays.
+            statistics (`AtomicStatistics`, *optional*): for compensation within experts.
+            data (`CalibrationData`, *optional*): for compensation over blocks.
+            measured (`tuple`, *optional*): tokenizer, and prompts if there are any, to measure before and after.
+        """
+        workload = None
+        if measured is not None:
+            tokenizer, prompts = measured
+            place(self.model)  # saved statistics do not need it there
+            workload = Workload.of(plan.config, tokenizer, data, prompts)
+        base, before = self.base, observe(self.model, plan, workload)
+        apply_plan(self.model, plan, statistics, data)
+        return build_report(plan, base.name, before, observe(self.model, plan, workload), workload)
+
+    def save(
+        self,
+        folder: Path,
+        plan: PruningPlan,
+        tokenizer: PreTrainedTokenizerBase | None,
+        report: dict[str, Any] | None,
+        results: Sequence[EvalResult] = (),
+        **save_options: Any,
+    ) -> None:
+        """Writes the pruned model and what stands beside its weights into an empty folder."""
+        if "max_shard_size" in save_options:
+            save_options["max_shard_size"] = parse_size("max_shard_size", str(save_options["max_shard_size"]))
+        self.model.save_pretrained(folder, **save_options)
+        save_companions(folder, self.model, tokenizer, plan, self.base, report, results)

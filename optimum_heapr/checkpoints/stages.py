@@ -1,0 +1,70 @@
+# Licensed under the Apache License, Version 2.0
+"""From the name of a model to the object that measures, cuts and writes it, in the memory there is."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..hub.base_model import BaseModel
+from ..utils.logging import get_logger
+from ..utils.sizes import parse_size
+from .loaded import LoadedModel
+from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
+from .streamed import OffloadedModel, StreamedCheckpoint
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..calibration.statistics import AtomicStatistics
+    from ..configuration import HeaprConfig
+
+
+logger = get_logger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What [`load_stages`] gives.
+
+    Attributes:
+        stages (`LoadedModel`): the model, and how it is measured, cut and written.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): if the model has one.
+        statistics (`AtomicStatistics`, *optional*): that were measured before.
+    """
+
+    stages: LoadedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    statistics: AtomicStatistics | None
+
+
+def load_stages(
+    name: str | os.PathLike,
+    config: HeaprConfig,
+    statistics: AtomicStatistics | str | os.PathLike | None = None,
+    memory: str = "plain",
+    activation_memory: int | str | None = None,
+    **model_options: Any,
+) -> Loaded:
+    """Loads a model as `memory` says, or as the estimate does where that is `auto`.
+
+    Args:
+        name, statistics, memory, activation_memory, model_options: as for
+            [`~optimum_heapr.HeaprPruner.from_pretrained`].
+        config (`HeaprConfig`): its calibration part is used for the estimate; without a dataset, statistics beside the model
+            are used.
+
+    Raises:
+        HeaprError: if the model or the statistics cannot be loaded, or `memory` or `activation_memory` is unknown.
+    """
+    budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
+    if memory not in ("plain", "offload", "streaming"):
+        memory, estimate = choose_memory(name, config, memory, budget, **model_options)
+        logger.info("%s", estimate or memory)
+    options = options_for_memory(memory, model_options)
+    model, tokenizer, measured = load_measured(name, statistics, reuse=config.dataset is None, **options)
+    base = BaseModel.of(model, hub_options_in(model_options))
+    if memory == "plain":
+        return Loaded(LoadedModel(model, base), tokenizer, measured)
+    stages = StreamedCheckpoint if memory == "streaming" else OffloadedModel
+    return Loaded(stages(model, base, model_options, budget), tokenizer, measured)
