@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .utils.companions import CONFIG_NAME
 from .utils.errors import HeaprError
 from .utils.files import write_json
 from .utils.options import Options, option
 from .utils.sizes import parse_size
 
-
-CONFIG_NAME = "heapr_config.json"
 
 CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
 REDUCTIONS = ("mean", "total")

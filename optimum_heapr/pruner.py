@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from .calibration.statistics import AtomicStatistics
 from .checkpoints.loaded import LoadedModel
 from .checkpoints.stages import load_stages
 from .configuration import HeaprConfig
@@ -26,6 +26,7 @@ from .planning.plan import PruningPlan
 from .report.content import without_measurements
 from .surgery.feasibility import check_feasible
 from .text.samples import load_calibration_data
+from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
 from .utils.positions import warn_of_positions
@@ -254,7 +255,7 @@ class HeaprPruner:
         results: Sequence[EvalResult] = (),
         **save_options: Any,
     ) -> Path:
-        """Writes the pruned model, its tokenizer and generation config, `heapr_config.json`, plan, report and model card.
+        """Writes the pruned model, its tokenizer, generation config and card, and in `heapr/` plan, report and statistics.
 
         Args:
             folder (`str`): appears whole or not at all; with `overwrite`, in place of one that is not empty.
@@ -272,7 +273,7 @@ class HeaprPruner:
         with replace_folder(folder, overwrite) as temporary:
             self._stages.save(temporary, plan, self.tokenizer, self.report, results, **save_options)
             if self.statistics is not None:
-                self.statistics.save(temporary / STATISTICS_NAME, grams=False)  # matrices can outweigh the model
+                self.statistics.save(own_folder(temporary) / STATISTICS_NAME, grams=False)  # grams can outweigh it
             if self.recovery_report is not None and self.recovery_report.improved:
                 self.recovery_report.add_to(temporary)
         if push_to_hub:

@@ -205,10 +205,10 @@ def test_from_pretrained(folder, text, tmp_path):
     pruner.save_pretrained(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
-    assert {"heapr_config.json", "plan.safetensors", "statistics.safetensors", "modeling_heapr.py"} <= names
+    assert {"heapr", "modeling_heapr.py", "README.md"} <= names
     assert HeaprConfig.from_pretrained(tmp_path / "out") == config
-    assert PruningPlan.load(tmp_path / "out" / "plan.safetensors").widths == pruner.applied_plan.widths
-    assert equal(AtomicStatistics.load(tmp_path / "out" / "statistics.safetensors"), pruner.statistics)
+    assert PruningPlan.load(tmp_path / "out").widths == pruner.applied_plan.widths
+    assert equal(AtomicStatistics.load(tmp_path / "out" / "heapr" / "statistics.safetensors"), pruner.statistics)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(pruner.model))
     with pytest.raises(HeaprError, match="pruned already"):
         HeaprPruner.from_pretrained(tmp_path / "out")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 FORMAT = "heapr_statistics"
-STATISTICS_NAME = "statistics.safetensors"
 
 
 @dataclass

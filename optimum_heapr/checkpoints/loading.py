@@ -8,11 +8,12 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from ..calibration.statistics import AtomicStatistics
 from ..configuration import MEMORY
 from ..demo import DEMO_MODEL, demo_model_path
 from ..experts import find_expert_blocks
 from ..hub.statistics import load_statistics, measured_before
+from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.logging import get_logger
 from ..utils.quantized import unquantized_loading

@@ -12,11 +12,12 @@ from ..calibration.statistics import AtomicStatistics
 from ..hub.base_model import BaseModel
 from ..hub.card import write_card
 from ..hub.statistics import load_statistics
-from ..planning.plan import PLAN_NAME, PruningPlan
+from ..planning.plan import PruningPlan
 from ..report.content import build_report
 from ..report.files import write_report
 from ..report.observation import observe
 from ..text.samples import load_calibration_data
+from ..utils.companions import PLAN_NAME, own_folder
 from ..utils.files import replace_folder
 from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
@@ -105,7 +106,8 @@ def save_companions(
     """Writes what stands beside the weights of a pruned model."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    plan.config.save_pretrained(folder)
-    plan.save(folder / PLAN_NAME)
-    write_report(folder, report)
+    ours = own_folder(folder)
+    plan.config.save_pretrained(ours)
+    plan.save(ours / PLAN_NAME)
+    write_report(ours, report)
     write_card(folder, model, plan, base, results, report)

@@ -16,7 +16,7 @@ class ApplyCommand(HeaprSubcommand):
     @staticmethod
     def parse_args(parser):
         add_model_options(parser)
-        parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan'")
+        parser.add_argument("-p", "--plan", required=True, help="plan file of 'plan', or folder of a pruned model")
         parser.add_argument(
             "-s", "--statistics", help="statistics of 'calibrate', as for 'plan'; needed to compensate experts"
         )

@@ -19,15 +19,17 @@ class InspectCommand(HeaprSubcommand):
     def execute(self) -> None:
         from ..calibration.statistics import FORMAT as STATISTICS_FORMAT
         from ..calibration.statistics import AtomicStatistics
-        from ..planning.plan import PLAN_NAME, PruningPlan
+        from ..planning.plan import PruningPlan
         from ..report.content import build_report
-        from ..report.files import REPORT_NAME, read_report
+        from ..report.files import read_report
         from ..utils.artefacts import artefact_format
+        from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
         from .tables import importance_table, report_text, statistics_table
 
         path = Path(self.args.path)
         if path.is_dir():
-            path = path / REPORT_NAME if (path / REPORT_NAME).is_file() else path / PLAN_NAME
+            report = own_file(path, REPORT_NAME)
+            path = report if report.is_file() else own_file(path, PLAN_NAME)
         if path.suffix == ".json":
             print(report_text(read_report(path)))
         elif artefact_format(path) == STATISTICS_FORMAT:

@@ -95,5 +95,5 @@ class PruneCommand(HeaprSubcommand):
             state.remove()
         for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
             print(line)
-        print(f"Pruned model written to {self.args.output}, with report.html")
+        print(f"Pruned model written to {self.args.output}, with heapr/report.html")
         push(self.args)

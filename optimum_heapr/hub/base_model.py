@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import DEMO_MODEL, demo_model_path
+from ..utils.companions import CARD_NAME
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-CARD_NAME = "README.md"
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
 

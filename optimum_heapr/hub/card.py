@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import DEMO_MODEL
-from ..report.markdown import CHART_NAME
 from ..report.tables import comparison
 from ..text.mixtures import parse_sources
 from ..text.sources import FILE_BUILDERS, PRESETS
+from ..utils.companions import CARD_NAME, CHART_NAME, FOLDER, PLAN_NAME
 from ..utils.errors import HeaprError
 from ..utils.files import public_name
-from .base_model import CARD_NAME, BaseModel
+from .base_model import BaseModel
 
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ PLACEHOLDER = "path/to/this/model"
 
 TAGS = ["moe", "pruning", "heapr", "optimum-heapr"]
 _PLOT = (
-    f"![Kept share of each expert, by layer and expert]({CHART_NAME})\n\nAll figures and plots are in `report.html`, "
-    "which opens without a network, in `report.md` and in `report.json`.\n\n"
+    f"![Kept share of each expert, by layer and expert]({FOLDER}/{CHART_NAME})\n\nAll figures and plots are in `{FOLDER}/report.html`, "
+    "which opens without a network, and beside it as Markdown and JSON.\n\n"
 )
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -107,6 +107,11 @@ def model_card(
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def point_to_folder(card: str) -> str:
+    """A card that was written when what is ours stood in the root beside it, for where it stands now."""
+    return card.replace(f"]({CHART_NAME})", f"]({FOLDER}/{CHART_NAME})")
 
 
 def without_measurements(card: str) -> str:
@@ -201,7 +206,7 @@ def _layers(plan: PruningPlan) -> str:
         rows.append(f"| `{path}` | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(rows) + (
         "\n\n`kept`: share of the atomic experts of the layer that stay. `unreached`: experts that no calibration token "
-        f"was routed to. Which atomic experts stayed is in `plan.safetensors`.\n\nEstimated increase of the loss: "
+        f"was routed to. Which atomic experts stayed is in `{FOLDER}/{PLAN_NAME}`.\n\nEstimated increase of the loss: "
         f"{plan.estimated_loss_increase:.4f} nats a token, from the calibration statistics (second order, blocks added "
         "up); an estimate, not a measurement."
     )

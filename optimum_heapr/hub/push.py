@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.statistics import STATISTICS_NAME
+from ..utils.companions import CARD_NAME, FOLDER, OWN_NAMES, STATISTICS_NAME
 from ..utils.errors import HeaprError
-from .card import CARD_NAME, PLACEHOLDER
+from .card import PLACEHOLDER, point_to_folder
 
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Of an earlier model in the same repository these would be loaded in place of, or mistaken for, parts of the new one.
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", STATISTICS_NAME)
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", f"{FOLDER}/*", *OWN_NAMES)
 
 _NEXT_STEPS = {
     400: "the Hub takes no such name, card or file; correct it",
@@ -65,8 +65,10 @@ def push_folder(
 
     api, folder = HfApi(token=token), Path(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name in set(OWN_NAMES) & set(paths):  # as the first version wrote it, into the root
+        paths.setdefault(f"{FOLDER}/{name}", paths.pop(name))
     if not with_statistics:
-        paths.pop(STATISTICS_NAME, None)
+        paths.pop(f"{FOLDER}/{STATISTICS_NAME}", None)
     with hub_errors(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
@@ -79,7 +81,7 @@ def push_folder(
         additions: dict[str, Path | bytes] = dict(paths)
         if CARD_NAME in paths:  # the card says how to load the model, and now that has a name
             card = paths[CARD_NAME].read_text(encoding="utf-8")
-            additions[CARD_NAME] = card.replace(PLACEHOLDER, repo_id).encode()
+            additions[CARD_NAME] = point_to_folder(card.replace(PLACEHOLDER, repo_id)).encode()
         return api.create_commit(
             repo_id,
             [

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
-from ..calibration.statistics import STATISTICS_NAME, AtomicStatistics
+from ..calibration.statistics import AtomicStatistics
 from ..demo import DEMO_MODEL
+from ..utils.companions import CARD_NAME, STATISTICS_NAME, find_file, find_own, own_file
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
-from .card import CARD_NAME
 
 
 logger = get_logger(__name__)
@@ -37,11 +36,11 @@ def load_statistics(
         return statistics
     place = os.fspath(statistics)
     if os.path.isdir(place):
-        return AtomicStatistics.load(Path(place) / STATISTICS_NAME)
+        return AtomicStatistics.load(own_file(place, STATISTICS_NAME))
     if os.path.exists(place) or place.endswith(".safetensors") or not _REPOSITORY.fullmatch(place):
         return AtomicStatistics.load(place)
     options = {name: value for name, value in (hub_options or {}).items() if name in ("token", "cache_dir")}
-    path, reason = _file_of(place, STATISTICS_NAME, options)
+    path, reason = find_own(place, STATISTICS_NAME, **options)
     if path is None:
         raise HeaprError(
             f"statistics={place!r}: {reason or f'is no file, and the repository has no {STATISTICS_NAME}'}; name a file, "
@@ -68,7 +67,7 @@ def measured_before(model: str | os.PathLike, hub_options: dict[str, Any]) -> tu
     name = os.fspath(model)
     if name == DEMO_MODEL:
         return name, None
-    path, _ = _file_of(name, STATISTICS_NAME, hub_options)
+    path, _ = find_own(name, STATISTICS_NAME, **hub_options)
     if path is None:
         return name, None
     try:
@@ -91,20 +90,10 @@ def _base_model(name: str, hub_options: dict[str, Any]) -> str | None:
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
-    path, _ = _file_of(name, CARD_NAME, hub_options)
+    path, _ = find_file(name, CARD_NAME, **hub_options)
     try:
         base = (metadata_load(path) or {}).get("base_model") if path else None
     except (OSError, ValueError, AttributeError, YAMLError):
         return None
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and _REPOSITORY.fullmatch(base) else None
-
-
-def _file_of(place: str, name: str, hub_options: dict[str, Any]) -> tuple[str | None, str]:
-    """A file of a folder or a repository, and if there is none, why."""
-    from transformers.utils import cached_file
-
-    try:
-        return cached_file(place, name, _raise_exceptions_for_missing_entries=False, **hub_options), ""
-    except (OSError, ValueError) as error:
-        return None, " ".join(str(error).split())[:300]

@@ -12,6 +12,7 @@ import torch
 from ..configuration import HeaprConfig
 from ..criteria import importance
 from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
 from ..utils.sizes import parse_size
 from .allocation import allocate
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 
 FORMAT = "heapr_plan"
-PLAN_NAME = "plan.safetensors"
 
 
 @dataclass
@@ -140,9 +140,13 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike) -> PruningPlan:
         """Reads what [`save`] wrote and checks that it fits together.
 
+        Args:
+            path (`str`): a file, or the folder of a pruned model.
+
         Raises:
             HeaprError: if the file is missing, truncated, something else, or its indices do not fit its widths.
         """
+        path = own_file(path, PLAN_NAME) if os.path.isdir(path) else path
         tensors, document = read_artefact(path, FORMAT)
         try:
             kept = {

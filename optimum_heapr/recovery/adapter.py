@@ -15,8 +15,8 @@ import torch
 
 from ..experts import model_name
 from ..fingerprint import hash_of_values
+from ..utils.companions import RECOVERY_NAME, own_file
 from ..utils.errors import HeaprError
-from .report import REPORT_NAME
 
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, is_trainable
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise HeaprError(f"adapter={str(folder)!r}: holds no adapter_config.json; name what 'recover' wrote")
-    report = folder / REPORT_NAME
+    report = own_file(folder, RECOVERY_NAME)
     if report.is_file():
         trained_on, ours = json.loads(report.read_text(encoding="utf-8"))["model"], identity_of(model)
         for name in ours:

@@ -8,13 +8,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..configuration import CONFIG_NAME
-from ..hub.card import CARD_NAME
+from ..hub.card import point_to_folder
 from ..hub.card import without_measurements as card_without_measurements
-from ..planning.plan import PLAN_NAME, PruningPlan
+from ..planning.plan import PruningPlan
 from ..report.content import without_measurements
-from ..report.files import REPORT_NAME, read_report, write_report
-from ..report.markdown import CHART_NAME
+from ..report.files import read_report, write_report
+from ..utils.companions import (
+    CARD_NAME,
+    OWN_NAMES,
+    PLAN_NAME,
+    RECOVERY_NAME,
+    REPORT_NAME,
+    STATISTICS_NAME,
+    find_file,
+    find_own,
+    own_folder,
+)
 from ..utils.files import replace_folder
 
 
@@ -24,26 +33,9 @@ if TYPE_CHECKING:
     from .runner import Recovery
 
 
-# What stands beside a pruned model, as far as it does.
-COMPANIONS = (CONFIG_NAME, PLAN_NAME, CARD_NAME, REPORT_NAME, "report.md", "report.html", CHART_NAME)
-
-
-def companion(model: str | os.PathLike, name: str) -> Path | None:
-    """A file beside the weights of a model, in a folder or on the Hub, or `None`."""
-    from transformers.utils import cached_file
-
-    if not Path(model).is_dir() and Path(model).exists():
-        return None
-    try:
-        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no such repository any more, or no network
-        return None
-    return Path(found) if found else None
-
-
 def plan_of(model: str | os.PathLike) -> PruningPlan | None:
     """The plan that a pruned model was cut by, if it stands beside it."""
-    path = companion(model, PLAN_NAME)
+    path, _ = find_own(model, PLAN_NAME)
     return PruningPlan.load(path) if path else None
 
 
@@ -90,18 +82,31 @@ def save_merged(
         recovery.merge().save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        for path in filter(None, (companion(pruned, name) for name in COMPANIONS)):
-            shutil.copyfile(path, temporary / path.name)
+        _copy_companions(pruned, temporary)
         _drop_measurements(temporary)
         recovery.report.add_to(temporary)
     return Path(folder)
 
 
+def _copy_companions(pruned: str | os.PathLike, folder: Path) -> None:
+    """What stands beside the pruned model, but for statistics, and for the report of a recovery, as there is a new one."""
+    ours = own_folder(folder)
+    for name in OWN_NAMES:
+        path = None if name in (STATISTICS_NAME, RECOVERY_NAME) else find_own(pruned, name)[0]
+        if path is not None:
+            shutil.copyfile(path, ours / name)
+    path, _ = find_file(pruned, CARD_NAME)
+    if path is not None:
+        card = Path(path).read_text(encoding="utf-8")
+        (folder / CARD_NAME).write_text(point_to_folder(card), encoding="utf-8")
+
+
 def _drop_measurements(folder: Path) -> None:
     """Takes what was measured of the model before it was trained out of its report and its card."""
-    if (folder / REPORT_NAME).is_file():
+    ours = own_folder(folder)
+    if (ours / REPORT_NAME).is_file():
         reason = "the model was trained after it was cut and measured"
-        write_report(folder, without_measurements(read_report(folder / REPORT_NAME), reason))
+        write_report(ours, without_measurements(read_report(ours / REPORT_NAME), reason))
     if (folder / CARD_NAME).is_file():
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
         (folder / CARD_NAME).write_text(card_without_measurements(card), encoding="utf-8")

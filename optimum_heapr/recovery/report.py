@@ -8,11 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hub.card import CARD_NAME
+from ..utils.companions import CARD_NAME, RECOVERY_NAME, own_folder
 from ..utils.files import write_json
-
-
-REPORT_NAME = "recovery_report.json"
 
 
 @dataclass
@@ -48,13 +45,13 @@ class RecoveryReport:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `recovery_report.json` into `folder` and returns its path."""
-        path = Path(folder) / REPORT_NAME
+        path = Path(folder) / RECOVERY_NAME
         write_json(path, asdict(self))
         return path
 
     def add_to(self, folder: str | os.PathLike) -> None:
-        """Saves the report into the folder of a model, and adds it to the card there, if there is one."""
-        self.save(folder)
+        """Saves the report into the folder of a checkpoint, and adds it to the card there, if there is one."""
+        self.save(own_folder(folder))
         card = Path(folder) / CARD_NAME
         if card.is_file():
             card.write_text(f"{card.read_text(encoding='utf-8')}\n{self.card_section()}", encoding="utf-8")

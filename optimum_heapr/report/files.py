@@ -8,15 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..utils.companions import CHART_NAME, REPORT_NAME, REPORT_PAGE_NAME, REPORT_TEXT_NAME
 from ..utils.errors import HeaprError
 from ..utils.files import replace_file, write_json
 from .charts import kept_widths
 from .content import FORMAT, VERSION
-from .markdown import CHART_NAME, report_markdown
+from .markdown import report_markdown
 from .page import report_html
-
-
-REPORT_NAME = "report.json"
 
 
 def write_report(folder: str | os.PathLike, report: dict[str, Any]) -> None:
@@ -24,8 +22,8 @@ def write_report(folder: str | os.PathLike, report: dict[str, Any]) -> None:
     folder = Path(folder)
     write_json(folder / REPORT_NAME, report)
     rendered = {
-        "report.md": report_markdown(report),
-        "report.html": report_html(report),
+        REPORT_TEXT_NAME: report_markdown(report),
+        REPORT_PAGE_NAME: report_html(report),
         CHART_NAME: kept_widths(report),
     }
     for name, text in rendered.items():

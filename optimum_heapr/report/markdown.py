@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.companions import CHART_NAME
 from .tables import Table, report_tables
-
-
-CHART_NAME = "kept_widths.svg"
 
 
 def report_markdown(report: dict[str, Any]) -> str:

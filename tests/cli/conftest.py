@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from optimum_heapr.calibration.statistics import STATISTICS_NAME
-from optimum_heapr.planning.plan import PLAN_NAME
+from optimum_heapr.utils.companions import CARD_NAME, CONFIG_NAME, FOLDER, OWN_NAMES
 from tests.helpers import SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
@@ -50,7 +49,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 def weights_and_settings(folder: Path) -> dict[str, bytes | None]:
     """A saved model without the artefacts beside it, and without what was measured: that takes time, which differs."""
-    others = {PLAN_NAME, STATISTICS_NAME, "README.md", "report.json", "report.md", "report.html"}
+    others = {f"{FOLDER}/{name}" for name in OWN_NAMES if name != CONFIG_NAME} | {CARD_NAME}
     return {name: content for name, content in listing(folder).items() if name not in others}
 
 

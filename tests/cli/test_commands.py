@@ -78,8 +78,8 @@ def test_apply_makes_the_model_of_prune(run, inputs, tmp_path):
     result = run("apply", "-m", inputs.model, "-p", inputs.plan, "-o", output)
     assert result.status == 0 and result.error == ""
     assert weights_and_settings(output) == weights_and_settings(inputs.pruned)
-    assert PruningPlan.load(output / "plan.safetensors").widths == PruningPlan.load(inputs.plan).widths
-    assert not (output / "statistics.safetensors").exists()  # apply never saw them
+    assert PruningPlan.load(output).widths == PruningPlan.load(inputs.plan).widths
+    assert not (output / "heapr" / "statistics.safetensors").exists()  # apply never saw them
 
 
 def test_prune_writes_a_model_that_loads(run, inputs, tmp_path):
@@ -97,7 +97,7 @@ def test_prune_from_statistics_reads_no_text(run, inputs, tmp_path):
     output = tmp_path / "out"
     result = run("prune", "-m", inputs.model, "-o", output, "-s", inputs.statistics, "--ratio", "0.5")
     assert result.status == 0
-    assert PruningPlan.load(output / "plan.safetensors").ratio == pytest.approx(0.5, abs=0.01)
+    assert PruningPlan.load(output).ratio == pytest.approx(0.5, abs=0.01)
 
 
 def test_prune_dry_run_writes_nothing(run, inputs, tmp_path):
@@ -247,7 +247,7 @@ def test_inspect_shows_every_artefact(run, inputs, tmp_path):
         assert part in plan.output
     pruned = run("inspect", inputs.pruned)
     assert "parameters" in pruned.output and plan.output.partition("What was removed")[2][:400] in pruned.output
-    assert run("inspect", inputs.pruned / "report.json").output == pruned.output
+    assert run("inspect", inputs.pruned / "heapr" / "report.json").output == pruned.output
     shutil.copytree(inputs.pruned, tmp_path / "old", ignore=shutil.ignore_patterns("report.*"))
     assert run("inspect", tmp_path / "old").output == plan.output
 
@@ -258,16 +258,16 @@ def test_prune_reports(run, inputs, tmp_path):
     flags = ["--num-samples", "6", "--seq-length", "24", "--eval-samples", "3", "--prompt", "The dog", "A router"]
     result = run("prune", "-m", inputs.model, "-o", output, "--dataset", inputs.text, *flags)
     assert result.status == 0 and "measured loss" in result.output and "report.html" in result.output
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "heapr" / "report.json").read_text())
     measured = report["loss"]["measured"]
     assert measured["held_out"] and measured["windows"] == 3 and measured["source"] == "text.jsonl"
     assert [sample["prompt"] for sample in report["samples"]] == ["The dog", "A router"]
-    assert f"{measured['after']['loss']:.4f}" in (output / "report.html").read_text()
+    assert f"{measured['after']['loss']:.4f}" in (output / "heapr" / "report.html").read_text()
     card = (output / "README.md").read_text()
-    assert "](kept_widths.svg)" in card and (output / "kept_widths.svg").is_file()
+    assert "](heapr/kept_widths.svg)" in card and (output / "heapr" / "kept_widths.svg").is_file()
     assert "text.jsonl (held out)" in card and str(inputs.text.parent) not in card.split("## Recipe")[0]
     for name in ("report.html", "report.md"):
-        assert str(tmp_path) not in (output / name).read_text()
+        assert str(tmp_path) not in (output / "heapr" / name).read_text()
 
     other = run(
         "prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "other", "--eval-dataset", "demo"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
-from optimum_heapr.planning.plan import PLAN_NAME
 from tests.helpers import SUMS
 from tests.processes import OPTIMUM_CLI, environment, free_port, in_two_processes
 
@@ -93,7 +92,7 @@ def test_two_processes_prune_as_one_and_write_once(inputs, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Pruned model written to") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
-    assert_same_kept(PruningPlan.load(tmp_path / "out" / PLAN_NAME), PruningPlan.load(inputs.plan))
+    assert_same_kept(PruningPlan.load(tmp_path / "out"), PruningPlan.load(inputs.plan))
 
 
 def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):

@@ -38,7 +38,8 @@ def test_an_adapter_and_a_merged_model(run, inputs, text, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(listing(tmp_path / "adapter"))
     result = run(*command, "--merge", "-o", tmp_path / "merged")
     assert result.status == 0 and "Merged model of step 2 of 2 written to" in result.output
-    assert set(listing(inputs.pruned)) - set(listing(tmp_path / "merged")) == {"statistics.safetensors"}
+    files, merged = set(listing(inputs.pruned)), set(listing(tmp_path / "merged"))
+    assert files - merged == {"heapr/statistics.safetensors"} and merged - files == {"heapr/recovery_report.json"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "recipe.yaml"]
     evaluation = run("evaluate", "-m", tmp_path / "merged", tmp_path / "adapter", "--dataset", text, "--json")
     assert evaluation.status == 0 and len(json.loads(evaluation.output)["perplexity"]) == 2
@@ -108,6 +109,6 @@ def test_two_processes_train_what_one_trains(run, inputs, text, tmp_path):
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
-    reports = [json.loads((tmp_path / name / "recovery_report.json").read_text()) for name in ("one", "two")]
+    reports = [json.loads((tmp_path / name / "heapr" / "recovery_report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["stages"] == pytest.approx(reports[1]["stages"], abs=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

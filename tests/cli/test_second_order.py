@@ -43,7 +43,7 @@ def test_steps_and_the_whole_give_the_same_model(inputs, capsys):
     one, other = (load_file(inputs / name / "model.safetensors") for name in ("steps", "whole"))
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight)
-    assert PruningPlan.load(inputs / "whole" / "plan.safetensors").compensation
+    assert PruningPlan.load(inputs / "whole").compensation
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -111,7 +111,7 @@ def test_removal_curves_serve_every_ratio(inputs, capsys):
     assert not any(block.has_curves for block in AtomicStatistics.load(inputs / "gram.safetensors").blocks.values())
     for ratio in (0.2, 0.6):
         plans = []
-        for name in ("gram.safetensors", "obs.safetensors", "pruned/statistics.safetensors"):
+        for name in ("gram.safetensors", "obs.safetensors", "pruned/heapr/statistics.safetensors"):
             out = inputs / f"{ratio}-{len(plans)}.safetensors"
             run("plan", "-s", inputs / name, "-o", out, "--criterion", "obs", "--ratio", ratio)
             plans.append(PruningPlan.load(out))

@@ -94,10 +94,16 @@ def test_everything_comes_in_one_commit(pushed, hub):
         (commit,) = repository.pushes
         assert pushed[1][family] == f"{hub.url}/me/tiny-{family}/commit/{commit.sha}"
         files = set(commit.files)
-        assert {"README.md", "config.json", "generation_config.json", "heapr_config.json", "plan.safetensors"} <= files
+        assert {
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "heapr/heapr_config.json",
+            "heapr/plan.safetensors",
+        } <= files
         assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} <= files
         assert ("modeling_heapr.py" in files) == (family != "uniform"), family
-        assert "statistics.safetensors" not in files
+        assert not [name for name in files if "statistics" in name]
         assert len([name for name in files if name.startswith("model-")]) > 1
         assert f'from_pretrained("me/tiny-{family}"' in commit.files["README.md"].content.decode()
         assert all(file.is_large == name.endswith(".safetensors") for name, file in commit.files.items())
@@ -112,7 +118,7 @@ from optimum_heapr.calibration.statistics import AtomicStatistics
 from huggingface_hub import hf_hub_download
 small = {"revision": "small", "token": "hf_writer"}
 AutoModelForCausalLM.from_pretrained("me/tiny-qwen3_moe", **small)
-AtomicStatistics.load(hf_hub_download("me/tiny-qwen3_moe", "statistics.safetensors", **small))
+AtomicStatistics.load(hf_hub_download("me/tiny-qwen3_moe", "heapr/statistics.safetensors", **small))
 try:
     HeaprPruner.from_pretrained("me/tiny-qwen3_moe", **small)
 except HeaprError as error:
@@ -127,7 +133,7 @@ def test_revision_and_token(pushed, hub, run_python):
     repository = hub.repositories["me/tiny-qwen3_moe"]
     (*_, commit) = repository.branches["small"]
     assert commit.message == "One file" and len(repository.branches["small"]) == 3 and len(repository.pushes) == 1
-    assert {"model.safetensors", "statistics.safetensors"} <= set(commit.files)
+    assert {"model.safetensors", "heapr/statistics.safetensors"} <= set(commit.files)
     # The shards of the model that was there before are gone: nothing could mix them up with the new one.
     assert not [name for name in commit.files if name.startswith(("model-", "model.safetensors.index"))]
     config, private_ratio, refusal = run_python(REVISION, token=None)
@@ -156,7 +162,7 @@ HeaprCommand(parser.add_subparsers())
 def run(line):
     args = parser.parse_args(["heapr", *line.split()])
     args.func(args).run()
-run("apply -m me/base -p memory/plan.safetensors -o cli --push-to-hub me/cli --private")
+run("apply -m me/base -p memory -o cli --push-to-hub me/cli --private")
 run("prune -m me/base --dataset text.jsonl --num-samples 4 --seq-length 24 -o pruned --push-to-hub me/pruned")
 from huggingface_hub import ModelCard
 card = ModelCard.load("me/memory")

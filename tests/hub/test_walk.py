@@ -85,10 +85,10 @@ def walked(shared, run_python, tmp_path_factory):
 
 def test_everything_is_there(walked, hub):
     for name in ("pruned-by-cli", "pruned-uniform"):
-        made = {path.name for path in (walked / name).iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "plan.safetensors", "README.md"} <= made
+        made = {str(path.relative_to(walked / name)) for path in (walked / name).rglob("*") if path.is_file()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "heapr/plan.safetensors", "README.md"} <= made
         (commit,) = hub.repositories[f"me/{name}"].pushes
-        assert set(commit.files) >= made - {"statistics.safetensors"}
+        assert set(commit.files) >= made - {"heapr/statistics.safetensors"}
         assert "What was removed" in commit.files["README.md"].content.decode()
 
 
@@ -116,6 +116,6 @@ def test_evaluated_side_by_side(walked, shared, run_python):
 
 
 def test_the_report_opens_without_a_network(walked):
-    page = (walked / "pruned-by-cli" / "report.html").read_text(encoding="utf-8")
+    page = (walked / "pruned-by-cli" / "heapr" / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//[^"']+\.(?:js|css|png|svg|woff2?)["']""", page)
     assert "@import" not in page and "fetch(" not in page

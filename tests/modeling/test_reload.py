@@ -194,8 +194,8 @@ def test_configuration_in_the_checkpoint(pruner, tmp_path):
     for reference in saved["auto_map"].values():
         assert (tmp_path / "model" / f"{reference.partition('.')[0]}.py").is_file()
     assert HeaprConfig.from_pretrained(tmp_path / "model") == plan.config
-    assert HeaprConfig.from_file(tmp_path / "model" / "heapr_config.json") == plan.config
-    assert PruningPlan.load(tmp_path / "model" / "plan.safetensors").widths == plan.widths
+    assert HeaprConfig.from_file(tmp_path / "model" / "heapr" / "heapr_config.json") == plan.config
+    assert PruningPlan.load(tmp_path / "model").widths == plan.widths
 
 
 def test_config_of_an_unpruned_model_is_refused(tmp_path):

@@ -76,7 +76,7 @@ def test_what_is_kept_is_better_and_loads_as_an_adapter_and_merged(pruned, model
     assert type(merged) is type(pruned.model) and merged.config.expert_widths == pruned.model.config.expert_widths
     assert_close(logits_of(merged), trained)
     assert plan_of(tmp_path / "merged").widths == pruned.plan.widths
-    saved = json.loads((tmp_path / "merged" / "recovery_report.json").read_text())
+    saved = json.loads((tmp_path / "merged" / "heapr" / "recovery_report.json").read_text())
     assert saved["stages"] == report.stages and saved["improved"]
     again = run(merged, tmp_path / "again", targets="attention", max_steps=1, eval_steps=1)
     assert list(again.report.stages) == ["recovered before", "recovered"]

@@ -81,7 +81,7 @@ def test_blocks_come_closer_to_the_unpruned_ones(model, statistics, data, criter
 def test_the_report_travels_with_the_plan(model, statistics, tmp_path):
     pruner = pruned(model, statistics, ratio=0.5, compensate=True)
     pruner.save_pretrained(tmp_path / "pruned")
-    plan = PruningPlan.load(tmp_path / "pruned" / "plan.safetensors")
+    plan = PruningPlan.load(tmp_path / "pruned")
     for path, report in pruner.applied_plan.compensation.items():
         assert [tuple(pair) for pair in plan.compensation[path]] == report
 
@@ -119,7 +119,7 @@ def test_cut_file_by_file(model, statistics, tmp_path, layout):
     assert streamed.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(streamed[name], weight, rtol=1e-4, atol=1e-5)
-    report = PruningPlan.load(tmp_path / "out" / "plan.safetensors").compensation
+    report = PruningPlan.load(tmp_path / "out").compensation
     for path, experts in plan.compensation.items():
         for pair, other in zip(report[path], experts, strict=True):
             assert pair == pytest.approx(other, rel=1e-3, abs=1e-6)

@@ -258,7 +258,7 @@ def test_cut_file_by_file(tmp_path, model_type, layout):
     streamed, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
     assert streamed.keys() == expected.keys()
     assert all(torch.equal(streamed[name], weight) for name, weight in expected.items())
-    assert PruningPlan.load(tmp_path / "out" / "plan.safetensors").compensation == {
+    assert PruningPlan.load(tmp_path / "out").compensation == {
         path: [list(pair) for pair in pairs] for path, pairs in pruner.applied_plan.compensation.items()
     }
     assert not list((tmp_path / "out").glob(".*"))
@@ -280,7 +280,7 @@ def test_the_text_that_the_plan_names_is_read_again(checkpoint):
     pruner = HeaprPruner.from_pretrained(checkpoint / "model", config)
     pruner.prune()
     pruner.save_pretrained(checkpoint / "pruned")
-    apply_streaming(checkpoint / "model", checkpoint / "pruned" / "plan.safetensors", checkpoint / "again")
+    apply_streaming(checkpoint / "model", checkpoint / "pruned", checkpoint / "again")
     assert (checkpoint / "again" / "model.safetensors").read_bytes() == (
         checkpoint / "pruned" / "model.safetensors"
     ).read_bytes()
