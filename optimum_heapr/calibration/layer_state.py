@@ -20,6 +20,7 @@ from .statistics import BlockStatistics
 
 
 BLOCK_FORMAT = "heapr_block"
+PROGRESS_NAME = "progress.json"
 
 logger = get_logger(__name__)
 
@@ -34,6 +35,8 @@ class LayerProgress:
         backward (`int`): layers, from the last, that are done.
         losses (`dict[str, list]`): by number of the micro-batch: summed loss in nats, and tokens predicted.
         skipped (`list[int]`): micro-batches that are in no statistic, because something was not finite.
+        routed (`dict[str, int]`): by path of a block that is done: how often this process saw a token routed to an expert.
+        added (`list[str]`): of several processes, on the first: paths of blocks whose sum over all of them is written.
     """
 
     forward: int = 0
@@ -41,6 +44,8 @@ class LayerProgress:
     backward: int = 0
     losses: dict[str, list] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+    routed: dict[str, int] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
 
 
 class StateFolder:
@@ -70,6 +75,8 @@ class StateFolder:
 
     def remove(self) -> None:
         """Deletes the folder, once the statistics are safe."""
+        # First what says how far it came: without it, what else a kill leaves here is begun anew.
+        (self.path / PROGRESS_NAME).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -88,7 +95,7 @@ class LayerState:
 
     @property
     def _file(self) -> Path:
-        return self.folder / "progress.json"
+        return self.folder / PROGRESS_NAME
 
     def begin(self, run: dict[str, Any]) -> LayerProgress:
         """How far an earlier run came, if there was one.
@@ -130,9 +137,7 @@ class LayerState:
 
     def write_block(self, path: str, block: BlockStatistics) -> None:
         """Writes the statistics of one expert block, whole or not at all."""
-        tensors = {part.name: getattr(block, part.name) for part in fields(block)}
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        write_artefact(self._block_file(path), BLOCK_FORMAT, tensors, {})
+        self._write(path, block, "block")
 
     def read_block(self, path: str) -> BlockStatistics:
         """The statistics of one expert block; its tensors are mapped from the file, so that they take no memory yet.
@@ -140,7 +145,27 @@ class LayerState:
         Raises:
             HeaprError: if they are missing or damaged.
         """
-        return BlockStatistics(**read_artefact(self._block_file(path), BLOCK_FORMAT)[0])
+        return self._read(path, "block")
 
-    def _block_file(self, path: str) -> Path:
-        return self.folder / f"{path}.block.safetensors"
+    def write_part(self, path: str, block: BlockStatistics) -> None:
+        """As [`write_block`], what this process of several measured of it; the sum over all of them is another file."""
+        self._write(path, block, "part")
+
+    def read_part(self, path: str) -> BlockStatistics:
+        """As [`read_block`], what [`write_part`] wrote."""
+        return self._read(path, "part")
+
+    def drop_part(self, path: str) -> None:
+        """Deletes what [`write_part`] wrote, if it is there."""
+        self._file_of(path, "part").unlink(missing_ok=True)
+
+    def _write(self, path: str, block: BlockStatistics, kind: str) -> None:
+        tensors = {part.name: getattr(block, part.name) for part in fields(block)}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        write_artefact(self._file_of(path, kind), BLOCK_FORMAT, tensors, {})
+
+    def _read(self, path: str, kind: str) -> BlockStatistics:
+        return BlockStatistics(**read_artefact(self._file_of(path, kind), BLOCK_FORMAT)[0])
+
+    def _file_of(self, path: str, kind: str) -> Path:
+        return self.folder / f"{path}.{kind}.safetensors"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -131,8 +131,30 @@ def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatisti
     Raises:
         HeaprError: if another process ended before.
     """
-    with _peers_needed():
+    with peers_needed():
         return replace(block, **{name: _added(accelerator, tensor) for name, tensor in block.sums.items()})
+
+
+def add_numbers(accelerator: Accelerator, numbers: list[int]) -> list[int]:
+    """The sum of each number over all processes, on each of them.
+
+    Raises:
+        HeaprError: if another process ended before.
+    """
+    with peers_needed():
+        return _added(accelerator, torch.tensor(numbers, dtype=torch.int64)).tolist()
+
+
+def from_first_process(accelerator: Accelerator, value: Any) -> Any:
+    """What the first process has, on each of them.
+
+    Raises:
+        HeaprError: if another process ended before.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    with peers_needed():
+        return broadcast_object_list([value])[0]
 
 
 def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, list[int]]:
@@ -143,7 +165,7 @@ def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, 
     """
     from accelerate.utils import gather_object
 
-    with _peers_needed():
+    with peers_needed():
         loss, targets = _added(accelerator, torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
         return loss, int(targets), sorted(gather_object(done.skipped))
 
@@ -153,12 +175,17 @@ def _added(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _peers_needed() -> Iterator[None]:
+def peers_needed(for_what: str = "the sums could be added") -> Iterator[None]:
+    """Says in one line that another process ended before something could be done together.
+
+    Raises:
+        HeaprError: in place of what the connection to it raises.
+    """
     try:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise HeaprError(
-            f"processes: another one ended before the sums could be added ({reason}); see what it printed, and run again, "
+            f"processes: another one ended before {for_what} ({reason}); see what it printed, and run again, "
             "with --resume if --save-every was on"
         ) from error

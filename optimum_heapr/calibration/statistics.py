@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +95,10 @@ class BlockStatistics:
         """The statistics of a block that holds some experts of this one alone."""
         parts = {part.name: getattr(self, part.name) for part in fields(BlockStatistics)}
         return BlockStatistics(**{name: part if part is None else part[experts] for name, part in parts.items()})
+
+    def without_grams(self) -> BlockStatistics:
+        """The same without the second-order statistics, which are most of what there is."""
+        return replace(self, activation_gram_sum=None, gradient_gram_sum=None)
 
     def check_grams(self, path: str, reason: str, gradients: bool = True) -> None:
         """Refuses statistics without the matrices that are needed.

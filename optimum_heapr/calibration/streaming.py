@@ -23,11 +23,12 @@ from ..layerwise.layers import StreamedModel
 from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
+from .adding import add_parts
 from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
 from .layer_state import LayerProgress, LayerState
 from .loss import summed_token_loss
-from .processes import add_block, add_progress, start_processes
+from .processes import add_progress, start_processes
 from .runner import block_statistics, description_of_run, finished_statistics, mask_padding, what_is_not_finite
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics
@@ -78,7 +79,8 @@ def calibrate_streaming(
         kept (`dict`, *optional*): what `finish` depends on, plain JSON types: a run is not resumed with another.
 
     Returns:
-        `AtomicStatistics`: tensors are mapped from the files in `folder`.
+        `AtomicStatistics`: tensors are mapped from the files in `folder`. Of several processes the first has all of it, the
+        others have it without matrices, in memory.
 
     Raises:
         HeaprError: as for `calibrate`, or if the layers of the model need more than hidden states of one another.
@@ -98,9 +100,11 @@ def calibrate_streaming(
         identity["model"], blocks, data, batch_size, gram, skip_nonfinite, accelerator.num_processes
     )
     run["kept"] = kept
+    alone = accelerator.num_processes == 1
+    if not alone:
+        run["sums"] = "apart"  # from the parts: earlier versions put them in their place
     state = LayerState(folder, resumable)
     store = ActivationStore(folder, 0 if resumable else activation_budget(activation_memory))
-    alone = accelerator.num_processes == 1
 
     with (
         measured_cost() as cost,
@@ -109,11 +113,11 @@ def calibrate_streaming(
     ):
         schedule = _Schedule(streamed, {index: batches[index] for index in own}, store, state, interrupted)
         schedule.gram, schedule.skip_nonfinite = gram, skip_nonfinite
-        schedule.finish = finish if alone else (lambda path, block: block)
+        schedule.keep = (
+            (lambda path, block: state.write_block(path, finish(path, block))) if alone else state.write_part
+        )
         done = schedule.run(state.begin(run))
-        if not alone:
-            for block in progress(blocks, desc="Adding", unit="layer"):
-                state.write_block(block.path, finish(block.path, add_block(accelerator, state.read_block(block.path))))
+        statistics = {} if alone else add_parts(accelerator, state, done, finish, interrupted)
     loss, targets, skipped = schedule.totals(done, cost)
     if not alone:
         loss, targets, skipped = add_progress(accelerator, Progress(0, loss, targets, skipped))
@@ -123,7 +127,7 @@ def calibrate_streaming(
         f"{store.most_on_disk:,}",
     )
     identity["model"]["weights"] = hash_of_samples(streamed.all_samples())
-    statistics = {block.path: state.read_block(block.path) for block in blocks}
+    statistics = {block.path: statistics.get(block.path) or state.read_block(block.path) for block in blocks}
     result = finished_statistics(identity, data, statistics, loss, targets, skipped)
     result.cost = cost
     if accelerator.is_main_process:
@@ -150,7 +154,7 @@ class _Schedule:
         self.interrupted = interrupted
         self.walk = LayerWalk(streamed, batches, store)
         self.gram = self.skip_nonfinite = False
-        self.finish: Callable[[str, BlockStatistics], BlockStatistics]
+        self.keep: Callable[[str, BlockStatistics], None]
         self.done = LayerProgress()
 
     def run(self, done: LayerProgress) -> LayerProgress:
@@ -239,7 +243,8 @@ class _Schedule:
             if bad:
                 return bad
             for path, block in statistics.items():
-                self.state.write_block(path, self.finish(path, block))
+                self.keep(path, block)
+                self.done.routed[path] = int(block.token_count.sum())
             self.done.backward = total - number
             self.state.save(self.done)
             if not self.skip_nonfinite:  # or else the backward may have to begin again

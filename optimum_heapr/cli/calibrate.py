@@ -55,9 +55,7 @@ class CalibrateCommand(HeaprSubcommand):
             del pruner
             if is_main_process():
                 statistics.save(self.args.output, grams=not self.args.no_grams)
-        if state is not None:
-            state.remove()
-        end_processes()
+        end_processes(state)
         if is_main_process():
             print(statistics_table(statistics))
             print(statistics.cost)

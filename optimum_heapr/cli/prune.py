@@ -78,10 +78,12 @@ class PruneCommand(HeaprSubcommand):
             pruner.check()
             if pruner.statistics is None:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)
-            end_processes()
+            if state is None or self.args.dry_run:  # there is nothing that a resumed run would need
+                end_processes()
             if not is_main_process():  # under `accelerate launch` all processes calibrate, one cuts
-                if state is not None:
-                    state.remove()
+                del pruner
+                if state is not None and not self.args.dry_run:
+                    end_processes(state)
                 return
             if pruner.statistics.cost is not None:
                 print(pruner.statistics.cost)
@@ -92,7 +94,7 @@ class PruneCommand(HeaprSubcommand):
             pruner.apply(plan, measure=True, prompts=self.args.prompt)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
         if state is not None:
-            state.remove()
+            end_processes(state)
         for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
             print(line)
         print(f"Pruned model written to {self.args.output}, with heapr/report.html")

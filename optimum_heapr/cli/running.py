@@ -100,9 +100,24 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_processes() -> None:
-    """Closes what connects the processes of one run, if there are several; from here on each is alone."""
+def end_processes(state: StateFile | StateFolder | None = None) -> None:
+    """Closes what connects the processes of one run, if there are several; from here on each is alone.
+
+    Args:
+        state (`StateFile` or `StateFolder`, *optional*): what is not needed any more once the first process, the only one
+            that writes, is here: its output is safe then. It is removed.
+
+    Raises:
+        HeaprError: if another process ended before; the state is left where it is.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
+        from ..calibration.processes import peers_needed
+
+        if state is not None:
+            with peers_needed("its output was written"):
+                PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
+    if state is not None:
+        state.remove()

@@ -1,0 +1,70 @@
+# Licensed under the Apache License, Version 2.0
+"""Threads in the place of processes: what one process of several does, without the seconds in which one starts.
+
+What connects processes, the collectives of accelerate that this package uses, works among the threads. One that ends with
+an error ends the others where they wait for it, as a process that dies does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """
+    Several ranks, each a thread.
+
+    Args:
+        monkeypatch (`pytest.MonkeyPatch`): puts the collectives in the place of those of accelerate.
+        number (`int`): of ranks.
+    """
+
+    def __init__(self, monkeypatch, number: int = 2):
+        self.number = number
+        self._here = threading.local()
+        self._barrier = threading.Barrier(number, timeout=60)
+        self._held: list[Any] = [None] * number
+        monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: self._all(values)[0])
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda values: sum(self._all(values), []))
+        for module in ("runner", "streaming"):
+            monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda: self)
+
+    num_processes = property(lambda self: self.number)
+    process_index = property(lambda self: self._here.rank)
+    is_main_process = property(lambda self: self._here.rank == 0)
+    device = torch.device("cpu")
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return torch.stack(self._all(tensor)).sum(0)
+
+    def _all(self, value: Any) -> list[Any]:
+        self._held[self._here.rank] = value
+        self._barrier.wait()
+        found = list(self._held)
+        self._barrier.wait()
+        return found
+
+    def run(self, function: Callable[[int], Any]) -> list[Any]:
+        """What `function(rank)` gives on each; raises the error that was first."""
+        self._barrier.reset()
+        errors: list[BaseException] = []
+
+        def on(rank: int) -> Any:
+            self._here.rank = rank
+            try:
+                return function(rank)
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        with ThreadPoolExecutor(self.number) as pool:
+            found = list(pool.map(on, range(self.number)))
+        if errors:
+            raise errors[0]
+        return found
