@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 
 class HeaprPruner:
-    """
-    Prunes a Mixture-of-Experts model at the granularity of atomic experts.
+    """Prunes a Mixture-of-Experts model at the granularity of atomic experts.
 
     Args:
         model (`PreTrainedModel`): the model to prune; it is changed in place by [`~HeaprPruner.prune`].
@@ -72,14 +71,18 @@ class HeaprPruner:
         config: HeaprConfig | None = None,
     ):
         find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
-        self.model, self.tokenizer = model, tokenizer
+        self._stages, self.tokenizer = LoadedModel(model), tokenizer
         self.config = HeaprConfig.checked(config)
         self.statistics: AtomicStatistics | None = None
         self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None
         self.report: dict[str, Any] | None = None
         self.recovery_report: RecoveryReport | None = None
-        self._stages = LoadedModel(model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, pruned or not yet."""
+        return self._stages.model
 
     @classmethod
     def from_pretrained(
@@ -91,10 +94,9 @@ class HeaprPruner:
         activation_memory: int | str | None = None,
         **model_options: Any,
     ) -> HeaprPruner:
-        """Loads a model and its tokenizer, and statistics that were measured before.
+        """Loads a model and its tokenizer, and statistics that were measured before: without a `dataset`, those beside it.
 
-        Where `config` names no dataset and no statistics are given, those beside the model are used. Of a model that was
-        pruned already, the base model that its card names is loaded then.
+        Of a model that was pruned already, the base model that its card names is loaded then.
 
         Args:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
@@ -160,7 +162,7 @@ class HeaprPruner:
         """Decides what stays, without touching the model.
 
         Args:
-            statistics (`AtomicStatistics` or `str`, *optional*): defaults to those of the last [`~HeaprPruner.calibrate`].
+            statistics (`AtomicStatistics` or `str`, *optional*): defaults to `self.statistics`.
             changes: options of `HeaprConfig` that differ from `self.config`, e.g. `ratio=0.4`.
 
         Raises:
@@ -227,8 +229,8 @@ class HeaprPruner:
         """Trains the pruned model with LoRA, and merges that into it if held-out text says so: see `self.recovery_report`.
 
         Args:
-            dataset (`Dataset` or `str`, *optional*): training text, as for [`~HeaprPruner.calibrate`]; `config.dataset` if none.
-            config (`RecoveryConfig`, *optional*): what is trained, and how.
+            dataset (`Dataset` or `str`, *optional*): training text, as for [`~HeaprPruner.calibrate`].
+            config (`RecoveryConfig`, *optional*): what is trained, and how; names the text where `dataset` does not.
             teacher (`PreTrainedModel` or `str`, *optional*): the unpruned model, to distil from; an object may be cut.
             options: `state_path`, a folder that an interrupted run goes on from with `resume=True`; `adapter_folder`.
 
@@ -238,10 +240,9 @@ class HeaprPruner:
         from .recovery.session import recover_in_memory
 
         plan = self._pruned_by()
-        self.model, self.recovery_report = recover_in_memory(
+        self._stages.model, self.recovery_report = recover_in_memory(
             self.model, self.tokenizer, dataset, config, teacher, plan, **options
         )
-        self._stages.model = self.model
         if self.report is not None and self.recovery_report.improved:
             self.report = without_measurements(self.report, "the model was trained after it was cut and measured")
         return self.recovery_report
@@ -283,8 +284,7 @@ class HeaprPruner:
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Uploads what [`~HeaprPruner.save_pretrained`] writes to the repository `NAME` or `OWNER/NAME`, in one commit.
 
-        Args:
-            options: those of [`~optimum_heapr.hub.push.push_folder`], e.g. `private`, and of [`~HeaprPruner.save_pretrained`].
+        It takes the options of that and of [`~optimum_heapr.hub.push.push_folder`], e.g. `private`.
 
         Raises:
             HeaprError: if nothing was pruned yet, or the Hub refuses; then the repository holds what it held before.

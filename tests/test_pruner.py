@@ -94,7 +94,8 @@ def test_a_model_is_measured_on_the_accelerator_with_saved_statistics_too(monkey
     monkeypatch.setattr(placement, "default_device", lambda: moved.append("there") or "cpu")
     pruner.apply(plan)
     assert not moved
-    pruner.model = tiny_model()
+    pruner = make(eval_samples=1)
+    pruner.calibration_data = load_calibration_data(pruner.config, None, tokens())
     pruner.apply(plan, measure=True)
     assert moved == ["there"]
 

@@ -72,8 +72,8 @@ def write_streaming(
     plan: PruningPlan,
     folder: Path,
     *,
-    statistics: AtomicStatistics | None,
-    model_options: dict[str, Any],
+    statistics: AtomicStatistics | None = None,
+    model_options: dict[str, Any] | None = None,
     results: Sequence[EvalResult] = (),
     max_shard_size: int | str = "5GB",
     data: CalibrationData | None = None,
@@ -83,6 +83,7 @@ def write_streaming(
     from ..utils.tensor_files import checkpoint_files
     from .cutting import stream_plan
 
+    model_options = model_options or {}
     skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
     base = BaseModel.of(skeleton, hub_options_in(model_options))

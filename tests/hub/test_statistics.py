@@ -44,7 +44,7 @@ expected = PruningPlan.build(pruner.statistics, HeaprConfig(ratio=0.5)).widths
 def widths_of(*arguments, **options):
     pruner = HeaprPruner.from_pretrained(*arguments, **options)
     model = pruner.prune(ratio=0.5)  # nothing says what to calibrate on: it cannot but use what was measured
-    assert pruner.base.name == (arguments[0] if arguments[0] != "me/pruned" else "me/base")
+    assert pruner._stages.base.name == (arguments[0] if arguments[0] != "me/pruned" else "me/base")
     return model.config.expert_widths == expected
 
 found = {

@@ -254,7 +254,7 @@ def test_cut_file_by_file(tmp_path, model_type, layout):
     pruner.save_pretrained(tmp_path / "expected")
     plan.compensation = {}
     (tmp_path / "out").mkdir()
-    write_streaming(tmp_path / "model", plan, tmp_path / "out", None, {}, data=data, activation_memory=0)
+    write_streaming(tmp_path / "model", plan, tmp_path / "out", data=data, activation_memory=0)
     streamed, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
     assert streamed.keys() == expected.keys()
     assert all(torch.equal(streamed[name], weight) for name, weight in expected.items())
