@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 COMMANDS = DOCS / "source" / "package_reference" / "cli.md"
+FAMILIES = DOCS / "source" / "families.md"
 
 
 def build(output: str) -> int:
@@ -31,15 +33,36 @@ def update_commands() -> None:
     COMMANDS.write_text(commands_markdown(), encoding="utf-8")
 
 
+def update_families() -> None:
+    """Writes the table of families anew, after another version of transformers was installed."""
+    import transformers
+
+    from optimum_heapr.families import families_markdown, scan_families
+
+    major_minor = ".".join(transformers.__version__.split(".")[:2])
+    page = re.sub(r"(?<=finds in transformers )[\d.]+\d", major_minor, FAMILIES.read_text(encoding="utf-8"))
+    FAMILIES.write_text(
+        page.partition("| model type |")[0] + families_markdown(scan_families()) + "\n", encoding="utf-8"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="site", help="folder for the site (default: site)")
     parser.add_argument(
         "--update-commands", action="store_true", help="write the page of commands from the parsers, and build nothing"
     )
+    parser.add_argument(
+        "--update-families",
+        action="store_true",
+        help="write the table of families from the installed transformers, and build nothing",
+    )
     args = parser.parse_args()
-    if args.update_commands:
-        update_commands()
+    if args.update_commands or args.update_families:
+        if args.update_commands:
+            update_commands()
+        if args.update_families:
+            update_families()
         return 0
     missing = [name for name in ("sphinx", "myst_parser", "furo", "latex2mathml") if find_spec(name) is None]
     if missing:

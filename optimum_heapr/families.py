@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from .experts import find_expert_blocks
 from .utils.errors import HeaprError
@@ -57,25 +56,21 @@ def scan_families() -> list[Family]:
     Each is built from its default configuration without memory for weights (on the meta device) and searched for expert
     blocks, just as a checkpoint would be. Takes about ten seconds.
     """
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from .modeling.auto import modeling_source
     from .modeling.modeling_heapr import AUTO_CLASSES
 
-    sources = {
-        path.parent.name: path.read_text(encoding="utf-8")
-        for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
-    }
     quiet = logging.getLogger("transformers")
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
         found = []
         for model_type in sorted(set(CONFIG_MAPPING.keys()) | {"deepseek"}):
-            config_class = CONFIG_MAPPING[model_type]
-            source = sources.get(model_type_to_module_name(model_type), "")
-            if model_type.startswith("heapr_") or not (_is_mixture(source) or model_type == "deepseek"):
+            source = modeling_source(model_type)
+            if model_type.startswith("heapr_") or not _is_mixture(source):
                 continue
+            config_class = CONFIG_MAPPING[model_type]
             if model_type == "deepseek":
                 config_class()  # registers its model class
             for mapping in AUTO_CLASSES.values():
@@ -101,9 +96,11 @@ def _is_mixture(source: str) -> bool:
 def _look_at(model_type: str, config_class: type, model_class: type, source: str) -> Family:
     import torch
 
+    from .modeling.auto import is_family
+
     name = model_class.__name__
     prunable = "tested" if model_type in TESTED else "by structure"
-    if "@use_experts_implementation" not in source and model_type != "deepseek":
+    if not is_family(model_type):
         return Family(model_type, name, "refused", "its experts are not on the experts interface of transformers")
     try:
         with torch.device("meta"):

@@ -15,85 +15,13 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+from functools import cache
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 
 _AUTO_CONFIGURATION = "transformers.models.auto.configuration_auto"
-
-# Model types of transformers whose checkpoints can be pruned; `optimum-cli heapr families` shows where they come from,
-# and a test holds this list against transformers' own modeling files. Pruned checkpoints of a family that is not listed
-# still load with `trust_remote_code=True`.
-FAMILIES = (
-    "afmoe",
-    "aria",
-    "aria_text",
-    "axk1",
-    "axk2",
-    "bailing_hybrid",
-    "beam",
-    "cohere2_moe",
-    "deepseek_ocr2",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "deepseek_v4",
-    "diffusion_gemma",
-    "dots1",
-    "dots3_note",
-    "dots3_note_text",
-    "ernie4_5_moe",
-    "ernie4_5_vl_moe",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "gemma4",
-    "gemma4_text",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v_moe",
-    "glm5_next",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hy_v4",
-    "inkling2",
-    "inkling2_text",
-    "inkling_mm_model",
-    "inkling_text",
-    "jamba",
-    "kimi_linear",
-    "kolibri1",
-    "laguna",
-    "lfm2_moe",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "mistral4",
-    "mistral_large4",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_omni_moe_thinker",
-    "qwen3_vl_moe",
-    "qwen4_exp",
-    "qwen4_exp_text",
-    "solar_open",
-    "unlimited_ocr",
-    "zaya",
-)
+_PREFIX = "heapr_"
 
 
 def register() -> None:
@@ -126,27 +54,59 @@ def _register_configurations() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(CONFIG_MAPPING._extra_content, _Configurations):
-        CONFIG_MAPPING._extra_content = _Configurations(CONFIG_MAPPING._extra_content, stock=CONFIG_MAPPING._mapping)
+        CONFIG_MAPPING._extra_content = _Configurations(CONFIG_MAPPING._extra_content)
 
 
 class _Configurations(dict):
-    """What `AutoConfig.register` writes to, with this package's model types: their classes are made when looked up."""
+    """What `AutoConfig.register` writes to, with this package's model types: their classes are made when looked up.
 
-    def __init__(self, registered: dict[str, type], stock: dict[str, str]):
-        super().__init__(registered)
-        # An older transformers may lack some families; one that has DeepSeekMoE itself gets no port of it.
-        self.ours = {f"heapr_{model_type}" for model_type in FAMILIES if model_type in stock}
-        if "deepseek" not in stock:
-            self.ours |= {"deepseek", "heapr_deepseek"}
+    Those are `heapr_` before the model type of any family that the installed transformers has, be it newer than this
+    package: what is a family is seen by looking, when a name is first asked for.
+    """
 
     def __contains__(self, model_type) -> bool:
-        return super().__contains__(model_type) or model_type in self.ours
+        return super().__contains__(model_type) or self._is_ours(model_type)
 
     def __missing__(self, model_type: str) -> type:
-        if model_type not in self.ours:
+        if not self._is_ours(model_type):
             raise KeyError(model_type)
         self[model_type] = config_class = _configuration_class(model_type)
         return config_class
+
+    def _is_ours(self, model_type) -> bool:
+        if not isinstance(model_type, str):
+            return False
+        if model_type == "deepseek":
+            return _is_ported()
+        return model_type.startswith(_PREFIX) and is_family(model_type.removeprefix(_PREFIX))
+
+
+@cache
+def is_family(model_type: str) -> bool:
+    """Whether models of a type have experts on the experts interface of transformers, as far as their files tell."""
+    return "@use_experts_implementation" in modeling_source(model_type)
+
+
+def modeling_source(model_type: str) -> str:
+    """The files in which the models of a type are defined, read and not imported; empty if there are none."""
+    from transformers import models
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    if model_type == "deepseek" and _is_ported():
+        files = [Path(__file__).with_name("modeling_deepseek.py")]
+    elif model_type in CONFIG_MAPPING_NAMES:
+        folders = [Path(root, model_type_to_module_name(model_type)) for root in models.__path__]
+        files = [file for folder in folders for file in sorted(folder.glob("modeling_*.py"))]
+    else:
+        files = []
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def _is_ported() -> bool:
+    """Whether DeepSeekMoE is our port, which a transformers that has it does not need."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return "deepseek" not in CONFIG_MAPPING_NAMES
 
 
 def _configuration_class(model_type: str) -> type:
@@ -157,7 +117,7 @@ def _configuration_class(model_type: str) -> type:
         return DeepseekConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return pruned_configuration(CONFIG_MAPPING[model_type.removeprefix("heapr_")])
+    return pruned_configuration(CONFIG_MAPPING[model_type.removeprefix(_PREFIX)])
 
 
 def pruned_configuration(base: type) -> type:

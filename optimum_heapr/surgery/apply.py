@@ -18,6 +18,7 @@ from ..utils.logging import with_paths
 from ..utils.placement import place
 from .block_compensation import FittedBlock, compensate_together
 from .compensation import compensate_experts
+from .feasibility import check_family
 from .selection import packed_rows
 from .stock import cut_to_stock, find_stock_layout, stock_width
 
@@ -110,7 +111,9 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
         raise HeaprError(
             f"model={model_name(model)!r}: {offloaded[0]} is offloaded; load it without device_map to prune it in memory"
         )
-    if plan.config.layout != "variable":
+    if plan.config.layout == "variable":
+        check_family(model)
+    else:
         find_stock_layout(model, blocks, stock_width(plan))  # a refusal must come before the first change
     return blocks
 

@@ -5,15 +5,18 @@ import ast
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.modeling import configuration_heapr, modeling_heapr
-from optimum_heapr.modeling.auto import FAMILIES
+from optimum_heapr.modeling.auto import is_family
+from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import calibration_data, random_ids, tiny_model
 from tests.processes import run_python
 
@@ -29,8 +32,6 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     """By model type: a folder with the pruned model, and its logits in memory."""
-    from optimum_heapr.calibration.runner import calibrate
-
     made = {}
     for model_type in ("qwen2_moe", "gpt_oss", "deepseek"):
         pruner = HeaprPruner(tiny_model(model_type), config=HeaprConfig(ratio=0.4))
@@ -105,10 +106,58 @@ def test_modules_have_no_other_names():
             assert not hasattr(module, name)
 
 
-def test_unknown_types_are_still_unknown():
-    with pytest.raises(ValueError, match="heapr_llama"):
-        AutoConfig.for_model("heapr_llama")
-    assert "qwen3_moe" in FAMILIES and "llama" not in FAMILIES
+@pytest.mark.parametrize("model_type", ["heapr_llama", "heapr_nothing", "heapr_heapr_qwen3_moe", "heapr_../auto"])
+def test_unknown_types_are_still_unknown(model_type):
+    with pytest.raises(ValueError, match=model_type):
+        AutoConfig.for_model(model_type)
+    assert is_family("qwen3_moe") and is_family("deepseek") and not is_family(model_type.removeprefix("heapr_"))
+
+
+@pytest.fixture
+def newer_family(monkeypatch, tmp_path):
+    """What a release of transformers adds: a folder with the files of a model, and its names in two tables."""
+    from transformers import models
+    from transformers.models import qwen3_moe
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    folder = tmp_path / "models" / "newer_moe"
+    folder.mkdir(parents=True)
+    for file in Path(qwen3_moe.__file__).parent.glob("*.py"):
+        code = file.read_text(encoding="utf-8").replace("Qwen3Moe", "NewerMoe").replace("qwen3_moe", "newer_moe")
+        (folder / file.name.replace("qwen3_moe", "newer_moe")).write_text(code, encoding="utf-8")
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder.parent)])
+    monkeypatch.setitem(CONFIG_MAPPING_NAMES, "newer_moe", "NewerMoeConfig")
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping, "newer_moe", "NewerMoeForCausalLM")
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping, "NewerMoeConfig", "newer_moe")
+    yield "newer_moe"
+    is_family.cache_clear()  # the folder is gone
+
+
+def test_a_family_that_is_newer_than_this_package(newer_family, tmp_path):
+    settings = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    settings |= {"num_key_value_heads": 2, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(newer_family, **settings)).eval()
+    pruner = HeaprPruner(model, config=HeaprConfig(ratio=0.4))
+    pruner.check()
+    pruner.statistics = calibrate(model, calibration_data(24, 24))
+    pruner.prune()
+    pruner.save_pretrained(tmp_path / "pruned")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert type(reloaded).__name__ == "HeaprNewerMoeForCausalLM" and reloaded.config.model_type == "heapr_newer_moe"
+    assert torch.equal(logits(reloaded), logits(pruner.model))
+
+
+def test_experts_of_a_model_within_a_model_are_refused_before_work():
+    """Their checkpoints would be converted for two model types at once, and not load."""
+    text = tiny_model("qwen3_moe").config
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 4, "patch_size": 2}
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**vision)))
+    with pytest.raises(HeaprError, match="model type 'llava' has no experts of its own"):
+        HeaprPruner(model, config=HeaprConfig(ratio=0.4)).check()
+    HeaprPruner(model, config=HeaprConfig(ratio=0.5, layout="uniform")).check()
 
 
 def test_installed_classes_are_used_with_trust_remote_code(pruned):
