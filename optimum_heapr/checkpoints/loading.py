@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.statistics import AtomicStatistics
@@ -20,7 +21,7 @@ from ..utils.quantized import unquantized_loading
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..calibration.estimate import MemoryEstimate
     from ..configuration import HeaprConfig
@@ -99,6 +100,7 @@ def load_model(
     from transformers import AutoConfig, AutoTokenizer
 
     from ..modeling.modeling_heapr import auto_class_name
+    from .skeleton import load_skeleton
 
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
     if not os.path.isdir(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1):
@@ -114,7 +116,8 @@ def load_model(
     if "trust_remote_code" in model_options:
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
-        config = AutoConfig.from_pretrained(_base_of_adapter(path, hub_options) or path, **hub_options)
+        base = _base_of_adapter(path, hub_options)
+        config = AutoConfig.from_pretrained(base or path, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
@@ -122,11 +125,9 @@ def load_model(
         if skeleton and quantization:
             raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
         if skeleton:
-            from .skeleton import load_skeleton
-
-            model = load_skeleton(auto_class, config, path, **options)
+            model = load_skeleton(auto_class, config, path, str(name), **options)
         else:
-            model = auto_class.from_pretrained(path, **options)
+            model = _load_weights(auto_class, config, path, str(name), base, options)
     except HeaprError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
@@ -150,6 +151,27 @@ def load_model(
     if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
         tokenizer = None  # where a model comes without its files, transformers makes one that knows no text
     return model, tokenizer
+
+
+def _load_weights(
+    auto_class: type, config: PreTrainedConfig, path: str, name: str, base: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """A model with all of its weights or, where `path` holds an adapter of the model `base`, that one with the adapter on it.
+
+    transformers loads both together as well, but tells of the adapter's missing weights alone then.
+    """
+    from .completeness import check_missing, load_complete, without_report
+    from .skeleton import empty_model
+
+    if base is None:
+        load = partial(auto_class.from_pretrained, path, **options)
+        return load_complete(name, load, partial(empty_model, auto_class, config, path, **options))
+    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    model, of_adapter = _load_weights(auto_class, config, base, base, None, of_base), hub_options_in(options)
+    with without_report():
+        found = model.load_adapter(path, adapter_kwargs=of_adapter)
+    check_missing(name, found.missing_keys, found.unexpected_keys)
+    return model
 
 
 def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:

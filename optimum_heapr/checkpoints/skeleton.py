@@ -3,38 +3,42 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
 from ..utils.tensor_files import TensorReader, checkpoint_files
+from .completeness import load_complete
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..utils.tensor_files import TensorInfo
 
-def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, **options: Any) -> PreTrainedModel:
+
+def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: str, **options: Any) -> PreTrainedModel:
     """The model that `auto_class.from_pretrained(path)` gives, without storage; only headers of its files are read.
 
     Args:
         auto_class (`type`): auto class of the model.
         config (`PreTrainedConfig`): its configuration.
         path (`str`): a folder, or the name of a repository on the Hub.
+        name (`str`): what the user called it.
         options: as for `from_pretrained`.
 
     Raises:
-        HeaprError: if its weights are not safetensors.
+        HeaprError: if its weights are not safetensors, or some are missing.
     """
-    names = ("revision", "token", "cache_dir", "subfolder")
+    empty, tensors = empty_model(auto_class, config, path, **options)
+    names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     hub_options = {name: options.pop(name) for name in names if name in options}
-    reader = TensorReader(checkpoint_files(path, **hub_options))
-    trust = {"trust_remote_code": options.pop("trust_remote_code")} if "trust_remote_code" in options else {}
-    with torch.device("meta"):
-        model_class = type(auto_class.from_config(config, **trust))
-    stored = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in reader.tensors.items()}
-    model = model_class.from_pretrained(None, config=config, state_dict=stored, **{**options, "device_map": "meta"})
+    hub_options.pop("trust_remote_code", None)
+    stored = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
+    options = {**options, "config": config, "state_dict": stored, "device_map": "meta"}
+    model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
     model.config.name_or_path = path
     if model.can_generate():
         try:
@@ -43,3 +47,18 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, **optio
             made = {"config_file_name": "config.json", "_from_model_config": True}
             model.generation_config = GenerationConfig.from_pretrained(path, **made, **hub_options)
     return model
+
+
+def empty_model(
+    auto_class: type, config: PreTrainedConfig, path: str, **options: Any
+) -> tuple[PreTrainedModel, dict[str, TensorInfo]]:
+    """A model without storage, just made, and what its safetensors hold, by name; arguments as of [`load_skeleton`].
+
+    Raises:
+        HeaprError: if its weights are not safetensors.
+    """
+    hub_options = {name: options[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in options}
+    reader = TensorReader(checkpoint_files(path, **hub_options))
+    trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+    with torch.device("meta"):
+        return auto_class.from_config(config, **trust), reader.tensors

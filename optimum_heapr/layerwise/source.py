@@ -23,6 +23,7 @@ from ..utils.tensor_files import TensorReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
 
 
 class SourceCheckpoint:
@@ -42,23 +43,12 @@ class SourceCheckpoint:
         self.empty = dict(skeleton.state_dict())
         self.dtypes = {name: tensor.dtype for name, tensor in self.empty.items()}
         self._of_experts = {f"{block.path}.{name}" for block in self.blocks for name in EXPERT_PARAMETERS}
-        self.converters: dict[str, WeightConverter] = {}  # by parameter
-        self.stored: dict[str, dict[str, list[str]]] = {}  # by parameter and pattern: names in the checkpoint
         transforms = getattr(skeleton, "_weight_conversions", None) or []
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        for name in sorted(self.reader.tensors, key=dot_natural_key):
-            parameter, pattern = rename_source_key(name, renamings, converters, skeleton.base_model_prefix, self.empty)
-            if parameter not in self.empty:
-                if name not in self.empty:
-                    continue  # nothing of this model; loading it in memory leaves it out as well
-                parameter, pattern = name, None
-            if pattern is not None:
-                self.converters[parameter] = by_pattern[pattern]
-                if len(by_pattern[pattern].target_patterns) > 1:
-                    raise not_streamable(skeleton, f"{name} becomes several parameters")
-            self.stored.setdefault(parameter, {}).setdefault(pattern or name, []).append(name)
+        self.converters, self.stored = parameters_of(skeleton, self.reader.tensors, transforms)
+        for parameter, converter in self.converters.items():
+            if len(converter.target_patterns) > 1:
+                name = next(iter(self.stored[parameter].values()))[0]
+                raise not_streamable(skeleton, f"{name} becomes several parameters")
 
     def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
         """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in."""
@@ -91,6 +81,38 @@ class SourceCheckpoint:
         flags = {name: getattr(block.module, name) for name in ("has_bias", "is_transposed", "is_concatenated")}
         values = {name: self.parameter(f"{block.path}.{name}", expert) for name in parameters}
         return replace(block, module=SimpleNamespace(**flags, **values), num_experts=1)
+
+
+def parameters_of(
+    model: PreTrainedModel, names: Iterable[str], transforms: Iterable[WeightTransform]
+) -> tuple[dict[str, WeightConverter], dict[str, dict[str, list[str]]]]:
+    """Which tensors of a checkpoint make which parameter of a model; those that make none are left out, as in loading it.
+
+    Args:
+        model (`PreTrainedModel`): with or without storage.
+        names (`Iterable[str]`): of the tensors.
+        transforms (`Iterable[WeightTransform]`): how transformers makes the one of the others.
+
+    Returns:
+        `tuple[dict, dict]`: by parameter, its converter if it has one; by parameter and pattern, the names in the checkpoint,
+        of experts in their order.
+    """
+    transforms, state = list(transforms), model.state_dict()
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    converted: dict[str, WeightConverter] = {}
+    stored: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state:
+            if name not in state:
+                continue
+            parameter, pattern = name, None
+        if pattern is not None:
+            converted[parameter] = by_pattern[pattern]
+        stored.setdefault(parameter, {}).setdefault(pattern or name, []).append(name)
+    return converted, stored
 
 
 class StandIn:

@@ -135,7 +135,9 @@ class TestRefusals:
         save_file(tensors, file, {"format": "pt"})
         del index["weight_map"]["model.norm.weight"]
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(HeaprError, match=r"the checkpoint has no model\.norm\.weight; pass --in-memory"):
+        with pytest.raises(
+            HeaprError, match=r"its checkpoint lacks 1 of its tensors: model\.norm\.weight; download it again"
+        ):
             apply_streaming(source, plan, tmp_path / "pruned")
 
     def test_checkpoint_without_safetensors(self, source, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
 from optimum_heapr import HeaprConfig, HeaprPruner, PruningPlan
 from optimum_heapr.checkpoints.saving import apply_streaming
@@ -85,3 +86,29 @@ def test_pushing_replaces_the_old_form(with_statistics, old, monkeypatch):
     } | ({"heapr/statistics.safetensors"} if with_statistics else set())
     assert committed["CommitOperationDelete"] == set(before) - {"README.md", "notes.md"}
     assert "](heapr/kept_widths.svg)" in committed["card"]
+
+
+def test_commands_refuse_a_model_that_lacks_weights(run, inputs, tmp_path):
+    """In every mode by one and the same line."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(inputs.model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"], tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, output = ["-m", folder], ["-o", tmp_path / "out"]
+    commands = [
+        *(
+            ["calibrate", *model, *inputs.calibration, *output, "--memory", memory]
+            for memory in ("plain", "streaming")
+        ),
+        *(["prune", *model, *inputs.calibration, *output, "--memory", memory] for memory in ("auto", "offload")),
+        *(["apply", *model, "-p", inputs.plan, *output, *flags] for flags in ([], ["--in-memory"])),
+        ["evaluate", *model, "--dataset", inputs.text],
+        ["prune", "-m", inputs.model, *output, "-s", inputs.statistics, "--layout", "uniform"],
+    ]
+    for command in commands[:-1]:
+        result = run(*command)
+        assert result.status == 2 and result.error.count("\n") == 1, result.error
+        assert "its checkpoint lacks 2 of its tensors" in result.error and "model.norm.weight" in result.error
+        assert "layers.0.mlp.experts.2.up_proj.weight" in result.error
+    assert run(*commands[-1]).status == 0  # what is whole goes on

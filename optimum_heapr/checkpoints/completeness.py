@@ -1,0 +1,137 @@
+# Licensed under the Apache License, Version 2.0
+"""Refuses a checkpoint that lacks weights: transformers would make them up from random numbers, and only log it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ..layerwise.source import parameters_of
+from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..utils.tensor_files import TensorInfo
+
+
+logger = get_logger(__name__)
+
+_SHOWN = 4  # names of each kind in a message
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")  # the last number of a name: that of the expert
+
+
+def load_complete(
+    name: str,
+    load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+    empty: Callable[[], tuple[PreTrainedModel, dict[str, TensorInfo]]],
+) -> PreTrainedModel:
+    """A model all of whose weights are in its checkpoint; those that are tied to others, or made anew each time, need not be.
+
+    Args:
+        name (`str`): what the user called the model.
+        load (`Callable`): loads it; called with `output_loading_info=True` for `from_pretrained`.
+        empty (`Callable`): gives the model without storage, and what its checkpoint holds, to look for what is wrong once
+            loading has failed.
+
+    Raises:
+        HeaprError: naming the tensors that are missing, and those that belong to nothing.
+    """
+    try:
+        with without_report():
+            model, found = load(output_loading_info=True)
+    except RuntimeError as error:
+        if "above report" not in str(error):
+            raise
+        missing, misfits = _look(*empty())
+        check_missing(name, missing)
+        reason = f" ({_listed(misfits)})" if misfits else ""
+        raise HeaprError(
+            f"model={name!r}: its weights do not have the shapes that its config.json says{reason}; name a checkpoint whose "
+            "files belong together"
+        ) from error
+    check_missing(name, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Leaves out the table of many lines that transformers logs of what is missing, for here it is read and acted on."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
+    for each in loggers:
+        each.addFilter(keep)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(keep)
+
+
+def check_missing(name: str, missing: Iterable[str], unexpected: Iterable[str] = ()) -> None:
+    """Refuses a checkpoint without some of the tensors of its model; of one that has others besides, a warning says so.
+
+    Raises:
+        HeaprError: naming them, and what the checkpoint has in their place.
+    """
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if not missing:
+        if unexpected:
+            logger.warning(
+                f"{name}: {len(unexpected)} of its tensors belong to nothing in the model: {_listed(unexpected)}"
+            )
+        return
+    unused = f"; {len(unexpected)} in it belong to nothing: {_listed(unexpected)}" if unexpected else ""
+    raise HeaprError(
+        f"model={name!r}: its checkpoint lacks {len(missing)} of its tensors: {_listed(missing)}{unused}; download it again, "
+        "or name one that is whole"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _look(model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> tuple[list[str], list[str]]:
+    """Which parameters are missing, or tensors of those that make one together, and which have another shape than theirs."""
+    state, widths = model.state_dict(), getattr(model.config, "expert_widths", None) or {}
+    converters, stored = parameters_of(model, tensors, get_model_conversion_mapping(model))
+    ignored = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+    missing = [name for name in state if name not in stored and not any(re.search(entry, name) for entry in ignored)]
+    misfits = []
+    for parameter, by_pattern in stored.items():
+        if parameter in converters:
+            path = parameter.rpartition(".")[0]
+            experts = len(widths[path]) if path in widths else len(state[parameter])
+            missing += _absent(by_pattern, converters[parameter].source_patterns, experts)
+            continue
+        ((name,),) = by_pattern.values()
+        if tensors[name].shape != tuple(state[parameter].shape):
+            misfits.append(f"{name} {list(tensors[name].shape)}, not {list(state[parameter].shape)}")
+    return missing, misfits
+
+
+def _absent(by_pattern: dict[str, list[str]], patterns: list[str], experts: int) -> Iterator[str]:
+    """Names that ought to be there, of tensors that are stored one an expert."""
+    each = {pattern: names for pattern, names in by_pattern.items() if "*" in pattern}
+    if not each:
+        return
+    present = {name for names in each.values() for name in names}
+    pattern, (name, *_) = next(iter(each.items()))
+    for other in patterns:
+        # Names of one expert differ in what follows its number.
+        like = name.removesuffix(pattern.split("*")[-1].rstrip("$")) + other.split("*")[-1].rstrip("$")
+        if "*" in other:
+            expected = (_INDEX.sub(str(expert), like) for expert in range(experts))
+            yield from (tensor for tensor in expected if tensor not in present)
