@@ -14,6 +14,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from .state import differences
 from .statistics import BlockStatistics
 
 
@@ -108,6 +109,42 @@ def check_placement(model: torch.nn.Module, num_processes: int) -> None:
             f"device_map: spreads the model over {', '.join(sorted(devices))}, and each of {num_processes} processes would "
             "do so; launch one process, or leave device_map out (--memory plain)"
         )
+
+
+def check_same_run(accelerator: Accelerator, run: dict[str, Any]) -> None:
+    """Refuses processes whose sums are not of the same model, text and options, before anything is measured.
+
+    Args:
+        accelerator (`Accelerator`): connects the processes.
+        run (`dict`): what the sums of this process depend on, plain JSON types.
+
+    Raises:
+        HeaprError: naming a process, what differs, and both values; or if another process ended before.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    with peers_needed("what each is about to measure could be compared"):
+        first, *others = gather_object([run])
+    for rank, other in enumerate(others, 1):
+        found = differences(*_comparable(first, other), wording=f"{{}} is {{}} on rank 0 and {{}} on rank {rank}")
+        if found:
+            raise HeaprError(
+                f"processes: their sums cannot be added, {'; '.join(found)}; start all of them with the same model, text and "
+                "options"
+            )
+
+
+def _comparable(*runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without what may differ between hosts: the name of the text, and hashes of weights that one of them has offloaded."""
+    models = [run.get("model", {}) for run in runs]
+    unknown = {name for model in models for name, value in model.items() if value is None}
+    data = [{key: value for key, value in run.get("data", {}).items() if "source" not in key} for run in runs]
+    return [
+        {**run, "data": text, "model": {key: value for key, value in model.items() if key not in unknown}}
+        for run, text, model in zip(runs, data, models)
+    ]
 
 
 def add_over_processes(

@@ -19,7 +19,7 @@ from ..utils.logging import get_logger, progress, show_throughput
 from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
 from .loss import summed_token_loss
-from .processes import add_over_processes, check_model_is_whole, check_placement, start_processes
+from .processes import add_over_processes, check_model_is_whole, check_placement, check_same_run, start_processes
 from .state import Progress, StateFile, interruption
 from .statistics import AtomicStatistics, BlockStatistics
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
@@ -90,6 +90,7 @@ def calibrate(
         # What is to be left out must not have been added: a micro-batch then has sums of its own.
         totals = new_accumulators(blocks, gram) if skip_nonfinite else accumulators
         done = Progress() if state is None else state.begin(run, totals)
+        check_same_run(accelerator, {**run, "memory": "all weights at once"})
         measuring = _Measuring(model, blocks, device, accumulators, totals, done, cost)
         bar = progress(own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own))
         for index in bar:

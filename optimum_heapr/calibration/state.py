@@ -128,15 +128,17 @@ def state_path(path: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(path)}.{rank}" if rank else path)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name was x, is y` for every part of a nested mapping that is not the same."""
+def differences(
+    first: dict[str, Any], second: dict[str, Any], wording: str = "{} was {}, is {}", prefix: str = ""
+) -> list[str]:
+    """A line for every part of a nested mapping that is not the same: its name and both values, put into `wording`."""
     found = []
-    for key in sorted({*saved, *now}):
-        before, after = saved.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} was {json.dumps(before)}, is {json.dumps(after)}")
+    for key in sorted({*first, *second}):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, wording, f"{prefix}{key}.")
+        elif one != other:
+            found.append(wording.format(f"{prefix}{key}", json.dumps(one), json.dumps(other)))
     return found
 
 

@@ -28,7 +28,7 @@ from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_
 from .cost import Cost, measured_cost
 from .layer_state import LayerProgress, LayerState
 from .loss import summed_token_loss
-from .processes import add_progress, start_processes
+from .processes import add_progress, check_same_run, start_processes
 from .runner import block_statistics, description_of_run, finished_statistics, mask_padding, what_is_not_finite
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics
@@ -116,7 +116,13 @@ def calibrate_streaming(
         schedule.keep = (
             (lambda path, block: state.write_block(path, finish(path, block))) if alone else state.write_part
         )
-        done = schedule.run(state.begin(run))
+        done = state.begin(run)
+        if not alone:
+            outside = hash_of_samples(streamed.all_samples(experts=False))  # of experts only the first is in `run`
+            check_same_run(accelerator, {**run, "weights": outside, "memory": "streaming"})
+        done = schedule.run(done)
+        identity["model"]["weights"] = hash_of_samples(streamed.all_samples())
+        check_same_run(accelerator, {"model": identity["model"]})
         statistics = {} if alone else add_parts(accelerator, state, done, finish, interrupted)
     loss, targets, skipped = schedule.totals(done, cost)
     if not alone:
@@ -126,7 +132,6 @@ def calibrate_streaming(
         f"{store.most_in_memory:,}",
         f"{store.most_on_disk:,}",
     )
-    identity["model"]["weights"] = hash_of_samples(streamed.all_samples())
     statistics = {block.path: statistics.get(block.path) or state.read_block(block.path) for block in blocks}
     result = finished_statistics(identity, data, statistics, loss, targets, skipped)
     result.cost = cost

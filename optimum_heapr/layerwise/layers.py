@@ -114,10 +114,17 @@ class StreamedModel(Decoder):
         if names:
             self.model._init_weights(module)
 
-    def all_samples(self) -> Iterator[bytes]:
-        """Of each parameter, in the order of the model, the values that identify it; reads what was not loaded before."""
+    def all_samples(self, experts: bool = True) -> Iterator[bytes]:
+        """Of each parameter, in the order of the model, the values that identify it; reads what was not loaded before.
+
+        Args:
+            experts (`bool`): also of routed experts, which are most of what there is to read.
+        """
+        of_experts = tuple(f"{block.path}." for block in self.source.blocks)
         for name, _ in self.model.named_parameters():
             stored = self._stored_as[name]
+            if not experts and stored.startswith(of_experts):
+                continue
             if stored not in self.samples:
                 self.samples[stored] = sampled_values(self.source.parameter(stored))
             yield self.samples[stored]

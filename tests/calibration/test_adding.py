@@ -44,7 +44,7 @@ class Work:
     def calibrate(self, rank: int) -> AtomicStatistics:
         state = StateFolder.__new__(StateFolder)  # its rank is that of the process
         state.path = self.state(rank)
-        return StreamedCheckpoint(self.models[rank], {}).calibrate(calibration_data(*DATA), CONFIG, state)
+        return StreamedCheckpoint(self.models[rank], None, {}).calibrate(calibration_data(*DATA), CONFIG, state)
 
     def run(self) -> list[AtomicStatistics]:
         return self.ranks.run(self.calibrate)

@@ -7,11 +7,16 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 
 from optimum_heapr import HeaprError
-from optimum_heapr.calibration.processes import check_launcher, check_placement, start_processes
+from optimum_heapr.calibration import runner
+from optimum_heapr.calibration.processes import check_launcher, check_placement, check_same_run, start_processes
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.calibration.streaming import calibrate_streaming
+from optimum_heapr.checkpoints.loading import load_model, source_of
+from optimum_heapr.layerwise.walk import LayerWalk
 from tests.helpers import assert_same_statistics, calibration_data, tiny_model
 from tests.processes import in_two_processes
+from tests.ranks import Ranks
 
 
 LENGTHS = (16, 7, 12, 16, 3)
@@ -53,6 +58,78 @@ def test_two_processes_measure_what_one_does(tmp_path):
             for part in ("output_norm_sum", "activation_gram_sum", "gradient_gram_sum"):
                 torch.testing.assert_close(getattr(actual.blocks[path], part), getattr(block, part))
             assert torch.equal(actual.blocks[path].weight_norm, block.weight_norm)
+
+
+def changed_model():
+    """Another attention, as after merging LoRA: the experts and all shapes are the same."""
+    model = tiny_model()
+    model.model.layers[1].self_attn.o_proj.weight.data += 1
+    return model
+
+
+DIFFERENT = {
+    "text": (r'data.sha256 is "\w+" on rank 0 and "\w+" on rank 1', {"data": calibration_data(8, 8, seed=5)}),
+    "tokens": ("data.num_tokens is 16 on rank 0 and 12 on rank 1", {"data": calibration_data(8, 4)}),
+    "weights": (r'weights is "2:\w+" on rank 0 and "2:\w+" on rank 1', {"model": changed_model}),
+    "options": ("batch_size is 1 on rank 0 and 2 on rank 1", {"batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("memory", ["plain", "streaming"])
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_processes_that_would_measure_other_things_are_refused(what, memory, tmp_path, monkeypatch):
+    """Before the first micro-batch, by one line that names both values and the rank."""
+    message, changes = DIFFERENT[what]
+    ranks, models = Ranks(monkeypatch), [tiny_model(), changes.get("model", tiny_model)()]
+    if memory == "streaming":
+        for rank, model in enumerate(models):
+            model.save_pretrained(tmp_path / str(rank))
+            models[rank], _ = load_model(tmp_path / str(rank), skeleton=True)
+    monkeypatch.setattr(Ranks, "reduce", lambda *_: pytest.fail("sums were added"))
+    monkeypatch.setattr(runner, "_Measuring", lambda *_: pytest.fail("measuring began"))
+    monkeypatch.setattr(LayerWalk, "capture", lambda *_, **__: pytest.fail("measuring began"))
+
+    def measure(rank):
+        given = {"data": calibration_data(8, 8), "batch_size": 1} | (changes if rank else {}) | {"model": models[rank]}
+        if memory == "plain":
+            return calibrate(**given)
+        work = tmp_path / f"work{rank}"
+        work.mkdir()
+        return calibrate_streaming(source=source_of(models[rank]), folder=work, **given)
+
+    with pytest.raises(
+        HeaprError, match=f"processes: their sums cannot be added, .*{message}.*; start all of them with"
+    ) as error:
+        ranks.run(measure)
+    assert "\n" not in str(error.value)
+
+
+def test_one_text_under_two_names_is_one(monkeypatch):
+    """On another host it may lie elsewhere; and where memory is short, weights are offloaded and have no hash."""
+    ranks = Ranks(monkeypatch)
+    data = [calibration_data(8, 8), calibration_data(8, 8)]
+    data[1].source = "/elsewhere/text.jsonl"
+
+    def compare(rank):
+        model = {"weights": [None, "2:0123"][rank], "shapes": "4567"}
+        check_same_run(ranks, {"model": model, "data": data[rank].fingerprint})
+
+    ranks.run(compare)
+
+
+def test_processes_in_different_modes_are_refused(tmp_path, monkeypatch):
+    """`--memory auto` decides by the memory of each host."""
+    ranks, model = Ranks(monkeypatch), tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    skeleton, _ = load_model(tmp_path / "model", skeleton=True)
+
+    def measure(rank):
+        if rank == 0:
+            return calibrate(model, calibration_data(8, 8))
+        return calibrate_streaming(skeleton, source_of(skeleton), calibration_data(8, 8), tmp_path)
+
+    with pytest.raises(HeaprError, match='memory is "all weights at once" on rank 0 and "streaming" on rank 1'):
+        ranks.run(measure)
 
 
 def test_a_model_spread_over_devices_is_for_one_process():
