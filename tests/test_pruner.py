@@ -253,12 +253,16 @@ def test_save_refuses_a_filled_folder(tmp_path):
     pruner = make()
     pruner.calibrate(tokens())
     pruner.prune()
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(HeaprError, match="not empty"):
+    pruner.save_pretrained(tmp_path)
+    with pytest.raises(HeaprError, match="not empty; name another"):
         pruner.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "config.json").write_text("old")
     assert pruner.save_pretrained(tmp_path, overwrite=True) == tmp_path
-    assert (tmp_path / "config.json").is_file() and not (tmp_path / "notes.txt").exists()
+    assert (tmp_path / "config.json").read_text() != "old"
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(HeaprError, match="holds 'notes.txt', which this package has no record of writing"):
+        pruner.save_pretrained(tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_models_that_cannot_be_pruned_are_refused_at_once():

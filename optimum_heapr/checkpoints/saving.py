@@ -48,7 +48,7 @@ def apply_streaming(
         model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
         plan (`PruningPlan` or `str`): what stays.
         folder (`str`): appears whole or not at all.
-        overwrite (`bool`): replace a folder that is not empty.
+        overwrite (`bool`): replace a folder that this package wrote, if it holds nothing else.
         max_shard_size (`int` or `str`): largest weight file.
         statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts; over
             blocks, the calibration text that the plan names is read again.

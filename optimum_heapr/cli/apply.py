@@ -61,7 +61,7 @@ class ApplyCommand(HeaprSubcommand):
 def add_output_options(parser, required: bool = True) -> None:
     """Flags of commands that write a model."""
     parser.add_argument("-o", "--output", required=required, help="folder for the pruned model")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that this package wrote")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB")
     parser.add_argument(
         "--packed", action="store_true", help="store packed tensors, which load faster, not one an expert"

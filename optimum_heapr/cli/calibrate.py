@@ -18,7 +18,7 @@ class CalibrateCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         parser.add_argument("-o", "--output", default="statistics.safetensors", help="statistics file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
         add_state_options(parser)
         add_memory_options(parser)
         parser.add_argument(
@@ -31,7 +31,7 @@ class CalibrateCommand(HeaprSubcommand):
         add_config_options(parser, (*CALIBRATION_OPTIONS, "criterion", "ridge"))
 
     def execute(self) -> None:
-        from ..utils.files import check_output_file
+        from ..utils.artefacts import check_output_artefact
 
         config = config_from(self.args)
         check_output_is_not_input(self.args.output, self.args.model, self.args.config, *source_names(config))
@@ -40,7 +40,7 @@ class CalibrateCommand(HeaprSubcommand):
                 f"--no-grams: with criterion={config.criterion!r} nothing would be made of the matrices; add --criterion obs, "
                 "or measure none with --statistics vector"
             )
-        check_output_file(self.args.output, self.args.overwrite)
+        check_output_artefact(self.args.output, self.args.overwrite)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process

@@ -15,7 +15,7 @@ class DemoCommand(HeaprSubcommand):
         parser.add_argument(
             "-o", "--output", default=None, help="folder for the pruned model (default: a temporary one)"
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
+        parser.add_argument("--overwrite", action="store_true", help="replace an output that this package wrote")
         parser.add_argument("--ratio", type=float, default=0.25, help="share of the atomic experts to remove (0.25)")
 
     def execute(self) -> None:

@@ -15,13 +15,13 @@ class MergeCommand(HeaprSubcommand):
     def parse_args(parser):
         parser.add_argument("statistics", nargs="+", help="statistics files, two or more")
         parser.add_argument("-o", "--output", required=True, help="statistics file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
 
     def execute(self) -> None:
-        from ..utils.files import check_output_file
+        from ..utils.artefacts import check_output_artefact
 
         check_output_is_not_input(self.args.output, *self.args.statistics)
-        check_output_file(self.args.output, self.args.overwrite)
+        check_output_artefact(self.args.output, self.args.overwrite)
         from ..calibration.merging import merge_statistics
         from ..calibration.statistics import AtomicStatistics
         from .tables import statistics_table

@@ -22,17 +22,17 @@ class PlanCommand(HeaprSubcommand):
             help="statistics file of 'calibrate', or a folder or name on the Hub that holds one",
         )
         parser.add_argument("-o", "--output", default="plan.safetensors", help="plan file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         add_config_options(parser, (*PLANNING_OPTIONS, "seed"))
 
     def execute(self) -> None:
-        from ..utils.files import check_output_file
+        from ..utils.artefacts import check_output_artefact
 
         config = config_from(self.args)
         check_output_is_not_input(self.args.output, self.args.statistics, self.args.config)
         if not self.args.dry_run:
-            check_output_file(self.args.output, self.args.overwrite)
+            check_output_artefact(self.args.output, self.args.overwrite)
         from ..hub.statistics import load_statistics
         from ..planning.plan import PruningPlan
         from .tables import plan_table

@@ -29,7 +29,7 @@ class RecoverCommand(HeaprSubcommand):
 
         add_model_options(parser)
         parser.add_argument("-o", "--output", required=True, help="folder for the adapter, or the merged model")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is not empty")
+        parser.add_argument("--overwrite", action="store_true", help="replace an output that this package wrote")
         parser.add_argument("--teacher", default=None, help="the unpruned model: folder, name on the Hub, or 'demo'")
         parser.add_argument("--merge", action="store_true", help="write a merged model in place of an adapter")
         parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.state, if it is there")

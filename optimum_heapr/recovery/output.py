@@ -73,7 +73,7 @@ def save_merged(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): saved beside it.
         pruned (`str`): folder or name of the pruned model.
         folder (`str`): appears whole or not at all.
-        overwrite (`bool`): replace a folder that is not empty.
+        overwrite (`bool`): replace a folder that this package wrote, if it holds nothing else.
 
     Raises:
         HeaprError: if the folder cannot be written or is not empty.

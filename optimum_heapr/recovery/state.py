@@ -17,6 +17,7 @@ from ..utils.logging import get_logger, is_main_process
 
 logger = get_logger(__name__)
 
+_OURS = ("run.json", "teacher")
 _LAST_WRITTEN = "checkpoint-*/trainer_state.json"
 
 
@@ -30,11 +31,13 @@ class RunFolder:
         resume (`bool`): go on from it, if it is there.
 
     Raises:
-        HeaprError: if it is there and `resume` is off.
+        HeaprError: if it is there and `resume` is off, or it holds no run: it would be deleted at the end.
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False):
         self.path = Path(path)
+        if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in _OURS):
+            raise HeaprError(f"state={str(path)!r}: holds something else than a run of recovery; name another folder")
         if self.path.exists() and not resume and is_main_process():
             raise HeaprError(f"state={str(path)!r}: a run that was interrupted; pass --resume to go on, or remove it")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HeaprError
-from .files import replace_file
+from .files import check_output_file, replace_file
 
 
 if TYPE_CHECKING:
@@ -80,3 +80,22 @@ def artefact_format(path: str | os.PathLike) -> str | None:
             return (file.metadata() or {}).get("format")
     except (SafetensorError, OSError) as error:
         raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({error})") from error
+
+
+def check_output_artefact(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """As [`~optimum_heapr.utils.files.check_output_file`]; of files that exist only artefacts are replaced.
+
+    Raises:
+        HeaprError: as there, or if there is another file.
+    """
+    check_output_file(path, overwrite)
+    if os.path.exists(path) and os.path.getsize(path):
+        try:
+            ours = (artefact_format(path) or "").startswith("heapr_")
+        except HeaprError:
+            ours = False
+        if not ours:
+            raise HeaprError(
+                f"output={str(path)!r}: is not a statistics file or plan of this package, or is damaged; "
+                "delete it or name another file"
+            )

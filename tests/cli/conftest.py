@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from optimum_heapr.utils.companions import CARD_NAME, CONFIG_NAME, FOLDER, OWN_NAMES
+from optimum_heapr.utils.files import MANIFEST
 from tests.helpers import SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 
@@ -49,7 +50,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 def weights_and_settings(folder: Path) -> dict[str, bytes | None]:
     """A saved model without the artefacts beside it, and without what was measured: that takes time, which differs."""
-    others = {f"{FOLDER}/{name}" for name in OWN_NAMES if name != CONFIG_NAME} | {CARD_NAME}
+    others = {f"{FOLDER}/{name}" for name in OWN_NAMES if name != CONFIG_NAME} | {CARD_NAME, MANIFEST}
     return {name: content for name, content in listing(folder).items() if name not in others}
 
 

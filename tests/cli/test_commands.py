@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
 from optimum_heapr.cli import HeaprCommand
+from optimum_heapr.utils.files import replace_folder
 from tests.cli.conftest import listing, weights_and_settings
 
 
@@ -38,9 +39,9 @@ def test_calibrate_takes_token_ids(run, inputs, tmp_path):
 
 def test_calibrate_overwrites_only_when_told(run, inputs, tmp_path):
     output = tmp_path / "s.safetensors"
-    output.write_bytes(b"old")
+    shutil.copy(inputs.plan, output)
     refused = run("calibrate", "-m", inputs.model, "-o", output, *inputs.calibration)
-    assert refused.status == 2 and "--overwrite" in refused.error and output.read_bytes() == b"old"
+    assert refused.status == 2 and "--overwrite" in refused.error and output.read_bytes() == inputs.plan.read_bytes()
     assert run("calibrate", "-m", inputs.model, "-o", output, "--overwrite", *inputs.calibration).status == 0
     assert AtomicStatistics.load(output).num_tokens > 0
 
@@ -115,13 +116,13 @@ def test_prune_output_options(run, inputs, tmp_path):
 
 
 def test_prune_replaces_an_old_output_when_told(run, inputs, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "notes.txt").write_text("old")
+    with replace_folder(output := tmp_path / "out") as old:
+        (old / "notes.txt").write_text("old")
+    before = listing(tmp_path)
     flags = ["-m", inputs.model, "-s", inputs.statistics, "-o", output]
     refused = run("prune", *flags)
     assert refused.status == 2 and "--overwrite" in refused.error
-    assert listing(tmp_path) == {"out": None, "out/notes.txt": b"old"}
+    assert listing(tmp_path) == before
     assert run("prune", *flags, "--overwrite").status == 0
     assert listing(output).keys() == listing(inputs.pruned).keys()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

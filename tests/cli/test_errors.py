@@ -355,7 +355,35 @@ def unknown_shard_size_of_apply(inputs, here):
 def output_is_not_empty(inputs, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
-    return prune(inputs, here, *inputs.calibration), [str(here / "out"), "--overwrite"]
+    return prune(inputs, here, *inputs.calibration), [str(here / "out"), "not empty", "'notes.txt'", "name another"]
+
+
+@mistake
+def output_is_no_output(inputs, here):
+    (here / "out" / ".git").mkdir(parents=True)
+    (here / "out" / ".git" / "HEAD").write_text("mine")
+    flags = [*inputs.calibration, "--overwrite"]
+    return prune(inputs, here, *flags), [str(here / "out"), "'.git/HEAD'", "no record", "name another"]
+
+
+@mistake
+def output_is_the_current_folder_of_something_else(inputs, here):
+    (here / "paper.tex").write_text("mine")
+    flags = ["-m", inputs.model, "-p", inputs.plan, "-o", ".", "--overwrite"]
+    return ["apply", *flags], ["output='.'", "'paper.tex'", "no record"]
+
+
+@mistake
+def output_of_calibrate_is_no_artefact(inputs, here):
+    (here / "paper.tex").write_text("mine")
+    flags = ["-m", inputs.model, "-o", here / "paper.tex", "--overwrite", *inputs.calibration]
+    return ["calibrate", *flags], [str(here / "paper.tex"), "is not a statistics file or plan", "name another"]
+
+
+@mistake
+def output_of_plan_holds_weights(inputs, here):
+    weights = shutil.copy(inputs.model / "model.safetensors", here / "model.safetensors")
+    return ["plan", "-s", inputs.statistics, "-o", weights, "--overwrite"], [str(weights), "is not a statistics file"]
 
 
 @mistake
@@ -394,7 +422,7 @@ def plan_into_the_statistics(inputs, here):
 
 @mistake
 def plan_output_exists(inputs, here):
-    (here / "plan").write_text("mine")
+    shutil.copy(inputs.plan, here / "plan")
     return ["plan", "-s", inputs.statistics, "-o", here / "plan"], [str(here / "plan"), "--overwrite"]
 
 

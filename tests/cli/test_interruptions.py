@@ -2,10 +2,12 @@
 """Ctrl-C or a kill at any moment leaves the old output or none, never a torn one."""
 
 import os
+import shutil
 import signal
 
 import pytest
 
+from optimum_heapr.utils.files import replace_folder
 from tests.cli.conftest import listing
 from tests.processes import start_python
 
@@ -40,13 +42,19 @@ def interrupted_after(monkeypatch, home: str, name: str):
     return calls
 
 
+def old_output(folder) -> dict[str, bytes | None]:
+    """Writes what an earlier run left, and returns it."""
+    with replace_folder(folder) as temporary:
+        (temporary / "weights").write_text("old")
+    return listing(folder)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 def test_ctrl_c_in_prune(moment, old, run, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     if old:
-        output.mkdir()
-        (output / "notes.txt").write_text("old")
+        old_output(output)
     before = listing(tmp_path)
     calls = interrupted_after(monkeypatch, *MOMENTS[moment])
     result = run("prune", "-m", inputs.model, "-o", output, "--overwrite", *inputs.calibration)
@@ -62,11 +70,11 @@ def test_ctrl_c_in_prune(moment, old, run, inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["calibrate", "plan"])
 def test_ctrl_c_while_writing_a_file(command, run, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    output.write_text("old")
+    shutil.copy(inputs.plan, output)
     calls = interrupted_after(monkeypatch, "optimum_heapr.utils.tensor_files", "write_tensors")
     flags = ["-s", inputs.statistics] if command == "plan" else ["-m", inputs.model, *inputs.calibration]
     assert run(command, "-o", output, "--overwrite", *flags).status == 130
-    assert calls and listing(tmp_path) == {"out": b"old"}
+    assert calls and listing(tmp_path) == {"out": inputs.plan.read_bytes()}
 
 
 def test_an_error_while_writing_leaves_the_old_output(run, inputs, tmp_path, monkeypatch):
@@ -78,8 +86,7 @@ def test_an_error_while_writing_leaves_the_old_output(run, inputs, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("old")
+    old_output(tmp_path / "out")
     before = listing(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "out", "--overwrite")
@@ -113,8 +120,7 @@ def test_signals_while_writing(run, inputs, tmp_path):
     processes = {}
     for number in (signal.SIGINT, signal.SIGKILL):
         output = tmp_path / number.name / "out"
-        output.mkdir(parents=True)
-        (output / "notes.txt").write_text("old")
+        before = old_output(output)
         arguments = ["heapr", "prune", *arguments_of(inputs, output)]
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         processes[number] = start_python(STALLED, *arguments, env=environment)  # both at once: starting takes long
@@ -125,7 +131,7 @@ def test_signals_while_writing(run, inputs, tmp_path):
         for number, process in processes.items():
             _, error = process.communicate()
             folder = tmp_path / number.name
-            assert listing(folder / "out") == {"notes.txt": b"old"}
+            assert listing(folder / "out") == before
             if number == signal.SIGINT:
                 assert process.returncode == 130 and error.count("\n") == 1 and "interrupted" in error
                 assert [path.name for path in folder.iterdir()] == ["out"]

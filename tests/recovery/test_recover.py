@@ -269,6 +269,14 @@ def test_teachers_that_cannot_be_are_refused(pruned, model, tmp_path):
         run(model, tmp_path / "state", **DISTILLATION)
 
 
+def test_a_folder_of_something_else_is_not_taken_for_a_run_and_deleted(tmp_path):
+    (tmp_path / "paper.tex").write_text("mine")
+    for resume in (True, False):
+        with pytest.raises(HeaprError, match="state='.*': holds something else than a run of recovery"):
+            RunFolder(tmp_path, resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["paper.tex"]
+
+
 def test_models_that_were_not_pruned_are_refused(tmp_path):
     with pytest.raises(HeaprError, match="has no heapr_config; name a model that was pruned"):
         run(tiny_model("qwen3_moe"), tmp_path / "state")

@@ -15,9 +15,16 @@ from pathlib import Path
 import pytest
 
 from optimum_heapr.utils import files
-from optimum_heapr.utils.artefacts import artefact_format, read_artefact, write_artefact
+from optimum_heapr.utils.artefacts import artefact_format, check_output_artefact, read_artefact, write_artefact
 from optimum_heapr.utils.errors import HeaprError
-from optimum_heapr.utils.files import check_output_file, check_output_folder, replace_file, replace_folder, write_json
+from optimum_heapr.utils.files import (
+    MANIFEST,
+    check_output_file,
+    check_output_folder,
+    replace_file,
+    replace_folder,
+    write_json,
+)
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried in a forked child")
@@ -58,7 +65,19 @@ def killed_at(step, action):
 
 
 def folder_content(path):
-    return {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
+    """By name, without the list of files that a written folder has."""
+    files = {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
+    files.pop(MANIFEST, None)
+    return files
+
+
+def written_folder(path, **files):
+    """A folder that this package wrote; `__` in a name stands for `/`."""
+    with replace_folder(path) as temporary:
+        for name, content in files.items():
+            (temporary / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name.replace("__", "/")).write_text(content)
+    return path
 
 
 # Files
@@ -151,7 +170,7 @@ def test_data_is_flushed_before_the_rename(tmp_path, monkeypatch):
         (temporary / "a").write_text("a")
         (temporary / "below").mkdir()
         (temporary / "below" / "b").write_text("b")
-    assert calls == ["fsync", "replace", "fsync", "fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync", "fsync", "fsync", "replace"]  # the list of files is the third
 
 
 def test_json_is_written_as_it_reads(tmp_path):
@@ -192,9 +211,7 @@ def test_an_old_folder_is_replaced_and_not_merged(tmp_path, monkeypatch, filled,
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda *_: False)
     path = tmp_path / "folder"
-    path.mkdir()
-    if filled:
-        (path / "old").write_text("old")
+    written_folder(path, old="old") if filled else path.mkdir()
     with replace_folder(path, overwrite=filled) as temporary:
         (temporary / "a").write_text("new")
         assert folder_content(path) == ({"old": "old"} if filled else {})
@@ -207,8 +224,7 @@ def test_an_old_folder_is_replaced_and_not_merged(tmp_path, monkeypatch, filled,
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path, error, existed):
     path = tmp_path / "folder"
     if existed:
-        path.mkdir()
-        (path / "old").write_text("old")
+        written_folder(path, old="old")
     with pytest.raises(error):
         with replace_folder(path, overwrite=True) as temporary:
             (temporary / "a").write_text("new")
@@ -220,9 +236,7 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path, error, existe
 @pytest.mark.parametrize("failing", [1, 2])
 def test_an_interrupt_between_the_renames_brings_the_old_folder_back(tmp_path, monkeypatch, failing):
     """Where two folders cannot be exchanged in one step."""
-    path, calls, replace = tmp_path / "folder", [], os.replace
-    path.mkdir()
-    (path / "old").write_text("old")
+    path, calls, replace = written_folder(tmp_path / "folder", old="old"), [], os.replace
 
     def interrupted(*args):
         calls.append(args)
@@ -251,9 +265,8 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path, existed):
     for step in range(100):
         path = tmp_path / str(step) / "folder"
         path.parent.mkdir()
-        for name, content in (old or {}).items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_text(content)
+        if old:
+            written_folder(path, **{name.replace("/", "__"): content for name, content in old.items()})
         if existed == "empty":
             path.mkdir()
 
@@ -287,8 +300,7 @@ def test_a_folder_that_filled_up_in_the_meantime_is_not_deleted(tmp_path):
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "old").write_text("old")
+    written_folder(tmp_path / "real", old="old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with replace_folder(tmp_path / "link", overwrite=True) as temporary:
         (temporary / "a").write_text("new")
@@ -309,16 +321,59 @@ def test_the_current_folder_can_be_named(tmp_path, monkeypatch):
 
 
 def test_a_filled_folder_needs_overwrite(tmp_path):
-    (tmp_path / "file").write_text("x")
+    old = written_folder(tmp_path / "old", file="x")
     with pytest.raises(HeaprError, match=r"output='.*': folder is not empty; name another or pass --overwrite"):
-        check_output_folder(tmp_path)
+        check_output_folder(old)
     with pytest.raises(HeaprError, match="folder is not empty"):
-        replace_folder(tmp_path).__enter__()
-    check_output_folder(tmp_path, overwrite=True)
+        replace_folder(old).__enter__()
+    check_output_folder(old, overwrite=True)
     check_output_folder(tmp_path / "new" / "deep")
     (tmp_path / "empty").mkdir()
     check_output_folder(tmp_path / "empty")
     assert not (tmp_path / "new").exists(), "a check creates nothing"
+
+
+@pytest.mark.parametrize("name", ["paper.tex", ".git/HEAD", "sub/deep/notes", "heapr/notes.txt"])
+def test_what_somebody_else_put_into_a_folder_is_not_replaced(tmp_path, name):
+    folder = written_folder(tmp_path / "out", weights="old", sub__more="old")
+    check_output_folder(folder, overwrite=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    before = folder_content(folder)
+    for overwrite in (True, False):
+        with pytest.raises(HeaprError, match=f"holds '{name}', which this package has no record of writing") as error:
+            replace_folder(folder, overwrite).__enter__()
+        assert "\n" not in str(error.value)
+    assert folder_content(folder) == before
+
+
+def test_a_link_that_somebody_else_put_into_a_folder_is_not_removed(tmp_path):
+    folder = written_folder(tmp_path / "out", weights="old")
+    (tmp_path / "mine").mkdir()
+    (folder / "link").symlink_to(tmp_path / "mine")
+    with pytest.raises(HeaprError, match="holds 'link'"):
+        check_output_folder(folder, overwrite=True)
+
+
+@pytest.mark.parametrize("record", [None, "{torn", "3", "[[1]]", "[" * 100_000], ids=repr)
+def test_a_folder_without_a_readable_record_is_not_replaced(tmp_path, record):
+    folder = written_folder(tmp_path / "out", weights="old")
+    (folder / MANIFEST).unlink() if record is None else (folder / MANIFEST).write_text(record)
+    with pytest.raises(HeaprError, match="has no record of writing"):
+        check_output_folder(folder, overwrite=True)
+
+
+def test_of_files_only_artefacts_are_replaced(tmp_path):
+    for name, content in (("paper.tex", b"mine"), ("torn", (80).to_bytes(8, "little") + b'{"__metadata__":{"form')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(HeaprError, match=f"{name}': is not a statistics file or plan"):
+            check_output_artefact(tmp_path / name, overwrite=True)
+    (tmp_path / "empty").touch()
+    write_artefact(tmp_path / "plan", "heapr_plan", {}, {})
+    for name in ("new", "empty", "plan"):
+        check_output_artefact(tmp_path / name, overwrite=True)
+    with pytest.raises(HeaprError, match="file exists; name another or pass --overwrite"):
+        check_output_artefact(tmp_path / "plan")
 
 
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path):
