@@ -175,7 +175,10 @@ def _load_weights(
 
 
 def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
-    """The model that an adapter in PEFT's format belongs to, or `None` for a model; transformers loads both together."""
+    """The model that an adapter in PEFT's format belongs to, or `None` for a model.
+
+    Adapters of recovery hold the name of its folder alone, which is looked for here and beside the adapter.
+    """
     from transformers.utils import find_adapter_config_file
 
     options = {name: value for name, value in hub_options.items() if name in ("revision", "token", "cache_dir")}
@@ -188,6 +191,14 @@ def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
         raise HeaprError(
             f"model={path!r}: is an adapter of a model that was in memory, and does not say where that is; load that model, "
             "then the adapter with optimum_heapr.recovery.adapter.load_adapter"
+        )
+    beside = os.path.join(os.path.dirname(os.path.abspath(path)), base)
+    if os.path.isdir(path) and not os.path.isdir(base) and os.path.isdir(beside):
+        return beside
+    if not os.path.isdir(base) and "/" not in base:  # no name on the Hub either
+        raise HeaprError(
+            f"model={path!r}: is an adapter of {base!r}, and no such folder is here or beside it; put it there, or run this "
+            "where it is"
         )
     return base
 

@@ -104,9 +104,10 @@ def save_companions(
     report: dict[str, Any],
     results: Sequence[EvalResult] = (),
 ) -> None:
-    """Writes what stands beside the weights of a pruned model."""
+    """Writes what stands beside the weights of a pruned model; names, but no paths of this machine."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    plan = plan.public()
     ours = own_folder(folder)
     plan.config.save_pretrained(ours)
     plan.save(ours / PLAN_NAME)

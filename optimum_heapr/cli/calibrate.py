@@ -18,7 +18,9 @@ class CalibrateCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         parser.add_argument("-o", "--output", default="statistics.safetensors", help="statistics file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
+        )
         add_state_options(parser)
         add_memory_options(parser)
         parser.add_argument(

@@ -15,7 +15,9 @@ class MergeCommand(HeaprSubcommand):
     def parse_args(parser):
         parser.add_argument("statistics", nargs="+", help="statistics files, two or more")
         parser.add_argument("-o", "--output", required=True, help="statistics file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
+        )
 
     def execute(self) -> None:
         from ..utils.artefacts import check_output_artefact

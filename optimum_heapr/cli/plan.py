@@ -22,7 +22,9 @@ class PlanCommand(HeaprSubcommand):
             help="statistics file of 'calibrate', or a folder or name on the Hub that holds one",
         )
         parser.add_argument("-o", "--output", default="plan.safetensors", help="plan file to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace the output if it is an artefact of this package")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
+        )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         add_config_options(parser, (*PLANNING_OPTIONS, "seed"))
 

@@ -20,7 +20,7 @@ from ..text.mixtures import parse_sources
 from ..text.sources import FILE_BUILDERS, PRESETS
 from ..utils.companions import CARD_NAME, CHART_NAME, FOLDER, PLAN_NAME
 from ..utils.errors import HeaprError
-from ..utils.files import public_name
+from ..utils.public import public_name
 from .base_model import BaseModel
 
 
@@ -137,8 +137,8 @@ def perplexity_result(
 
     return EvalResult(
         task_type="text-generation",
-        dataset_type=dataset,
-        dataset_name=dataset,
+        dataset_type=public_name(dataset),
+        dataset_name=public_name(dataset),
         dataset_config=dataset_config,
         dataset_split=split,
         metric_type="perplexity",

@@ -14,6 +14,7 @@ from ..criteria import importance
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
+from ..utils.public import public_data
 from ..utils.sizes import parse_size
 from .allocation import allocate
 from .distribution import importance_distribution
@@ -115,6 +116,10 @@ class PruningPlan:
         It adds up blocks as if each were pruned alone, and knows nothing of experts that no token reached.
         """
         return sum(self.loss_increase.values())
+
+    def public(self) -> PruningPlan:
+        """A copy that names no place on this machine, for the folder of a model. Such a text is not found to be read again."""
+        return replace(self, config=self.config.public(), data=public_data(self.data))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +25,8 @@ from ..utils.companions import (
     find_own,
     own_folder,
 )
-from ..utils.files import replace_folder
+from ..utils.files import replace_folder, write_json
+from ..utils.public import public_name
 
 
 if TYPE_CHECKING:
@@ -52,11 +54,19 @@ def save_adapter(
     """
     with replace_folder(folder, overwrite) as temporary:
         recovery.model.save_pretrained(temporary)
+        _name_base(temporary / "adapter_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / CARD_NAME).write_text(_ADAPTER_CARD, encoding="utf-8")
         recovery.report.add_to(temporary)
     return Path(folder)
+
+
+def _name_base(path: Path) -> None:
+    """Leaves of the place of the pruned model its name, which is looked for beside the adapter."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = public_name(config["base_model_name_or_path"]).rstrip("/")
+    write_json(path, config)
 
 
 def save_merged(

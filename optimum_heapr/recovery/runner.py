@@ -13,6 +13,7 @@ import torch
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import has_accelerator, place
+from ..utils.public import public_name
 from .adapter import check_pruned, identity_of, interpolate, known_warnings_of_peft
 from .data import RecoveryData
 from .placement import experts_of_any_width
@@ -128,9 +129,9 @@ def recover(
         trained_parameters=sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
         seconds=seconds,
         data=_fingerprints(data),
-        config=config.to_dict(),
+        config=config.public().to_dict(),
         model=identity,
-        teacher=teacher.name if teacher else None,
+        teacher=public_name(teacher.name) if teacher else None,
     )
     return Recovery(peft_model.eval() if improved else peft_model.unload(), report)
 

@@ -8,7 +8,7 @@ import statistics as stats
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.metric import TokenPerplexity, mean_with_error
-from ..utils.files import public_name
+from ..utils.public import public_data, public_name, public_text
 
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def build_report(
         "version": VERSION,
         "model": model,
         "versions": _versions(),
-        "config": {name: value for name, value in plan.config.to_dict().items() if value is not None},
-        "calibration": {**plan.data, "source": public_name(plan.data["source"])} if plan.data else {},
+        "config": {name: value for name, value in plan.config.public().to_dict().items() if value is not None},
+        "calibration": public_data(plan.data),
         "removed": {
             "before": plan.total,
             "after": plan.total - plan.removed,
@@ -74,7 +74,7 @@ def build_report(
         f"after: {problem}" for problem in after.problems
     ]
     if problems:
-        report["problems"] = problems
+        report["problems"] = [public_text(problem) for problem in problems]
     return report
 
 

@@ -78,7 +78,7 @@ def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBloc
         _cut_to_variable(model, plan, blocks)
     else:
         cut_to_stock(model, plan, blocks)
-    model.config.heapr_config = plan.config.to_dict()
+    model.config.heapr_config = plan.config.public().to_dict()
     _forget_origin(model)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from ..utils.public import public_name
 from .documents import tokenized_documents, usable_columns
 from .mixtures import parse_sources, shares_of
 from .sources import SHUFFLE_BUFFER, open_source, rows_of
@@ -51,12 +52,12 @@ class CalibrationData:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Hash of all token ids, how many there are, and the share of them that each source gave."""
+        """Hash of all token ids, how many there are, and the share of them that each source gave; no paths but names."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(len(sample).to_bytes(8, "little") + sample.numpy().tobytes())
         return {
-            "source": self.source,
+            "source": public_name(self.source),
             "sha256": digest.hexdigest()[:16],
             "num_samples": len(self.samples),
             "num_tokens": sum(map(len, self.samples)),
@@ -70,7 +71,7 @@ class CalibrationData:
         for sample, name in zip(self.samples, origins):
             lengths[name].append(len(sample))
         return [
-            {"name": name, "num_samples": len(lengths[name]), "num_tokens": sum(lengths[name])}
+            {"name": public_name(name), "num_samples": len(lengths[name]), "num_tokens": sum(lengths[name])}
             for name in sorted(lengths)
         ]
 

@@ -259,12 +259,6 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def public_name(source: str) -> str:
-    """A name as it is; of a path, and of the parts of a mixture, the end: the folders above it are nobody's business."""
-    parts = [source] if os.path.exists(source) else re.split(r",(?![^\[]*\])", source)
-    return ",".join(Path(part).name if os.path.isabs(part) or os.path.exists(part) else part for part in parts)
-
-
 def _check_writable(path: Path) -> None:
     existing = path.parent
     while not existing.exists():

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HeaprError, did_you_mean
+from .public import public_name
 
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+_TEXTS = ("dataset", "eval_dataset")  # options that may hold a path
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -96,6 +100,11 @@ class Options:
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed, validated anew."""
         return self.from_dict(self.changed(self.to_dict(), changes))
+
+    def public(self) -> Self:
+        """A copy that names no place on this machine: of texts that are paths only the names are left."""
+        named = {name: getattr(self, name, None) for name in _TEXTS}
+        return dataclasses.replace(self, **{name: public_name(text) for name, text in named.items() if text})
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

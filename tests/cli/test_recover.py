@@ -2,6 +2,7 @@
 """`optimum-cli heapr recover`: adapter or merged model, one line for each mistake, one result for any number of processes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_an_adapter_and_a_merged_model(run, inputs, text, tmp_path):
     files, merged = set(listing(inputs.pruned)), set(listing(tmp_path / "merged"))
     assert files - merged == {"heapr/statistics.safetensors"} and merged - files == {"heapr/recovery_report.json"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "recipe.yaml"]
+    shutil.copytree(inputs.pruned, tmp_path / "pruned")  # the adapter knows its model by this name
     evaluation = run("evaluate", "-m", tmp_path / "merged", tmp_path / "adapter", "--dataset", text, "--json")
     assert evaluation.status == 0 and len(json.loads(evaluation.output)["perplexity"]) == 2
     model, _ = load_model(inputs.pruned)
