@@ -207,7 +207,7 @@ def test_from_pretrained(folder, text, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert {"heapr", "modeling_heapr.py", "README.md"} <= names
-    assert HeaprConfig.from_pretrained(tmp_path / "out") == config
+    assert HeaprConfig.from_pretrained(tmp_path / "out") == config.public()
     assert PruningPlan.load(tmp_path / "out").widths == pruner.applied_plan.widths
     assert equal(AtomicStatistics.load(tmp_path / "out" / "heapr" / "statistics.safetensors"), pruner.statistics)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(pruner.model))

@@ -140,7 +140,9 @@ def test_flags_override_the_recipe(run, inputs, tmp_path, suffix):
     output = tmp_path / "out"
     result = run("prune", "-m", inputs.model, "-o", output, "-c", recipe, "--ratio", "0.3", "--criterion", "fisher")
     assert result.status == 0 and "criterion fisher" in result.output
-    assert HeaprConfig.from_pretrained(output) == HeaprConfig(**{**options, "ratio": 0.3, "criterion": "fisher"})
+    assert HeaprConfig.from_pretrained(output) == HeaprConfig(
+        **{**options, "ratio": 0.3, "criterion": "fisher", "dataset": "text.jsonl"}
+    )
 
 
 def test_a_ratio_takes_the_place_of_a_size_in_the_recipe(run, inputs, tmp_path):
