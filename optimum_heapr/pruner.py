@@ -259,8 +259,7 @@ class HeaprPruner:
         """Writes the pruned model, its tokenizer, generation config and card, and in `heapr/` plan, report and statistics.
 
         Args:
-            folder (`str`): appears whole or not at all; with `overwrite`, in place of one that this package
-                wrote and that holds nothing else.
+            folder (`str`): appears whole or not at all; with `overwrite`, in place of one that this package wrote alone.
             push_to_hub (`bool`): upload the folder as well, to `repo_id` or else to a repository of its name.
             results (`Sequence[EvalResult]`): measured, for the card; see [`~optimum_heapr.hub.card.perplexity_result`].
             save_options: of the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False` stores packed
