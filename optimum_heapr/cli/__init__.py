@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from .apply import ApplyCommand
 from .calibrate import CalibrateCommand
 from .demo import DemoCommand
+from .estimate import EstimateCommand
 from .evaluate import EvaluateCommand
 from .families import FamiliesCommand
 from .inspect import InspectCommand
@@ -20,6 +21,7 @@ class HeaprCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.NAME, help=command.HELP, subcommand_class=command)
         for command in (
+            EstimateCommand,
             CalibrateCommand,
             MergeCommand,
             PlanCommand,

@@ -70,7 +70,7 @@ def add_config_options(
             group.add_argument(
                 flag,
                 # Values are checked by the configuration, whose messages say more than argparse's; so only numbers are parsed.
-                type={int: _number, float: _number}.get(kind, str),
+                type={int: number, float: number}.get(kind, str),
                 metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
                 default=argparse.SUPPRESS,
                 help=help,
@@ -129,15 +129,24 @@ def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         HeaprError: if there is no such dtype.
     """
-    if args.dtype not in DTYPES:
-        hint = did_you_mean(args.dtype, DTYPES)
-        raise HeaprError(f"dtype={args.dtype!r}: must be one of {', '.join(DTYPES)}{hint}")
+    check_dtype(args.dtype)
     names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value}
 
 
-def _number(text: str) -> int | float:
+def check_dtype(dtype: str) -> None:
+    """Refuses a dtype that weights are not loaded in.
+
+    Raises:
+        HeaprError: naming those that they are.
+    """
+    if dtype not in DTYPES:
+        raise HeaprError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+
+
+def number(text: str) -> int | float:
+    """A flag's value as a number, the way argparse wants it."""
     try:
         return int(text)
     except ValueError:

@@ -1,18 +1,19 @@
 # Licensed under the Apache License, Version 2.0
-"""The formulas of benchmarks/extrapolation.py against counted operations and bytes, and the documentation against them."""
-
-import importlib.util
-import sys
+"""The formulas of what a calibration takes against counted operations and bytes, and the documentation against them."""
 
 import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.streaming import calibrate_streaming
+from optimum_heapr.calibration.work import CalibrationWork
 from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.checkpoints.outline import load_outline
+from optimum_heapr.estimate import estimate
 from optimum_heapr.layerwise.source import SourceCheckpoint
 from optimum_heapr.utils.tensor_files import TensorReader, checkpoint_files
 from tests.helpers import calibration_data, repository, tiny_model
@@ -30,20 +31,19 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def extrapolation():
-    spec = importlib.util.spec_from_file_location("extrapolation", repository() / "benchmarks" / "extrapolation.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+# All layers alike; a shared expert and its gate; a dense layer first; keys and values compressed, of different sizes.
+FAMILIES = {"qwen3_moe": SIZES, "qwen2_moe": {}, "deepseek": {}, "deepseek_v2": {}}
+
+
+def measured(family="qwen3_moe"):
+    """A model, calibration data, and what the formulas say of them."""
+    model = tiny_model(family, **FAMILIES[family])
+    return model, calibration_data(24, 24, 24), CalibrationWork.of(model, HeaprConfig(num_samples=3, seq_length=24))
 
 
 @pytest.fixture
-def small(extrapolation):
-    """A model, calibration data, and what the formulas say of them."""
-    model = tiny_model("qwen3_moe", **SIZES)
-    return model, calibration_data(24, 24, 24), extrapolation.Calibration(model.config, 3, 24, itemsize=4)
+def small():
+    return measured()
 
 
 # torch counts neither of these: the product of rows with the matrix of their expert, and attention on a CPU.
@@ -64,20 +64,24 @@ COUNTED = {
 }
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["plain", "offload"])
-def test_operations_are_those_counted(mode, small):
-    model, data, run = small
+def test_operations_are_those_counted(mode, family):
+    model, data, run = measured(family)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         calibrate(model, data, checkpointing=mode == "offload")
     counted = counter.get_flop_counts()["Global"]
     assert {torch.ops.aten.mm, torch.ops.aten._grouped_mm} <= set(counted), "the kernels that the formulas are about"
-    assert counter.get_total_flops() == run.flops(mode)
+    expected = run.flops(mode)
+    if family == "deepseek_v2":  # keys and values of different sizes: no fused kernel, which computes weights again
+        expected -= run.tokens * sum(layer.attention // 2 for layer in run.layers[2:])
+    assert counter.get_total_flops() == expected
 
 
 def test_bytes_are_those_there_are(small, tmp_path):
     model, data, run = small
-    assert run.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
-    assert run.layer_bytes == sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    assert run.bytes_read("plain") == sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(layer.num_bytes for layer in run.layers) == sum(p.nbytes for p in model.model.layers.parameters())
     vectors = calibrate(model, data).blocks
     assert run.statistics_bytes == sum(t.nbytes for block in vectors.values() for t in block.sums.values())
     both = calibrate(model, data, gram=True).blocks
@@ -101,8 +105,7 @@ def test_offloaded_layers_are_read_twice_a_micro_batch(small, tmp_path, monkeypa
     calibrate(offloaded, data)
     # The norms of the weights are a statistic as well, and take one more reading of the experts.
     norms = sum(sizes[name] for name in sizes if "mlp.experts" in name)
-    kept = run.weight_bytes - run.layer_bytes
-    assert sum(map(sizes.__getitem__, names)) == run.bytes_read("offload") - kept + norms
+    assert sum(map(sizes.__getitem__, names)) == run.bytes_read("offload") - run.rest_bytes + norms
 
 
 def test_streamed_layers_are_read_twice_in_all(small, tmp_path, monkeypatch):
@@ -124,12 +127,50 @@ def test_streamed_layers_are_read_twice_in_all(small, tmp_path, monkeypatch):
     assert sum(size) == run.bytes_read("streaming") + told_by
 
 
-def test_the_published_sizes(extrapolation):
-    """30.5 billion parameters, 29.9 without the embeddings; 235 and 234."""
-    sizes = [extrapolation.Calibration(config).parameters for config in extrapolation.MODELS.values()]
-    assert [round(size / 1e9, 1) for size in sizes] == [30.5, 235.1]
+COMMON = {
+    "vocab_size": 151_936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+MODELS = {
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        moe_intermediate_size=768,
+        intermediate_size=6144,
+        **COMMON,
+    ),
+    "Qwen3-235B-A22B": Qwen3MoeConfig(
+        hidden_size=4096,
+        num_hidden_layers=94,
+        num_attention_heads=64,
+        moe_intermediate_size=1536,
+        intermediate_size=12_288,
+        **COMMON,
+    ),
+}
 
 
-def test_the_documentation_has_the_table(extrapolation):
-    page = repository() / "docs" / "source" / "guides" / "large_models.md"
-    assert extrapolation.markdown() in page.read_text(encoding="utf-8")
+def gib(size):
+    return f"{size / 2**30:,.2f}" if size < 10 * 2**30 else f"{size / 2**30:,.0f}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_documentation_has_the_figures(name, tmp_path):
+    MODELS[name].save_pretrained(tmp_path)
+    page = (repository() / "docs" / "source" / "guides" / "large_models.md").read_text(encoding="utf-8")
+    found = estimate(tmp_path, HeaprConfig(num_samples=128, seq_length=2048))
+    work = CalibrationWork.of(load_outline(tmp_path), HeaprConfig(num_samples=128, seq_length=2048))
+    for way in found.calibration:
+        cells = [name, way.mode, f"{way.flops / 1e15:,.2f}", gib(way.bytes_read), gib(way.weights)]
+        cells += [
+            gib(way.layer_inputs) if way.layer_inputs else "",
+            gib(work.statistics_bytes),
+            gib(work.matrix_bytes),
+        ]
+        assert f"| {' | '.join(cells)} |" in page
