@@ -1,0 +1,294 @@
+# Licensed under the Apache License, Version 2.0
+"""Experts of many widths in vLLM: vLLM's own experts and kernels, once for each group of pieces.
+
+`RoutedExperts` is where vLLM keeps the weights of a layer's experts and calls its kernels; router, shared experts and
+reductions are around it. Every stock model makes its layers of it, so replacing it while a model is built is all that is
+needed for any family. What replaces it holds one `RoutedExperts` for each group of [`Pieces`], with vLLM's map of the
+experts that are elsewhere, as in expert parallelism, and sums their outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+
+from ..modeling.atomic_experts import storage_order
+from .errors import ServingError
+from .families import UNIFORM
+from .pieces import Pieces, cut
+
+
+# Kernels want widths that are multiples of this: the CPU's pads to it, and the blocks of the others are no narrower.
+WIDTH_MULTIPLE = 32
+
+_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|bias)")
+
+
+@contextmanager
+def variable_widths(widths: dict[int, list[int]], all_layers: bool) -> Iterator[None]:
+    """While this is open, experts that vLLM makes have the widths of the layer that they belong to.
+
+    Args:
+        widths (`dict[int, list[int]]`): by layer, atomic experts of each expert.
+        all_layers (`bool`): whether all of them are made here; with pipeline parallelism a process has a part.
+
+    Raises:
+        [`ServingError`]: if a layer of the model has no widths, or widths have no layer.
+    """
+    made: set[int] = set()
+    stock_classes = [RoutedExperts, *RoutedExperts.__subclasses__()]
+    stock_classes = [stock for stock in stock_classes if not issubclass(stock, _OURS)]
+    taken = sorted({stock.__name__ for stock in stock_classes} & set(op_registry_oot))
+    if taken:
+        raise ServingError(f"another plugin of vLLM replaces {taken[0]}: variable widths cannot; {UNIFORM}")
+    for stock in stock_classes:
+        ours = type("Variable" + stock.__name__, (VariableWidths, stock), {"widths_by_layer": widths, "made": made})
+        op_registry_oot[stock.__name__] = ours
+    try:
+        yield
+    finally:
+        for stock in stock_classes:
+            del op_registry_oot[stock.__name__]
+    if all_layers and made != set(widths):
+        missing = sorted(set(widths) - made)
+        raise ServingError(f"vLLM's model has no experts in layer {missing[0]}, where the checkpoint has; {UNIFORM}")
+
+
+class WidthGroup(RoutedExperts):
+    """The pieces of one width: vLLM's experts, of which this has those in `members`."""
+
+    def __init__(
+        self, layer_name: str, params_dtype: torch.dtype, moe_config: FusedMoEConfig, *args, members, **kwargs
+    ):
+        self.members = {expert: slot for slot, expert in enumerate(members)}
+        super().__init__(layer_name, params_dtype, moe_config, *args, **kwargs)
+
+    def update_expert_map_info(self) -> None:
+        slots = [self.members.get(expert, -1) for expert in range(self.moe_config.num_experts)]
+        self.local_num_experts = len(self.members)
+        self.expert_placement_strategy = "linear"
+        self.register_buffer("_expert_map", torch.tensor(slots, dtype=torch.int32), persistent=False)
+        self.register_buffer("expert_mask", None, persistent=False)
+
+    def _map_global_expert_id_to_local_expert_id(self, expert_id: int) -> int:
+        return self.members.get(expert_id, -1)
+
+    def run(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        self._ensure_moe_quant_config_init()
+        return self.quant_method.apply(self, x, topk_weights, topk_ids, None, None)
+
+
+class GroupsMethod(FusedMoEMethodBase):
+    """vLLM's hook for how experts compute: each group by itself, and the sum."""
+
+    def __init__(self, moe: FusedMoEConfig):
+        super().__init__(moe)
+
+    def create_weights(self, layer: VariableWidths, *args, **kwargs) -> None:
+        layer.make_groups()
+
+    def get_fused_moe_quant_config(self, layer) -> None:
+        return None  # each group has its own
+
+    def apply(self, layer: VariableWidths, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+        if not current_platform.is_cpu():
+            return _sum_of_groups(layer, x, topk_weights, topk_ids)
+        if torch.compiler.is_compiling():
+            return torch.ops.heapr.experts(x, topk_weights, topk_ids, layer.layer_name)
+        return _sum_on_cpu(layer, x, topk_weights, topk_ids)
+
+
+def _sum_of_groups(layer, x, topk_weights, topk_ids):
+    """Every group is given all tokens: its kernel skips the experts that its map calls -1."""
+    return sum(group.run(x, topk_weights, topk_ids) for group in layer.groups)
+
+
+def _sum_on_cpu(layer, x, topk_weights, topk_ids):
+    """Every group is given the tokens that need it, each as often as it has experts there: the CPU's kernel knows no map."""
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for group in layer.groups:
+        slots = group._expert_map[topk_ids]
+        tokens, choices = torch.where(slots >= 0)
+        if tokens.numel():
+            weights = topk_weights[tokens, choices].unsqueeze(1)
+            part = group.run(x[tokens], weights, slots[tokens, choices].unsqueeze(1))
+            out.index_add_(0, tokens, part.float())
+    return out.to(x.dtype)
+
+
+@torch.library.custom_op("heapr::experts", mutates_args=())
+def _experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
+    """Hides from torch.compile that the number of tokens of a group is not known beforehand."""
+    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
+    return _sum_on_cpu(layer, x, topk_weights, topk_ids)
+
+
+@_experts.register_fake
+def _(x, topk_weights, topk_ids, layer_name):
+    return torch.empty_like(x)
+
+
+class VariableWidths:
+    """Mixed into `RoutedExperts`: the experts of a layer, each of a width of its own, as groups of pieces."""
+
+    widths_by_layer: dict[int, list[int]]
+    made: set[int]
+
+    def __init__(self, layer_name, params_dtype, moe_config: FusedMoEConfig, quant_config, **options):
+        self.layer = extract_layer_index(layer_name)
+        self.widths = self.widths_by_layer.get(self.layer)
+        if self.widths is None or len(self.widths) != moe_config.num_experts:
+            found = "no widths" if self.widths is None else f"widths of {len(self.widths)} experts"
+            raise ServingError(f"{layer_name}: {found} in config.json, vLLM makes {moe_config.num_experts}; {UNIFORM}")
+        multiple = WIDTH_MULTIPLE * moe_config.moe_parallel_config.tp_size
+        self.pieces: Pieces = cut(self.widths, multiple, keep_empty=moe_config.has_bias)
+        self._group_options = options
+        self.loaded: set[tuple[int, str]] = set()
+        self.made.add(self.layer)
+        super().__init__(layer_name, params_dtype, moe_config, quant_config, **options)
+
+    def _get_quant_method(self, prefix, quant_config, moe_config) -> FusedMoEMethodBase:
+        return GroupsMethod(moe_config)
+
+    def make_groups(self) -> None:
+        self.groups = nn.ModuleList(
+            WidthGroup(
+                self.layer_name,
+                self.params_dtype,
+                self._group_config(width, members := self.pieces.experts_of(group)),
+                self.quant_config,
+                members=members,
+                **self._group_options,
+            )
+            for group, width in enumerate(self.pieces.widths)
+        )
+
+    def _group_config(self, width: int, members: list[int]) -> FusedMoEConfig:
+        backend = self.moe_config.moe_backend
+        if current_platform.is_cuda_alike() and backend == "auto":
+            backend = "triton"  # skips the experts that a map leaves out; not every backend does
+        return dataclasses.replace(
+            self.moe_config,
+            intermediate_size=width,
+            intermediate_size_per_partition_unpadded=None,
+            num_local_experts=len(members),
+            moe_backend=backend,
+        )
+
+    def load_weights(self, weights):
+        raise ServingError(f"{self.layer_name}: vLLM hands out weights in a way that is not known; {UNIFORM}")
+
+    # Loading: called by the model with what follows `experts.` in the name of a tensor.
+
+    def load(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """Puts a tensor of the checkpoint where its pieces are.
+
+        Args:
+            name (`str`): its name after `experts.`: `3.gate_proj.weight`, or that of a tensor of all experts.
+            tensor (`torch.Tensor`): in the shape that the checkpoint has.
+
+        Returns:
+            `list[str]`: names of the parameters that were written, relative to this module.
+
+        Raises:
+            [`ServingError`]: if the name is none of an expert's, or the shape is not that of its width.
+        """
+        if name == "down_proj_bias":
+            return self._load_down_biases(tensor)
+        if name in ("gate_up_proj", "gate_up_proj_bias", "down_proj"):
+            return self._load_packed(name, tensor)
+        match = _PER_EXPERT.fullmatch(name)
+        part = match and self._shards().get(match[2])
+        if part is None or int(match[1]) >= len(self.widths):
+            raise ServingError(f"{self.layer_name}.{name}: no tensor of experts of this model")
+        return self._load_part(int(match[1]), part, match[3], tensor)
+
+    def _shards(self) -> dict[str, str]:
+        default = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+        return default | {
+            self.ckpt_gate_proj_name: "w1",
+            self.ckpt_down_proj_name: "w2",
+            self.ckpt_up_proj_name: "w3",
+        }
+
+    def _load_part(self, expert: int, part: str, kind: str, tensor: torch.Tensor) -> list[str]:
+        width, hidden = self.widths[expert], self.moe_config.hidden_dim_unpadded
+        expected = (width,) if kind == "bias" else (hidden, width) if part == "w2" else (width, hidden)
+        if tuple(tensor.shape) != expected:
+            raise ServingError(
+                f"{self.layer_name}: expert {expert} has a tensor of shape {list(tensor.shape)}, and config.json gives it "
+                f"{list(expected)}; the files belong to different models: copy or prune it again"
+            )
+        dim, parameter = (1, "w2_") if part == "w2" else (0, "w13_")
+        written = []
+        for group, start in self.pieces.starts(expert):
+            piece = tensor.narrow(dim, start, min(self.pieces.widths[group], width - start))
+            padding = self.pieces.widths[group] - piece.shape[dim]
+            piece = F.pad(piece, (0, padding) if dim == piece.ndim - 1 else (0, 0, 0, padding))
+            self._write(self.groups[group], parameter + kind, part, expert, piece)
+            written.append(f"groups.{group}.{parameter}{kind}")
+        self.loaded.add((expert, f"{part}.{kind}"))
+        return written
+
+    def _write(self, group: WidthGroup, name: str, part: str, expert: int, piece: torch.Tensor) -> None:
+        parameter = getattr(group, name)
+        if part != "w2" and self.moe_config.activation == MoEActivation.SWIGLUOAI:  # its rows are stored in turn
+            rows = parameter.data[group.members[expert]][0 if part == "w1" else 1 :: 2]
+            rank, share = self.moe_config.tp_rank, piece.shape[0] // self.moe_config.tp_size
+            rows[:share].copy_(piece.narrow(0, rank * share, share))
+        else:
+            parameter.weight_loader(parameter, piece, name, part, expert, return_success=True)
+
+    def _load_down_biases(self, biases: torch.Tensor) -> list[str]:
+        """The bias is added once: by an expert's first piece, and by the first of the ranks that share it."""
+        if self.moe_config.tp_rank == 0:
+            for expert, bias in enumerate(biases):
+                group = self.groups[self.pieces.groups_of[expert][0]]
+                group.w2_bias.data[group.members[expert], : bias.shape[0]].copy_(bias)
+        return [f"groups.{group}.w2_bias" for group in range(len(self.groups))]
+
+    def _load_packed(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """A tensor of all experts, in the order in which `AtomicExperts` stores them."""
+        order, factor = storage_order(self.widths), 1 if name == "down_proj" else 2
+        if tensor.shape[0] != factor * sum(self.widths):
+            raise ServingError(
+                f"{self.layer_name}.{name} has {tensor.shape[0]} rows, and config.json gives it "
+                f"{factor * sum(self.widths)}; the files belong to different models: copy or prune it again"
+            )
+        written, kind = [], "bias" if name.endswith("_bias") else "weight"
+        for expert, rows in zip(order, tensor.split([factor * self.widths[expert] for expert in order])):
+            if name == "down_proj":
+                written += self._load_part(expert, "w2", kind, rows.T)
+                continue
+            interleaved = self.moe_config.activation == MoEActivation.SWIGLUOAI
+            gate, up = (rows[::2], rows[1::2]) if interleaved else rows.chunk(2)
+            written += self._load_part(expert, "w1", kind, gate) + self._load_part(expert, "w3", kind, up)
+        return written
+
+    def missing(self) -> list[str]:
+        """Projections of experts that no tensor was loaded for."""
+        parts = ["w1.weight", "w2.weight", "w3.weight"]
+        parts += ["w1.bias", "w3.bias"] if self.moe_config.has_bias else []
+        return [
+            f"expert {expert} {part}"
+            for expert, width in enumerate(self.widths)
+            for part in parts
+            if width and (expert, part) not in self.loaded
+        ]
+
+
+_OURS = (VariableWidths, WidthGroup)

@@ -1,0 +1,56 @@
+# Licensed under the Apache License, Version 2.0
+"""What vLLM calls at the start of each of its processes. Models that are not ours are not touched."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Makes vLLM know pruned models of variable widths. Calling it again changes nothing."""
+    import vllm
+    from transformers import AutoConfig
+
+    from ..modeling.auto import FAMILIES
+    from .configuration import refused_config_class, served_config_class
+    from .families import refusal
+
+    for family in (*FAMILIES, "deepseek"):
+        reason = refusal(family, vllm.__version__)
+        if reason is None:
+            _register_architecture(family)
+            config_class = served_config_class(family)
+        else:
+            config_class = refused_config_class(f"heapr_{family}", reason)
+        AutoConfig.register(f"heapr_{family}", config_class, exist_ok=True)
+
+
+def _register_architecture(family: str) -> None:
+    from vllm.model_executor.models import config as rules
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from . import families
+
+    stock = families.FAMILIES[family]
+    name = families.PREFIX + stock
+    ModelRegistry.register_model(name, f"{__package__}.models:{name}")
+    rules.MODELS_CONFIG_MAP[name] = _checks(rules.MODELS_CONFIG_MAP.get(stock, rules.VerifyAndUpdateConfig))
+
+
+def _checks(stock: type) -> type:
+    """vLLM's own rules for a family, after ours."""
+
+    class Checks(stock):
+        @classmethod
+        def verify_and_update_model_config(cls, model_config) -> None:
+            from .checkpoint import check_folder
+
+            check_folder(model_config.model, model_config.hf_config.expert_widths)
+            stock.verify_and_update_model_config(model_config)
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config) -> None:
+            from .settings import check_settings
+
+            check_settings(vllm_config)
+            stock.verify_and_update_config(vllm_config)
+
+    return Checks

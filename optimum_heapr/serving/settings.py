@@ -1,0 +1,32 @@
+# Licensed under the Apache License, Version 2.0
+"""What vLLM is asked for that it does not do with variable widths."""
+
+from __future__ import annotations
+
+from .errors import ServingError
+from .families import UNIFORM
+
+
+def check_settings(vllm_config) -> None:
+    """Refuses what was not made to work, when the server starts.
+
+    Args:
+        vllm_config (`vllm.config.VllmConfig`): of the engine that is about to start.
+
+    Raises:
+        [`ServingError`]: for expert or data parallelism, quantization, adapters, and devices other than CPUs and CUDA.
+    """
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    asked = {
+        "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
+        "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
+        "load balancing of experts (--enable-eplb)": parallel.enable_eplb,
+        f"quantization ({vllm_config.model_config.quantization})": vllm_config.model_config.quantization is not None,
+        "adapters (--enable-lora)": vllm_config.lora_config is not None,
+        f"the device {current_platform.device_name}": not (current_platform.is_cpu() or current_platform.is_cuda()),
+    }
+    refused = [name for name, is_asked in asked.items() if is_asked]
+    if refused:
+        raise ServingError(f"variable widths are not served with {refused[0]}: leave it out, or {UNIFORM}")
