@@ -9,6 +9,13 @@ PREFIX = "Heapr"
 
 # By model type. Only what tests/serving/test_vllm.py runs: a family that fits but was not compared is refused.
 FAMILIES = {
+    "deepseek": "DeepseekForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }

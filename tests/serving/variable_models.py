@@ -33,13 +33,13 @@ SMALL = {
 FINE_GRAINED = {"moe_intermediate_size": 96, "intermediate_size": 64, "num_experts_per_tok": 2}
 DEEPSEEK = {**FINE_GRAINED, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
 GROUPED = {**DEEPSEEK, "n_group": 2, "topk_group": 1}
-LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "head_dim": 32}
+# vLLM's latent attention knows the sizes of the published models alone.
+LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "head_dim": 64}
 COARSE = {"intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2}
 CONFIGS = {
     "deepseek": DEEPSEEK,
     "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**GROUPED, **LATENT, "q_lora_rank": 32, "topk_method": "noaux_tc"},
-    "dots1": {**GROUPED, "layer_types": ["full_attention"] * 3},
     "ernie4_5_moe": {**FINE_GRAINED, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 2},
     "glm4_moe": GROUPED,
     "gpt_oss": {**COARSE, "layer_types": ["full_attention"] * 3, "head_dim": 64, "sliding_window": 128},
@@ -89,3 +89,28 @@ def variable_checkpoint(folder: Path, family: str, **overrides) -> torch.nn.Modu
     model = variable_model(family, **overrides)
     model.save_pretrained(folder)
     return model
+
+
+@torch.no_grad()
+def padded_checkpoint(folder: Path, family: str, pruned: torch.nn.Module) -> None:
+    """Saves the stock model that computes what a pruned one does: experts of the full width, with zeros."""
+    fields = {name: value for name, value in pruned.config.to_dict().items() if name != "architectures"}
+    fields = {
+        name: value for name, value in fields.items() if name not in ("model_type", "expert_widths", "heapr_config")
+    }
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    experts = {block.path: block.width for block in find_expert_blocks(stock)}
+    others = {name: value for name, value in pruned.state_dict().items() if ".experts." not in name}
+    assert all(".experts." in name for name in stock.load_state_dict(others, strict=False).missing_keys)
+    for path, width in experts.items():
+        source, target = pruned.get_submodule(path), stock.get_submodule(path)
+        target.gate_up_proj.zero_()
+        target.down_proj.zero_()
+        start = 0
+        for expert in source.order:
+            kept = source.widths[expert]
+            gate, up = source.gate_up_proj[2 * start : 2 * (start + kept)].chunk(2)
+            target.gate_up_proj[expert, :kept], target.gate_up_proj[expert, width : width + kept] = gate, up
+            target.down_proj[expert, :, :kept] = source.down_proj[start : start + kept].T
+            start += kept
+    stock.save_pretrained(folder)
