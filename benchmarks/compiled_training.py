@@ -1,9 +1,9 @@
 # Licensed under the Apache License, Version 2.0
-"""Forward and backward of one MoE block of uneven widths: as one operation of a compiled graph, against without compiling.
+"""Forward and backward of one MoE block of uneven widths: as operations of a compiled graph, against without compiling.
 
     python benchmarks/compiled_training.py
 
-The operation computes its forward again in the backward. Prints one table; times are medians of interleaved runs.
+Prints one table; times are medians of interleaved runs.
 """
 
 import argparse

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ExpertsInterface, _grouped_mm
+from transformers.integrations.moe import ExpertsInterface
 
-from .compiled import PARAMETERS, compiled_forward, numbered
+from .compiled import traced_forward
 from .half_precision import half_precision_forward, is_half_precision_inference, width_step
+from .operations import grouped_product
 
+
+PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 # What accelerate hangs on a module that it has placed on a device; it holds the stock module itself.
 HOOK_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook")
@@ -64,7 +67,6 @@ class AtomicExperts(nn.Module):
         self.order = storage_order(widths)
         # The inverse of `order`, made on the device of the first call.
         self._slot_of_expert: torch.Tensor | None = None
-        self.number = numbered(self)
 
         hidden_size, stock_width = stock.down_proj.shape[1:][:: -1 if stock.is_transposed else 1]
         total = sum(widths)
@@ -82,7 +84,10 @@ class AtomicExperts(nn.Module):
     def weights(self) -> list[torch.Tensor]:
         """What the block computes with, in the order of `PARAMETERS`: mostly its parameters, but an adapter may add to them, and
         a quantizer keep them in another form."""
-        return [getattr(self, name) for name in PARAMETERS if hasattr(self, name)]
+        stored = PARAMETERS if self.has_bias else PARAMETERS[:2]
+        computed = getattr(self, "parametrizations", {}) if torch.compiler.is_compiling() else {}
+        # Not by the attribute: a graph that looks into torch's cache of them is not valid for the next call.
+        return [computed[name]() if name in computed else getattr(self, name) for name in stored]
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.stock_class._apply_gate(self, gate_up)
@@ -160,21 +165,11 @@ class AtomicExperts(nn.Module):
     ) -> torch.Tensor:
         """As the stock module: [tokens, d], [tokens, K], [tokens, K] -> [tokens, d]."""
         if torch.compiler.is_compiling():
-            return compiled_forward(self, hidden_states, top_k_index, top_k_weights)
-        return self.compute(hidden_states, top_k_index, top_k_weights)
-
-    def compute(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """`forward` in the way that the configuration names."""
+            return traced_forward(self, hidden_states, top_k_index, top_k_weights)
         implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
             self.config._experts_implementation, eager_atomic_experts_forward
         )
         return implementation(self, hidden_states, top_k_index, top_k_weights)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.number = numbered(self)  # a copy, or from a pickle
 
 
 def eager_atomic_experts_forward(
@@ -227,35 +222,18 @@ def grouped_mm_atomic_experts_forward(
         if width:
             offsets = torch.tensor(group_counts, device=own.device).cumsum(0).to(torch.int32)
             gate_up_weight = self.gate_up_proj[slice_of_pairs].view(slots, 2 * width, -1)
-            gate_up = _grouped(
+            gate_up = grouped_product(
                 hidden_states.index_select(0, own), gate_up_weight.transpose(1, 2), offsets, group_counts
             )
             if self.has_bias:
                 gate_up = gate_up + self.gate_up_proj_bias[slice_of_pairs].view(slots, 2 * width)[slot_of_row]
             down_weight = self.down_proj[slice_of_atoms].view(slots, width, -1)
-            partial = _grouped(self.weighted_activation(gate_up, weight), down_weight, offsets, group_counts)
+            partial = grouped_product(self.weighted_activation(gate_up, weight), down_weight, offsets, group_counts)
             output.index_add_(0, own, partial.to(output.dtype))
         if self.has_bias:
             experts = torch.tensor(self.order[first : first + slots], device=own.device)[slot_of_row]
             output.index_add_(0, own, (weight * self.down_proj_bias[experts]).to(output.dtype))
     return output
-
-
-def _grouped(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """rows [n, a] sorted by group, weight [groups, a, b] -> [n, b]."""
-    dtype = product_dtype(weight)  # the kernel itself does not know autocast
-    # It has no float64, and wants rows of whole 16 bytes: widths that are multiples of 8 in half precision, of 4 in float32.
-    known = dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-    if len(counts) > 1 and known:
-        return _grouped_mm(rows, weight.to(dtype), offs=offsets)
-    return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight)])
-
-
-def product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What a product with this weight is computed in here, as autocast decides."""
-    device = weight.device.type
-    lowered = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if lowered else weight.dtype
 
 
 def _repeat(values, counts: list[int], device: torch.device) -> torch.Tensor:

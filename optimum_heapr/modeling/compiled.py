@@ -1,135 +1,45 @@
 # Licensed under the Apache License, Version 2.0
-"""`AtomicExperts` as one operation of a compiled graph. This file travels with pruned checkpoints.
-
-Shapes inside a block depend on the routing, so `torch.compile` must not look into it. As an operation it has an output of
-known shape. Its backward computes the forward again: nothing of unknown shape can be handed on.
-"""
-
-import itertools
-import re
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""`AtomicExperts` in a graph, as `torch.compile` and `torch.export` trace it. This file travels with pruned checkpoints."""
 
 import torch
-from torch import library, nn
+from torch import nn
+
+from .operations import expand, product_dtype, reduce
 
 
-PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-
-# Operations take tensors and numbers, so a block is named by its number. They are named after this module: a copy of the
-# file that came with a checkpoint has its own blocks.
-_NAME = f"heapr::{re.sub(r'[^0-9a-zA-Z]', '_', __name__)}"
-_NUMBERS = itertools.count()
-_BLOCKS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-
-
-def numbered(block: nn.Module) -> int:
-    """Gives an `AtomicExperts` a number."""
-    number = next(_NUMBERS)
-    _BLOCKS[number] = block
-    return number
-
-
-def compiled_forward(
+def traced_forward(
     block: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As `AtomicExperts.forward`."""
-    parameters = block.weights()
-    device = hidden_states.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return _operation(hidden_states, top_k_index, top_k_weights, parameters, block.number, autocast)
+    """As `AtomicExperts.forward`, of shapes that do not depend on the routing.
 
+    The products are operations that take the widths along; the rest, with the gate function of the family, is traced. (No `len`
+    of a tensor here: it would be a constant of an exported program.)
+    """
+    gate_up, down, *biases = block.weights()
+    dtype = product_dtype(gate_up)
+    widths = [block.widths[expert] for expert in block.order]
+    slot_of_expert = torch.tensor(block.order, device=top_k_index.device).argsort()
+    slots, permutation = torch.sort(slot_of_expert[top_k_index].reshape(-1), stable=True)
+    tokens = permutation // top_k_index.shape[-1]
+    ends = torch.searchsorted(slots, torch.arange(len(widths), device=slots.device), right=True)
 
-def _compute(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    parameters: list[torch.Tensor],
-    number: int,
-    autocast: torch.dtype | None,
-) -> torch.Tensor:
-    block = _BLOCKS[number]
-    with (
-        _lent(block, parameters),
-        torch.autocast(hidden_states.device.type, dtype=autocast, enabled=autocast is not None),
-    ):
-        return block.compute(hidden_states, top_k_index, top_k_weights)
+    grouped = block.config._experts_implementation == "grouped_mm"
+    few_shapes = dtype in (torch.bfloat16, torch.float16) and gate_up.device.type == "cpu"
+    step = block.width_step if few_shapes else 0
+    # Gates and ups are padded each by itself, unless they are stored in turn.
+    pairs = (widths, 2, grouped, step) if block.is_concatenated else ([2 * w for w in widths], 1, grouped, 2 * step)
 
-
-@contextmanager
-def _lent(block: nn.Module, parameters: list[torch.Tensor]) -> Iterator[None]:
-    """The block with these tensors as its parameters."""
-    own = dict(block._parameters)
-    block._parameters.update(zip([name for name in PARAMETERS if name in own], parameters, strict=True))
-    try:
-        yield
-    finally:
-        block._parameters.update(own)
-
-
-@library.custom_op(_NAME, mutates_args=())
-def _operation(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    parameters: list[torch.Tensor],
-    number: int,
-    autocast: torch.dtype | None,
-) -> torch.Tensor:
-    return _compute(hidden_states, top_k_index, top_k_weights, parameters, number, autocast)
-
-
-@_operation.register_fake
-def _(hidden_states, top_k_index, top_k_weights, parameters, number, autocast):
-    return torch.empty_like(hidden_states)
-
-
-@library.custom_op(f"{_NAME}_backward", mutates_args=())
-def _backward_operation(
-    gradient: torch.Tensor,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    parameters: list[torch.Tensor],
-    wanted: list[bool],
-    number: int,
-    autocast: torch.dtype | None,
-) -> list[torch.Tensor]:
-    inputs = [hidden_states, top_k_weights, *parameters]
-
-    def compute(*differentiated):
-        left = iter(differentiated)
-        hidden, weights, *rest = (next(left) if chosen else tensor for tensor, chosen in zip(inputs, wanted))
-        return _compute(hidden, top_k_index, weights, rest, number, autocast)
-
-    _, differentiate = torch.func.vjp(compute, *itertools.compress(inputs, wanted))
-    return list(differentiate(gradient))
-
-
-@_backward_operation.register_fake
-def _(gradient, hidden_states, top_k_index, top_k_weights, parameters, wanted, number, autocast):
-    return [
-        torch.empty_like(tensor) for tensor in itertools.compress([hidden_states, top_k_weights, *parameters], wanted)
-    ]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    hidden_states, top_k_index, top_k_weights, parameters, ctx.number, ctx.autocast = inputs
-    ctx.save_for_backward(hidden_states, top_k_index, top_k_weights, *parameters)
-
-
-def _backward(ctx, gradient):
-    hidden_states, top_k_index, top_k_weights, *parameters = ctx.saved_tensors
-    wants_hidden, _, wants_weights, wants_parameters, *_ = ctx.needs_input_grad
-    wanted = [wants_hidden, wants_weights, *wants_parameters]
-    found = iter(
-        _backward_operation(
-            gradient, hidden_states, top_k_index, top_k_weights, parameters, wanted, ctx.number, ctx.autocast
+    output = torch.zeros_like(hidden_states)
+    if any(widths):
+        activation = expand(hidden_states, tokens, ends, gate_up.to(dtype), *pairs)
+        if biases:
+            ones = torch.ones_like(hidden_states[:, :1])
+            activation = activation + expand(ones, tokens, ends, biases[0].to(dtype)[:, None], *pairs[:3], 0)
+        activation = block.weighted_activation(activation, top_k_weights.reshape(-1, 1)[permutation])
+        output = reduce(activation, tokens, ends, down.to(dtype), hidden_states, widths, 1, grouped, step)
+    if biases:
+        shares = top_k_weights.new_zeros(hidden_states.shape[0], len(widths)).scatter_add(
+            1, top_k_index, top_k_weights
         )
-    )
-    hidden, weights, *rest = (next(found) if chosen else None for chosen in wanted)
-    return hidden, None, weights, rest, None, None
-
-
-_operation.register_autograd(_backward, setup_context=_setup_context)
+        output = output + (shares @ biases[1].to(shares.dtype)).to(output.dtype)
+    return output

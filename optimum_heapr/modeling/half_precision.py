@@ -34,6 +34,13 @@ def rounded_rows(count: int) -> int:
     return _round_up(count, 16 if count <= 256 else 64)
 
 
+def rounded_span(span: slice, step: int, total: int) -> tuple[int, int, int]:
+    """Rows around those of an expert, a multiple of `step` or all: first, how many are before the expert's, end."""
+    size = min(_round_up(span.stop - span.start, step or 1), total)
+    first = min(span.start, total - size)
+    return first, span.start - first, first + size
+
+
 def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
@@ -50,16 +57,17 @@ def half_precision_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """As `AtomicExperts.forward`."""
-    rows = top_k_index.numel() / experts.num_experts
-    if len(hidden_states) <= MANY_TOKENS and 1 <= rows <= MANY_ROWS and _has_tiles(experts):
+    if takes_all_experts(experts.down_proj, len(hidden_states), top_k_index.numel() / experts.num_experts):
         return all_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return few_shapes_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def _has_tiles(experts: nn.Module) -> bool:
-    """Whether the CPU multiplies matrices of this type by tiles (Intel AMX). Others take longer for eight times the operations."""
+def takes_all_experts(weight: torch.Tensor, tokens: int, tokens_an_expert: float) -> bool:
+    """Whether one product of all experts is faster than one an expert: where the CPU multiplies matrices of this type by tiles
+    (Intel AMX). Others take longer for eight times the operations."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return experts.down_proj.dtype == torch.bfloat16 and supported is not None and supported()
+    has_tiles = weight.dtype == torch.bfloat16 and supported is not None and supported()
+    return has_tiles and tokens <= MANY_TOKENS and 1 <= tokens_an_expert <= MANY_ROWS
 
 
 def all_experts_forward(
@@ -106,16 +114,14 @@ def few_shapes_forward(
         row = 0
         for slot, count in run:
             width, rounded_count = widths[slot], rounded_rows(count)
-            rounded_width = min(_round_up(width, experts.width_step), total)
-            first = min(starts[slot], total - rounded_width)
-            before, end = starts[slot] - first, first + rounded_width
+            first, before, end = rounded_span(slice(starts[slot], starts[slot + 1]), experts.width_step, total)
 
             gate_up = F.linear(rows[row : row + rounded_count], gate_up_weights[2 * first : 2 * end])
             gate_up = gate_up[:count, 2 * before : 2 * (before + width)]
             if experts.has_bias:
                 gate_up = gate_up + experts.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
             activation = experts.weighted_activation(gate_up, weight[row : row + count])
-            activation = F.pad(activation, (before, rounded_width - width - before, 0, rounded_count - count))
+            activation = F.pad(activation, (before, end - first - width - before, 0, rounded_count - count))
             torch.mm(activation.to(partial.dtype), down_weights[first:end], out=partial[row : row + rounded_count])
             row += count
         experts.add_partial(output, partial[:row], run, tokens[own], weight)

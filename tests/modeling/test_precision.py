@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from optimum_heapr.modeling import half_precision
+from optimum_heapr.modeling import compiled
 from optimum_heapr.surgery.apply import cut_block
 from tests.modeling.test_atomic_experts import block_of, kept_of, routed, use
 
@@ -31,7 +31,8 @@ INPUTS = ("hidden", "weights")
 
 # What needs a gradient; "adapter" adds a trained tensor to each frozen parameter, as PEFT does.
 TRAINED = {"nothing": (), "everything": "all", "inputs": INPUTS, "experts": "parameters", "adapter": "adapter"}
-WAYS = [*itertools.product(("loop", "grouped"), TRAINED), ("all experts at once", "nothing")]
+WAYS = [*itertools.product(("loop", "grouped", "traced loop", "traced grouped"), TRAINED)]
+WAYS += [("all experts at once", "nothing"), ("traced, all experts at once", "everything")]
 
 
 def formula(block, parameters, widths, hidden, index, weights):
@@ -104,8 +105,10 @@ def trained_tensors(experts, inputs: dict, trained) -> dict[str, torch.Tensor]:
 
 
 def computed(way: str, experts, monkeypatch):
-    monkeypatch.setattr(half_precision, "_has_tiles", lambda _: way == "all experts at once")
-    return use(experts, "grouped_mm" if way == "grouped" else "eager")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "all experts" in way)
+    use(experts, "grouped_mm" if "grouped" in way else "eager")
+    # What a graph is traced from also runs by itself.
+    return functools.partial(compiled.traced_forward, experts) if "traced" in way else experts
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
@@ -116,13 +119,14 @@ def test_values_and_gradients(way, dtype, autocast, trained, monkeypatch):
     tolerance = 6 * max(torch.finfo(used).eps for used in (dtype, autocast) if used)
     for family in FAMILIES:
         for name, widths in WIDTHS.items():
-            experts = computed(way, cut_block(stock(family, dtype), kept_of(widths)), monkeypatch)
+            experts = cut_block(stock(family, dtype), kept_of(widths))
+            run = computed(way, experts, monkeypatch)
             # Under autocast, norms and residuals hand over float32.
             inputs = dict(zip(("hidden", "index", "weights"), routed(12, dtype=torch.float32 if autocast else dtype)))
             wanted = trained_tensors(experts, inputs, TRAINED[trained])
             precision = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
             with precision, torch.set_grad_enabled(bool(wanted)):
-                output = experts(*inputs.values())
+                output = run(*inputs.values())
             assert output.dtype == inputs["hidden"].dtype
             actual = {"output": output}
             if output.requires_grad:
