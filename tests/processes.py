@@ -30,6 +30,14 @@ _SERVER.set_forkserver_preload(
         "pandas",
         "sympy",
         "pytest",
+        "chardet",
+        "fsspec",
+        "jinja2",
+        "psutil",
+        "pyarrow.parquet",
+        "regex",
+        "requests",
+        "yaml",
     ]
 )
 

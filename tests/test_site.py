@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import optimum_heapr
+from tests.processes import run_python
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,9 +31,9 @@ def reference():
 
 
 def build(docs: Path, output: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(docs / "build.py"), "-o", str(output)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    """As `python docs/build.py -o output`."""
+    script = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    return run_python(script, docs / "build.py", "-o", output, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def needs_sphinx() -> None:

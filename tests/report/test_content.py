@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.evaluation.perplexity import evaluate_perplexity
+from optimum_heapr.report import observation
 from optimum_heapr.report.content import build_report
-from optimum_heapr.report.observation import COMPLETION_TOKENS, Workload
+from optimum_heapr.report.observation import Workload
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, random_statistics, tiny_model, tiny_tokenizer
 from tests.report.reports import measured_pruner
 
@@ -69,7 +70,7 @@ def test_completions_are_greedy():
     workload = Workload.of(pruner.applied_plan.config, tokenizer, pruner.calibration_data)
     ids, prompt = workload.prompts[0].tolist(), workload.prompts[0]
     assert tokenizer.decode(prompt, skip_special_tokens=True) == sample["prompt"] and sample["prompt"]
-    for _ in range(COMPLETION_TOKENS):
+    for _ in range(observation.COMPLETION_TOKENS):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
