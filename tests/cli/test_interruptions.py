@@ -15,8 +15,8 @@ from tests.processes import start_python
 # (module or class, function) to be interrupted in: while measuring, planning, cutting, writing, putting in place.
 MOMENTS = {
     "loading": ("optimum_heapr.checkpoints.loading", "load_model"),
-    "calibrating": ("optimum_heapr.pruner", "calibrate"),
-    "cutting": ("optimum_heapr.pruner", "apply_plan"),
+    "calibrating": ("optimum_heapr.checkpoints.loaded", "calibrate"),
+    "cutting": ("optimum_heapr.checkpoints.loaded", "apply_plan"),
     "writing weights": ("transformers.PreTrainedModel", "save_pretrained"),
     "writing the plan": ("optimum_heapr.PruningPlan", "save"),
     "putting in place": ("shutil", "rmtree"),

@@ -63,7 +63,6 @@ def test_the_loss_is_measured_on_what_calibration_left_over():
     assert 0 < measured["increase_standard_error"] < apart  # the same windows: hard ones are hard for both
 
 
-@torch.no_grad()
 def test_completions_are_greedy():
     pruner, tokenizer = measured_pruner(), tiny_tokenizer()
     sample, model = pruner.report["samples"][0], pruner.model
@@ -71,7 +70,8 @@ def test_completions_are_greedy():
     ids, prompt = workload.prompts[0].tolist(), workload.prompts[0]
     assert tokenizer.decode(prompt, skip_special_tokens=True) == sample["prompt"] and sample["prompt"]
     for _ in range(observation.COMPLETION_TOKENS):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
     assert sample["after"] == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
