@@ -18,7 +18,6 @@ from .calibration.statistics import AtomicStatistics
 from .checkpoints.loaded import LoadedModel
 from .checkpoints.stages import load_stages
 from .configuration import HeaprConfig
-from .criteria.obs import store_removal_curves
 from .experts import find_expert_blocks
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
@@ -173,8 +172,6 @@ class HeaprPruner:
             raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
         statistics.check_model(self.model, find_expert_blocks(self.model))
         config = self.config.replace(**changes)
-        if config.criterion == "obs":
-            store_removal_curves(statistics, config.ridge)  # the next ratio is a look-up, also in what is saved
         return PruningPlan.build(statistics, config)
 
     def apply(

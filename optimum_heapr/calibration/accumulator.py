@@ -128,9 +128,15 @@ class BlockAccumulator:
         run = routed.expert + torch.arange(rows, device=routed.expert.device) // ROWS_IN_A_RUN
         runs = self._vectors.new_zeros(3, len(self.token_count) + rows // ROWS_IN_A_RUN + 1, width)
         step = max(NUMBERS_AT_ONCE_CPU // width, 1) if runs.device.type == "cpu" else max(rows, 1)
+        squares = runs.new_empty(
+            2, min(step, rows), width
+        )  # memory that is new for each piece takes longer than squaring
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            h_square, g_square = (whole[part].to(runs.dtype).square() for whole in (activation, gradient))
+            h, g = (whole[part].to(runs.dtype) for whole in (activation, gradient))
+            h_square, g_square = squares[:, : len(h)]
+            torch.mul(h, h, out=h_square)
+            torch.mul(g, g, out=g_square)
             if routed.valid is not None:
                 h_square.mul_(routed.valid[part, None])
             runs[0].index_add_(0, run[part], h_square)

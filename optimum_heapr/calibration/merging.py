@@ -80,7 +80,7 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
 def _added(block: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
     summed = {name: tensor + other.sums[name] for name, tensor in block.sums.items()}
     # Removal curves are of one part; the sums of all give new ones.
-    return replace(block, **summed, removal_order=None, removal_cost=None, removal_ridge=None)
+    return replace(block, **summed, removal_order=None, removal_cost=None, removal_ridge=None, removal_scale=None)
 
 
 def _predicted_tokens(part: AtomicStatistics) -> int:

@@ -40,6 +40,8 @@ class BlockStatistics:
             int32; made from the matrices, and the same as from them.
         removal_cost (`torch.Tensor`, *optional*): what each of these steps costs, [E, I] float64.
         removal_ridge (`torch.Tensor`, *optional*): the ridge of each expert that they were computed with, [E].
+        removal_scale (`torch.Tensor`, *optional*): what these costs are to be multiplied by for an increase of the loss, [E]:
+            the matrices have the router weight in both, and it is one factor of the output.
     """
 
     activation_sq_sum: torch.Tensor
@@ -53,6 +55,7 @@ class BlockStatistics:
     removal_order: torch.Tensor | None = None
     removal_cost: torch.Tensor | None = None
     removal_ridge: torch.Tensor | None = None
+    removal_scale: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -199,7 +202,7 @@ class AtomicStatistics:
             experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
                 tensor = getattr(block, part.name)
-                if part.name in ("token_count", "output_norm_sum", "removal_ridge"):
+                if part.name in ("token_count", "output_norm_sum", "removal_ridge", "removal_scale"):
                     expected = (experts,)
                 else:
                     expected = (experts, width, width) if "_gram_" in part.name else (experts, width)

@@ -111,6 +111,9 @@ def store_removal_curve(path: str, block: BlockStatistics, ridge: float = 0.01) 
     found = removal_curves(path, block, ridge)
     block.removal_order, block.removal_cost = found.order.to(torch.int32), found.cost
     block.removal_ridge = _ridges(block, ridge)
+    if block.removal_scale is None and block.activation_gram_sum is not None:
+        energy = block.activation_gram_sum.diagonal(dim1=1, dim2=2).sum(1)
+        block.removal_scale = torch.where(energy > 0, block.activation_sq_sum.sum(1) / energy, 0)
 
 
 def _ridges(block: BlockStatistics, ridge: float) -> torch.Tensor:

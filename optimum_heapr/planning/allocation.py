@@ -50,80 +50,115 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
         whole = protected.get(path, []) + (unreached.get(path, []) if config.protect_unreached else [])
         ranked[path] = _RankedBlock.rank(score, config, whole)
     if config.allocation == "uniform":
-        groups = {path: _uniform_groups(block, config) for path, block in ranked.items()}
+        for block in ranked.values():
+            block.keep_groups(_uniform_groups(block, config))
     elif config.allocation == "layer":
-        groups = {
-            path: torch.full((len(block.value),), len(block.size))
-            if len(protected.get(path, [])) == len(block.value)
-            else _remove_least([block], config)[0]
-            for path, block in ranked.items()
-        }
-        if all(bool((groups[path] == len(block.size)).all()) for path, block in ranked.items()):
+        cut = [block for path, block in ranked.items() if len(protected.get(path, [])) < len(block.value)]
+        for block in cut:
+            _remove_least([block], config)
+        if all(bool(block.stays.all()) for block in ranked.values()):
             raise HeaprError(f"protect={config.protect!r}: leaves nothing to remove; protect less")
     else:
-        groups = dict(zip(ranked, _remove_least(list(ranked.values()), config)))
-    return {path: block.kept_indices(groups[path]) for path, block in ranked.items()}
+        _remove_least(list(ranked.values()), config)
+    return {path: block.kept_indices() for path, block in ranked.items()}
 
 
 @dataclass
 class _RankedBlock:
-    """One block's atomic experts, best first within each expert, and their groups."""
+    """One block's atomic experts in groups, the best first within each expert; groups of one are as they come.
 
-    order: torch.Tensor  # [E, I]: indices of atomic experts, best first
-    value: torch.Tensor  # [E, G]: mean importance of each group, falling along G; inf where a group must stay
+    There are as many of these as the model has layers: nothing here is larger than it must be.
+    """
+
+    order: torch.Tensor | None  # [E, I]: indices of atomic experts, best first
+    value: torch.Tensor  # [E, G]: mean importance of each group; where there is an order, falling along G
     size: torch.Tensor  # [G]: atomic experts in a group; the last may be smaller
+    fixed: torch.Tensor  # [E, G]: groups that must stay
+    stays: torch.Tensor  # [E, G]: groups that do
 
     @classmethod
     def rank(cls, score: torch.Tensor, config: HeaprConfig, protected: list[int]) -> _RankedBlock:
-        experts, width = score.shape
-        ordered, order = torch.sort(score.double(), dim=1, descending=True, stable=True)
-        starts = torch.arange(0, width, config.width_multiple)
-        size = (starts + config.width_multiple).clamp(max=width) - starts
-        group_of = torch.arange(width) // config.width_multiple
-        value = torch.zeros(experts, len(size), dtype=torch.float64).index_add_(1, group_of, ordered) / size
-        # A mean is not exactly monotone in floating point; the running minimum keeps best groups first.
-        value = value.cummin(dim=1).values
-        value[:, : -(-config.min_width // config.width_multiple)] = torch.inf
-        value[protected] = torch.inf
-        return cls(order, value, size)
+        (experts, width), multiple = score.shape, config.width_multiple
+        order, value = None, score.double()
+        if multiple > 1 or config.min_width or config.allocation == "uniform":
+            value, order = torch.sort(value, dim=1, descending=True, stable=True)
+            order = order.to(torch.int16 if width < 2**15 else torch.int64)
+        starts = torch.arange(0, width, multiple)
+        size = (starts + multiple).clamp(max=width) - starts
+        if multiple > 1:
+            group_of = torch.arange(width) // multiple
+            value = torch.zeros(experts, len(size), dtype=torch.float64).index_add_(1, group_of, value) / size
+            # A mean is not exactly monotone in floating point; the running minimum keeps best groups first.
+            value = value.cummin(dim=1).values
+        fixed = torch.zeros(value.shape, dtype=torch.bool)
+        fixed[:, : -(-config.min_width // multiple)] = True
+        fixed[protected] = True
+        return cls(order, value, size, fixed, torch.ones_like(fixed))
 
-    def kept_indices(self, groups: torch.Tensor) -> list[torch.Tensor]:
-        """Ascending indices of the first `groups[e]` groups of each expert e."""
-        widths = torch.cat([torch.zeros(1, dtype=torch.int64), self.size.cumsum(0)])[groups].tolist()
-        return [order[:width].sort().values for order, width in zip(self.order, widths)]
+    def keep_groups(self, count: int) -> None:
+        """Keeps the first groups of each expert and no others."""
+        self.stays[:, count:] = False
+
+    def kept_indices(self) -> list[torch.Tensor]:
+        """Ascending indices of what stays, of each expert."""
+        stays = self.stays
+        if self.order is not None:
+            ranked = stays.repeat_interleave(self.size, dim=1)
+            stays = torch.zeros_like(ranked).scatter_(1, self.order.long(), ranked)
+        indices = stays.flatten().nonzero().squeeze(1) % stays.shape[1]
+        return list(indices.split(stays.sum(1).tolist()))
 
 
-def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> list[torch.Tensor]:
-    """How many groups of each expert stay when the least important ones of all `blocks` go: a list of [E]."""
-    value = torch.cat([block.value.flatten() for block in blocks])
-    size = torch.cat([block.size.expand_as(block.value).flatten() for block in blocks])
-    total = int(size.sum())
+def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> None:
+    """Removes the least important groups of all `blocks`."""
+    total = sum(len(block.value) * int(block.size.sum()) for block in blocks)
     budget = round(config.ratio * total)
-    removable = int(size[~value.isinf()].sum())
+    removable = sum(int((~block.fixed * block.size).sum()) for block in blocks)
     if removable < budget:
         raise HeaprError(
             f"ratio={config.ratio}: min_width={config.min_width}, protect={config.protect!r} and "
             f"protect_unreached={config.protect_unreached} leave only {removable / total:.4f} to remove; ask for less or "
             "protect less"
         )
-    # A stable sort keeps the lower index first among equals, so removal from the end takes the higher one.
-    order = torch.sort(value, descending=True, stable=True).indices.flip(0)
-    removed = order[size[order].cumsum(0) <= budget]
-    if len(removed) == 0:
+    value = torch.cat([block.value.masked_fill(block.fixed, torch.inf).flatten() for block in blocks])
+    threshold, at_threshold = _threshold(value, blocks, budget)
+    del value
+    if threshold is None:
         raise HeaprError(
             f"ratio={config.ratio}: removes less than one group of width_multiple={config.width_multiple} atomic experts; "
             "raise ratio or lower width_multiple"
         )
-    kept = torch.ones_like(value, dtype=torch.int64)
-    kept[removed] = 0
-    parts = kept.split([block.value.numel() for block in blocks])
-    return [part.view_as(block.value).sum(1) for part, block in zip(parts, blocks)]
+    for block in reversed(blocks):  # of equal ones the lower index stays
+        equal = ((block.value == threshold) & ~block.fixed).flatten().nonzero().squeeze(1)
+        last = equal[max(len(equal) - at_threshold, 0) :]
+        at_threshold -= len(last)
+        block.stays = (block.value >= threshold) | block.fixed
+        block.stays.view(-1)[last] = False
 
 
-def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> torch.Tensor:
-    """The same number of groups for every expert, the fewest that hold the width nearest to the ratio: [E]."""
-    experts, groups = block.value.shape
-    width, multiple = int(block.size.sum()), config.width_multiple
+def _threshold(value: torch.Tensor, blocks: list[_RankedBlock], budget: int) -> tuple[float | None, int]:
+    """The largest value of a group that goes, and how many of that value do; overwrites `value`, [groups] of all blocks."""
+    sizes = torch.cat([block.size for block in blocks]).unique()
+    if len(sizes) == 1:
+        count = budget // int(sizes)
+        if count:
+            value.numpy().partition(count - 1)  # a selection: sorting it all takes several times as long, and memory
+            value = value[:count]
+    else:
+        size = torch.cat([block.size.expand_as(block.value).flatten() for block in blocks])
+        # A stable sort keeps the lower index first among equals, so removal from the end takes the higher one.
+        order = torch.sort(value, descending=True, stable=True).indices.flip(0)
+        count = int((size[order].cumsum(0) <= budget).sum())
+        value = value[order[:count]]
+    if count == 0:
+        return None, 0
+    threshold = value.max()
+    return float(threshold), int((value == threshold).sum())
+
+
+def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> int:
+    """The same number of groups for every expert, the fewest that hold the width nearest to the ratio."""
+    groups, width, multiple = len(block.size), int(block.size.sum()), config.width_multiple
     check_uniform_width(config, width)
     keep = -(-round((1 - config.ratio) * width) // multiple)
     if keep * multiple >= width:
@@ -138,7 +173,7 @@ def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> torch.Tensor:
         raise HeaprError(
             f"min_width={config.min_width}: ratio={config.ratio} leaves width {keep * multiple}; lower one"
         )
-    return torch.full((experts,), keep)
+    return keep
 
 
 def _check(scores: dict[str, torch.Tensor], config: HeaprConfig) -> None:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..criteria.elimination import ridge_for_tokens
-
 
 if TYPE_CHECKING:
     from ..calibration.statistics import BlockStatistics
@@ -18,53 +16,27 @@ if TYPE_CHECKING:
 def estimated_loss_increase(
     block: BlockStatistics, kept: list[torch.Tensor], num_tokens: int, config: HeaprConfig
 ) -> float:
-    """Increase of the loss when the other atomic experts of one block go, in nats a token.
+    """Increase of the loss when the other atomic experts of one block go, in nats a token. No matrix is read for it.
 
-    With second-order statistics, atomic experts of one expert are taken together, and what compensation leaves over is
-    what counts; without them they are added up as if each went alone. Experts and blocks are always added up, and
+    Where compensation is asked for and what goes are beginnings of the removal curves, as with criterion `obs`, it is what
+    the curves say: atomic experts of one expert together, the rest making up for them, ridge included. Otherwise atomic
+    experts are added up as if each went alone and nothing made up for it. Experts and blocks are always added up, and
     experts that no token reached count for nothing.
 
     Args:
         block (`BlockStatistics`): what was measured.
         kept (`list[torch.Tensor]`): for each expert what stays.
         num_tokens (`int`): calibration tokens.
-        config (`HeaprConfig`): `compensate` and `ridge` are used.
+        config (`HeaprConfig`): `compensate` is used.
     """
     removed = torch.ones(block.num_experts, block.width, dtype=torch.bool)
-    for expert, indices in enumerate(kept):
-        removed[expert, indices] = False
-    if not block.has_grams:
-        cost = 0.5 * block.activation_sq_sum.double() * block.mean("gradient_sq_sum") / num_tokens
-        return float(cost[removed].sum())
-    return (
-        sum(
-            _joint_cost(block, expert, removed[expert], config)
-            for expert in range(block.num_experts)
-            if block.token_count[expert] > 0 and removed[expert].any()
-        )
-        / num_tokens
-    )
-
-
-def _joint_cost(block: BlockStatistics, expert: int, removed: torch.Tensor, config: HeaprConfig) -> float:
-    """`1/2 trace(S M)` over the removed atomic experts R of one expert, in nats over all calibration tokens.
-
-    `M = E[(dL/dh) (dL/dh)^T]`, and `S = E[h_R h_R^T]`, or of what compensation leaves over of `h_R`. The router weight is
-    part of `dL/dh`, so here the activations, measured with it, are brought to the mean square that they have without.
-    """
-    tokens = int(block.token_count[expert])
-    gram = block.activation_gram_sum[expert].double()
-    energy = gram.diagonal().sum()
-    if energy <= 0:
-        return 0.0
-    gram = gram * (block.activation_sq_sum[expert].double().sum() / energy)
-    residual = gram[removed][:, removed]
-    kept = ~removed
-    if config.compensate and kept.any():  # over a block, this is an upper bound
-        ridge = ridge_for_tokens(config.ridge, block.width, tokens) * gram.diagonal().mean()
-        among, across = gram[kept][:, kept], gram[kept][:, removed]
-        weights = torch.linalg.solve(among + ridge * torch.eye(len(among), dtype=gram.dtype), across)
-        # With a ridge the weights are not those of least error, so all four terms of the error stay.
-        residual = residual - weights.T @ across - across.T @ weights + weights.T @ among @ weights
-    gradient_gram = block.gradient_gram_sum[expert].double() / tokens
-    return 0.5 * float((residual * gradient_gram[removed][:, removed]).sum())
+    expert = torch.arange(block.num_experts).repeat_interleave(torch.tensor([len(indices) for indices in kept]))
+    removed[expert, torch.cat(kept)] = False
+    removed &= block.reached.unsqueeze(1)
+    if config.compensate and block.has_curves and block.removal_scale is not None:
+        steps = removed.gather(1, block.removal_order.long())
+        if (steps[:, 1:] <= steps[:, :-1]).all():  # over a block, this is an upper bound
+            cost = block.removal_cost * block.removal_scale.double().unsqueeze(1)
+            return float(cost[steps].sum()) / num_tokens
+    cost = 0.5 * block.activation_sq_sum.double() * block.mean("gradient_sq_sum") / num_tokens
+    return float(cost[removed].sum())

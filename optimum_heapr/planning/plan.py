@@ -11,6 +11,7 @@ import torch
 
 from ..configuration import HeaprConfig
 from ..criteria import importance
+from ..criteria.obs import store_removal_curves
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
@@ -66,6 +67,8 @@ class PruningPlan:
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
         config = with_target_ratio(config, statistics)
+        if config.criterion == "obs":
+            store_removal_curves(statistics, config.ridge)  # scores, estimate and the next plan are look-ups then
         scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
         kept = allocate(scores, config, statistics.unreached)
         return cls(

@@ -1,0 +1,268 @@
+# Licensed under the Apache License, Version 2.0
+"""What a run costs, in this checkout and in an older one, measured side by side.
+
+    git worktree add ../old 76aee22
+    python benchmarks/speed.py ../old --model MODEL --text calibration.jsonl
+
+Each side is a process of its own on one thread; they take turns, and each works while the other waits. Times are processor
+seconds, the median over rounds, and seconds on the wall in brackets; memory is what the process has at most beyond what it
+had before, in MB. Every side makes the same random numbers. `--model` and `--text` are for the whole job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+def routed_rows(experts: int = 128, top_k: int = 8, tokens: int = 2048) -> tuple[torch.Tensor, list[int]]:
+    chosen = torch.rand(tokens, experts).topk(top_k).indices
+    expert = chosen.flatten().sort().values
+    return expert, torch.bincount(expert, minlength=experts).tolist()
+
+
+def accumulation(width: int, gram: bool):
+    """One block of 128 experts with 2,048 tokens, 8 experts a token."""
+    expert, counts = routed_rows()
+    h, g = torch.randn(len(expert), width), 1e-3 * torch.randn(len(expert), width)
+    weight, norm = torch.rand(2, len(expert))
+    try:
+        from optimum_heapr.calibration.accumulator import BlockAccumulator, RoutedRows
+
+        routed = RoutedRows(expert, counts, weight, None, norm)
+    except ImportError:
+        from optimum_heapr.calibration.tap import BlockAccumulator, _RoutedRows
+
+        routed = _RoutedRows(counts, weight, None, norm)
+    sums = BlockAccumulator(len(counts), width, torch.device("cpu"), gram=gram)
+    return lambda: sums.add(h, g, routed)
+
+
+def reading():
+    """Nothing but going through the rows that the vectors are made of, at width 768."""
+    h, g = torch.randn(2, 2048 * 8, 768)
+    return lambda: (h.sum(), g.sum())
+
+
+def random_statistics(layers: int, experts: int, width: int, matrices: bool = False):
+    from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
+
+    blocks = {}
+    for layer in range(layers):
+        parts = (0.1 + torch.rand(experts, width) for _ in range(4))
+        count = torch.full((experts,), 2 * width)
+        block = BlockStatistics(*parts, count, torch.rand(experts))
+        if matrices:
+            for name in ("activation_gram_sum", "gradient_gram_sum"):
+                rows = torch.randn(experts, 2 * width, width)
+                setattr(block, name, rows.mT @ rows)
+        blocks[f"model.layers.{layer}.mlp.experts"] = block
+    model = {"num_parameters": 10**9, "parameters_per_atomic_expert": 1}
+    return AtomicStatistics(blocks, {"model": model, "data": {"num_tokens": 2 * width * experts // 8}})
+
+
+def plan_from_curves():
+    """A layer of 16 experts x 768 with second-order statistics whose removal curves are there."""
+    from optimum_heapr import HeaprConfig, PruningPlan
+    from optimum_heapr.criteria.obs import store_removal_curves
+
+    measured = random_statistics(1, 16, 768, matrices=True)
+    store_removal_curves(measured)
+    config = HeaprConfig(ratio=0.5, criterion="obs", compensate=True, compensation_scope="expert")
+    return lambda: PruningPlan.build(measured, config)
+
+
+def global_plan():
+    """A global plan for the 18.5 million atomic experts of Qwen3-235B: 94 layers of 128 x 1536."""
+    from optimum_heapr import HeaprConfig, PruningPlan
+
+    measured = random_statistics(94, 128, 1536)
+    return lambda: PruningPlan.build(measured, HeaprConfig(ratio=0.5))
+
+
+def allocation():
+    """Of that plan what follows the scores: which atomic experts stay."""
+    from optimum_heapr import HeaprConfig
+    from optimum_heapr.criteria import importance
+    from optimum_heapr.planning.allocation import allocate
+
+    scores = importance(random_statistics(94, 128, 1536), "heapr")
+    return lambda: allocate(scores, HeaprConfig(ratio=0.5), {})
+
+
+def shares():
+    """What is recorded of a mixture of 4,000 samples."""
+    try:
+        from optimum_heapr.text.samples import CalibrationData
+    except ImportError:
+        from optimum_heapr.data import CalibrationData
+
+    samples = list(torch.zeros(4000, 16, dtype=torch.int64))
+    data = CalibrationData(samples, "mixture", 0, 16, ["abc"[index % 3] for index in range(4000)])
+    return lambda: data.fingerprint
+
+
+def elimination():
+    """Removal curves of 16 experts x 768."""
+    from optimum_heapr.criteria.elimination import greedy_elimination
+
+    block = random_statistics(1, 16, 768, matrices=True).blocks["model.layers.0.mlp.experts"]
+    grams = block.mean("activation_gram_sum"), block.mean("gradient_gram_sum")
+    return lambda: greedy_elimination(*grams)
+
+
+def compensation():
+    """Half of 16 experts x 768 made up for within each expert, hidden size 2,048."""
+    from optimum_heapr.surgery.compensation import compensate_experts
+
+    block = random_statistics(1, 16, 768, matrices=True).blocks["model.layers.0.mlp.experts"]
+    weights, gram = torch.randn(16, 2048, 768), block.mean("activation_gram_sum")
+    kept = [torch.randperm(768)[:384].sort().values for _ in range(16)]
+    return lambda: compensate_experts(weights, gram, kept, [10**6] * 16)
+
+
+def floor(experts: int = 128, width: int = 256, hidden: int = 512, top_k: int = 8, tokens: int = 2048):
+    """Calibration with gradients down to the embeddings; `calibration.py` has the bare forward and backward."""
+    from calibration import random_data, random_model
+
+    from optimum_heapr.calibration.runner import calibrate
+
+    shape = argparse.Namespace(experts=experts, width=width, hidden=hidden, top_k=top_k, layers=2)
+    model, data = random_model(shape, torch.float32), random_data(1, tokens)
+    model.enable_input_require_grads()
+    return lambda: calibrate(model, data)
+
+
+def bare():
+    """The bare forward and backward of the same model."""
+    from calibration import floor as forward_and_backward
+    from calibration import random_data, random_model
+
+    shape = argparse.Namespace(experts=128, width=256, hidden=512, top_k=8, layers=2)
+    model, data = random_model(shape, torch.float32), random_data(1, 2048)
+    return lambda: forward_and_backward(model, data.samples)
+
+
+def whole_job(model: str, text: str):
+    """`obs`, compensation over blocks, measured, saved, loaded again."""
+    from optimum_heapr import HeaprConfig, HeaprPruner, load_pruned
+
+    config = HeaprConfig(dataset=text, num_samples=128, seq_length=256, batch_size=8, criterion="obs", compensate=True)
+
+    def work():
+        pruner = HeaprPruner.from_pretrained(model, config)
+        pruner.prune()
+        with tempfile.TemporaryDirectory() as folder:
+            pruner.save_pretrained(Path(folder) / "pruned")
+            load_pruned(Path(folder) / "pruned")
+
+    return work
+
+
+CASES = {
+    "vectors-64": ("sums of one block, 128 experts x 64", lambda: accumulation(64, False), 0.15),
+    "vectors-256": ("sums of one block, 128 experts x 256", lambda: accumulation(256, False), 0.15),
+    "vectors-768": ("sums of one block, 128 experts x 768", lambda: accumulation(768, False), 0.15),
+    "reading-768": ("reading these rows once, 128 experts x 768", reading, None),
+    "gram-256": ("sums with matrices, 128 experts x 256", lambda: accumulation(256, True), 0.6),
+    "gram-768": ("sums with matrices, 128 experts x 768", lambda: accumulation(768, True), 0.6),
+    "calibration": ("calibration from the embeddings, 128 x 256, hidden 512, 8 a token", floor, None),
+    "bare": ("a bare forward and backward of that model", bare, None),
+    "curves": ("a plan from removal curves, width 768", plan_from_curves, 0.02),
+    "plan": ("a global plan for 18.5 M atomic experts", global_plan, 0.4),
+    "allocation": ("allocation of 18.5 M atomic experts", allocation, 0.4),
+    "shares": ("shares of a mixture of 4,000 samples", shares, None),
+    "elimination": ("removal curves, 16 experts x 768", elimination, 0.5),
+    "compensation": ("compensation within experts, 16 x 768, hidden 2,048", compensation, 0.5),
+    "job": ("the whole recommended job", None, 0.5),
+}
+
+
+def status(name: str) -> int:
+    """Bytes: `VmHWM` is the most that this process had in memory, `VmRSS` what it has."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def work(args: argparse.Namespace) -> None:
+    """One side: does a case once for each line that it is given, and says what that took."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    case = whole_job(args.model, args.text) if args.work == "job" else CASES[args.work][1]()
+    for _ in sys.stdin:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, wall, processor = status("VmRSS"), time.perf_counter(), time.process_time()
+        case()
+        found = [time.process_time() - processor, time.perf_counter() - wall, status("VmHWM") - before]
+        print("took", json.dumps(found), flush=True)
+
+
+def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
+    """Seconds of the processor and on the wall and bytes of each round, by side; a first round does not count."""
+    here = Path(__file__).resolve().parents[1]
+    command = [sys.executable, __file__, str(args.old), "--work", case]
+    for option in ("model", "text"):
+        command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
+    sides = {
+        name: subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for name, folder in (("before", args.old.resolve()), ("now", here))
+    }
+    found: dict[str, list[list[float]]] = {name: [] for name in sides}
+    for number in range(args.rounds + 1):
+        for name, process in sides.items():
+            print("go", file=process.stdin, flush=True)
+            line = next((line for line in process.stdout if line.startswith("took ")), None)
+            if line is None:
+                sys.exit(f"{case}, {name}: ended with status {process.wait()}; run it alone with --work {case}")
+            if number or case == "job":
+                found[name].append(json.loads(line.removeprefix("took ")))
+            if case == "job" and number:
+                break
+    for process in sides.values():
+        process.stdin.close()
+        process.wait()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="the other checkout")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if name != "job"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", help="trained model for the whole job")
+    parser.add_argument("--text", help="its calibration text")
+    parser.add_argument("--work", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return work(args)
+    print(
+        "| what | before, s | now, s | ratio | target | memory before, MB | now, MB |\n|---|---|---|---|---|---|---|"
+    )
+    for case in args.cases:
+        what, _, target = CASES[case]
+        found = measure(args, case)
+        middle = {side: [statistics.median(column) for column in zip(*rounds)] for side, rounds in found.items()}
+        cells = [f"{middle[side][0]:.4f} ({middle[side][1]:.4f})" for side in found]
+        cells += [f"{middle['now'][0] / middle['before'][0]:.3f}", f"<= {target}" if target else ""]
+        cells += [f"{middle[side][2] / 1e6:.0f}" for side in found]
+        print("| " + " | ".join([what, *cells]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
