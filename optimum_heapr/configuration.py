@@ -30,7 +30,7 @@ ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
 GOALS = ("ratio", "target_parameters", "target_size")  # ways to say how much goes
 
 
-@dataclass
+@dataclass(repr=False)
 class HeaprConfig(Options):
     """
     How much to prune, what to rank atomic experts by, and which text to calibrate on.

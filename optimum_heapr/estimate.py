@@ -30,7 +30,7 @@ FREE_SHARE = 0.1
 
 @dataclass(frozen=True)
 class PrunedSize:
-    """A model after some of its routed atomic experts have gone.
+    """A model after some of its routed atomic experts have gone; zeros that a stock layout adds to shared experts come on top.
 
     Attributes:
         layout (`str`): `variable`, of which a part of a group may stay, or `uniform`, whose width is rounded up.

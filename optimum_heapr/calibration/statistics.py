@@ -13,6 +13,7 @@ import torch
 from ..fingerprint import check_same_model, model_fingerprint
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError
+from ..utils.values import TensorValue
 
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 FORMAT = "heapr_statistics"
 
 
-@dataclass
-class BlockStatistics:
+@dataclass(eq=False, repr=False)
+class BlockStatistics(TensorValue):
     """Sums over the calibration tokens for one expert block of E experts with I atomic experts each.
 
     Attributes:
@@ -56,6 +57,11 @@ class BlockStatistics:
     removal_cost: torch.Tensor | None = None
     removal_ridge: torch.Tensor | None = None
     removal_scale: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        measured = "second order" if self.has_grams else "vectors"
+        tokens = int(self.token_count.sum())
+        return f"BlockStatistics({self.num_experts} experts of {self.width}, {tokens:,} routed tokens, {measured})"
 
     @property
     def num_experts(self) -> int:
@@ -122,8 +128,8 @@ class BlockStatistics:
             )
 
 
-@dataclass
-class AtomicStatistics:
+@dataclass(eq=False, repr=False)
+class AtomicStatistics(TensorValue):
     """The result of a calibration; it does not depend on how much will be pruned.
 
     Attributes:
@@ -137,6 +143,18 @@ class AtomicStatistics:
     blocks: dict[str, BlockStatistics]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+
+    _NOT_COMPARED = ("cost",)
+
+    def __repr__(self) -> str:
+        model, data = (self.fingerprint.get(part, {}) for part in ("model", "data"))
+        kinds = {repr(block).partition(", ")[0].removeprefix("BlockStatistics(") for block in self.blocks.values()}
+        measured = "second order" if all(block.has_grams for block in self.blocks.values()) else "vectors"
+        curves = ", removal curves" if all(block.has_curves for block in self.blocks.values()) else ""
+        return (
+            f"AtomicStatistics({model.get('model_type')}: {len(self.blocks)} blocks of {' or '.join(sorted(kinds))}, "
+            f"{measured}{curves}, {data.get('num_tokens', 0):,} tokens)"
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..criteria import importance
 from ..planning.alignment import effective_multiple
+from ..planning.size import planned_sizes
 from ..report.markdown import summary, title
 from ..report.numbers import change, count, signed, size
 from ..report.tables import measured_on, report_tables
@@ -64,11 +65,23 @@ def plan_table(plan: PruningPlan) -> str:
             f"layout {config.layout}",
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
             f"{config.ratio:.2%}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
+            size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
             *compensation_lines(plan),
             *unreached_lines(plan.unreached),
         ]
     )
+
+
+def size_line(plan: PruningPlan) -> str:
+    """Parameters, those a token uses, and bytes, before and after."""
+    before, after = planned_sizes(plan)
+    parts = [f"parameters {count(before.parameters)} -> {count(after.parameters)}"]
+    if before.active_parameters is not None:
+        parts.append(f"active a token {count(before.active_parameters)} -> {count(after.active_parameters)}")
+    if before.num_bytes is not None:
+        parts.append(f"weights {size(before.num_bytes)} -> {size(after.num_bytes)}")
+    return ", ".join(parts)
 
 
 def perplexity_table(rows: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
 from ..utils.public import public_data
 from ..utils.sizes import parse_size
+from ..utils.values import TensorValue
 from .allocation import allocate
 from .distribution import importance_distribution
 from .estimate import estimated_loss_increase
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 FORMAT = "heapr_plan"
 
 
-@dataclass
-class PruningPlan:
+@dataclass(eq=False, repr=False)
+class PruningPlan(TensorValue):
     """
     Attributes:
         kept (`dict[str, list[torch.Tensor]]`): by block path, for each expert the kept indices, ascending, int64.
@@ -44,6 +45,7 @@ class PruningPlan:
             routed output of the block, for each the same; empty until it is applied with it.
         data (`dict`): fingerprint of the calibration text, if there was any.
         tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
+        storage (`dict`): bytes of the model's weights, and of one atomic expert, in the dtype of the calibration.
         importance (`dict`): histogram of the scores; see [`~optimum_heapr.planning.distribution.importance_distribution`].
     """
 
@@ -56,7 +58,16 @@ class PruningPlan:
     compensation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    storage: dict[str, int] = field(default_factory=dict)
     importance: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        widths = [width for experts in self.widths.values() for width in experts]
+        return (
+            f"PruningPlan({self.model.get('model_type')}: {self.removed:,} of {self.total:,} atomic experts go "
+            f"({self.ratio:.2%}), widths {min(widths)} to {max(widths)}, criterion {self.config.criterion}, layout "
+            f"{self.config.layout}, estimated loss increase {self.estimated_loss_increase:.5f} nats a token)"
+        )
 
     @classmethod
     def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:
@@ -83,6 +94,7 @@ class PruningPlan:
             unreached=statistics.unreached,
             data=statistics.fingerprint["data"],
             tokens={path: block.token_count.tolist() for path, block in statistics.blocks.items()},
+            storage=statistics.fingerprint.get("storage", {}),
             importance=importance_distribution(scores, kept),
         )
 
@@ -140,6 +152,7 @@ class PruningPlan:
             "compensation": self.compensation,
             "data": self.data,
             "tokens": self.tokens,
+            "storage": self.storage,
             "importance": self.importance,
         }
         write_artefact(path, FORMAT, tensors, document)
@@ -171,6 +184,7 @@ class PruningPlan:
                 compensation=document.get("compensation", {}),
                 data=document.get("data", {}),
                 tokens=document.get("tokens", {}),
+                storage=document.get("storage", {}),
                 importance=document.get("importance", {}),
             )
             plan.check()

@@ -17,7 +17,7 @@ CONFIG_NAME = "recovery_config.json"
 TARGETS = ("attention", "experts", "router", "all")
 
 
-@dataclass
+@dataclass(repr=False)
 class RecoveryConfig(Options):
     """
     What is trained, on which text, against which loss, and for how long.

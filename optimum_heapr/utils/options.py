@@ -34,6 +34,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class Options:
     """Base of the configurations: types and choices are checked here, ranges by the subclass in `__post_init__`."""
 
+    def __repr__(self) -> str:
+        values = {part.name: (getattr(self, part.name), part.default) for part in dataclasses.fields(self)}
+        given = (f"{name}={value!r}" for name, (value, default) in values.items() if value != default)
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def __post_init__(self) -> None:
         for name, kind in option_types(type(self)).items():
             setattr(self, name, _checked_type(name, getattr(self, name), kind))

@@ -1,0 +1,37 @@
+# Licensed under the Apache License, Version 2.0
+"""Artefacts as values: equal if what they hold is equal, tensors bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+
+class TensorValue:
+    """Base of data classes that hold tensors, whose own `==` would ask a tensor for one truth value.
+
+    What says how an object came to be, and not what it is, is named in `_NOT_COMPARED`. Such objects are not hashable.
+    """
+
+    _NOT_COMPARED: tuple[str, ...] = ()
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = [part.name for part in dataclasses.fields(self) if part.name not in self._NOT_COMPARED]
+        return all(equal(getattr(self, name), getattr(other, name)) for name in names)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two values are equal: tensors in type, shape and every element, containers in all that they hold."""
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        both = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        return both and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple) and type(first) is type(second):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)
