@@ -67,11 +67,15 @@ class StateFolder:
                 f"state={str(self.path)!r}: was saved by a calibration that is not streaming; go on with --memory plain or "
                 "offload, or delete the file to begin anew"
             )
-        if self.path.exists() and not resume:
+        if self.path.exists() and not resume and not self._was_removed():
             raise HeaprError(
                 f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
                 "delete the folder to begin anew"
             )
+
+    def _was_removed(self) -> bool:
+        """Whether nothing is left but what a network file system keeps of files while they are mapped."""
+        return all(entry.name.startswith(".nfs") for entry in self.path.iterdir())
 
     def remove(self) -> None:
         """Deletes the folder, once the statistics are safe."""
@@ -140,7 +144,7 @@ class LayerState:
         self._write(path, block, "block")
 
     def read_block(self, path: str) -> BlockStatistics:
-        """The statistics of one expert block; its tensors are mapped from the file, so that they take no memory yet.
+        """The statistics of one expert block; matrices are mapped from the file, so that they take no memory yet.
 
         Raises:
             HeaprError: if they are missing or damaged.
@@ -165,7 +169,11 @@ class LayerState:
         write_artefact(self._file_of(path, kind), BLOCK_FORMAT, tensors, {})
 
     def _read(self, path: str, kind: str) -> BlockStatistics:
-        return BlockStatistics(**read_artefact(self._file_of(path, kind), BLOCK_FORMAT)[0])
+        tensors, _ = read_artefact(self._file_of(path, kind), BLOCK_FORMAT)
+        # What is small is not mapped: then nothing hangs on the file where there are no matrices.
+        return BlockStatistics(
+            **{name: tensor if "_gram_" in name else tensor.clone() for name, tensor in tensors.items()}
+        )
 
     def _file_of(self, path: str, kind: str) -> Path:
         return self.folder / f"{path}.{kind}.safetensors"

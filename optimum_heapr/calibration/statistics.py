@@ -18,6 +18,7 @@ from ..utils.values import TensorValue
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
+    from ..utils.temporary import TemporaryFolder
     from .cost import Cost
 
 
@@ -138,11 +139,13 @@ class AtomicStatistics(TensorValue):
             samples and tokens, where they came from), `storage` (bytes of its weights), `seed`, `seq_length`, and the
             `loss` per token in nats.
         cost (`Cost`, *optional*): what the measuring took; it is not saved.
+        files (`TemporaryFolder`, *optional*): holds what matrices are mapped from, and goes with these statistics; not saved.
     """
 
     blocks: dict[str, BlockStatistics]
     fingerprint: dict[str, Any] = field(default_factory=dict)
     cost: Cost | None = None
+    files: TemporaryFolder | None = None  # the last, so that the matrices go before it
 
     _NOT_COMPARED = ("cost",)
 
@@ -160,6 +163,11 @@ class AtomicStatistics(TensorValue):
     def num_tokens(self) -> int:
         """Calibration tokens."""
         return int(self.fingerprint["data"]["num_tokens"])
+
+    @property
+    def has_grams(self) -> bool:
+        """Whether any block has second-order statistics."""
+        return any(block.activation_gram_sum is not None for block in self.blocks.values())
 
     @property
     def unreached(self) -> dict[str, list[int]]:

@@ -65,8 +65,8 @@ def calibrate_streaming(
         source (`SourceCheckpoint`): its weights.
         data (`CalibrationData`): tokenized samples.
         folder (`Path`): an empty folder, or that of the run to go on from. It takes the activations past the budget and
-            the statistics of the layers that are done, which the result refers to: it may be deleted while the result is
-            in use, where files that are mapped into memory can be.
+            the statistics of the layers that are done. The result refers to the matrices there, so if it has any, the folder
+            is to outlast it.
         batch_size (`int`): samples in a micro-batch.
         gram (`bool`): also measure the second-order statistics, two I x I matrices for each expert.
         skip_nonfinite (`bool`): leave out micro-batches whose loss or gradients are not finite. If a gradient turns out so
@@ -79,7 +79,7 @@ def calibrate_streaming(
         kept (`dict`, *optional*): what `finish` depends on, plain JSON types: a run is not resumed with another.
 
     Returns:
-        `AtomicStatistics`: tensors are mapped from the files in `folder`. Of several processes the first has all of it, the
+        `AtomicStatistics`: matrices are mapped from the files in `folder`. Of several processes the first has all of it, the
         others have it without matrices, in memory.
 
     Raises:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..criteria.obs import store_removal_curve
 from ..experts import find_expert_blocks
 from ..surgery.apply import check_compensation
 from ..utils.errors import HeaprError
+from ..utils.temporary import TemporaryFolder
 from .loaded import LoadedModel
 from .loading import source_of
 from .saving import write_streaming
@@ -168,7 +168,14 @@ class StreamedCheckpoint(OffloadedModel):
         if state is not None:
             state.path.mkdir(parents=True, exist_ok=True)
             return calibrate_streaming(self.model, source, data, state.path, resumable=True, **options)
-        if self._folder is not None:
-            Path(self._folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="heapr-", dir=self._folder) as folder:
-            return calibrate_streaming(self.model, source, data, Path(folder), **options)
+        work = TemporaryFolder(self._folder)
+        try:
+            statistics = calibrate_streaming(self.model, source, data, work.path, **options)
+        except BaseException:
+            work.remove()
+            raise
+        if statistics.has_grams:
+            statistics.files = work
+        else:
+            work.remove()
+        return statistics

@@ -57,8 +57,8 @@ class CalibrateCommand(HeaprSubcommand):
             del pruner
             if is_main_process():
                 statistics.save(self.args.output, grams=not self.args.no_grams)
+            lines = statistics_table(statistics), statistics.cost, f"Statistics written to {self.args.output}"
+            del statistics  # before the files that its matrices may be mapped from
         end_processes(state)
         if is_main_process():
-            print(statistics_table(statistics))
-            print(statistics.cost)
-            print(f"Statistics written to {self.args.output}")
+            print(*lines, sep="\n")

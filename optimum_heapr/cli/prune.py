@@ -78,7 +78,7 @@ class PruneCommand(HeaprSubcommand):
             pruner.check()
             if pruner.statistics is None:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)
-            if state is None or self.args.dry_run:  # there is nothing that a resumed run would need
+            if state is None or self.args.dry_run:  # a dry run leaves all states to a run that cuts
                 end_processes()
             if not is_main_process():  # under `accelerate launch` all processes calibrate, one cuts
                 del pruner
@@ -90,12 +90,15 @@ class PruneCommand(HeaprSubcommand):
             plan = pruner.plan()
             print(plan_table(plan))
             if self.args.dry_run:
+                del pruner
                 return
             pruner.apply(plan, measure=True, prompts=self.args.prompt)
             pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
+            report = pruner.report
+            del pruner  # before the files that the matrices of its statistics may be mapped from
         if state is not None:
             end_processes(state)
-        for line in [*compensation_lines(plan), *(measured_lines(pruner.report) if pruner.report else ())]:
+        for line in [*compensation_lines(plan), *(measured_lines(report) if report else ())]:
             print(line)
         print(f"Pruned model written to {self.args.output}, with heapr/report.html")
         push(self.args)
