@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ..text.documents import tokenized_documents, usable_columns
+from ..text.documents import token_rows, tokenized_documents, usable_columns
 from ..text.protocols import PROTOCOLS
 from ..text.samples import packed
 from ..text.sources import open_dataset
@@ -81,7 +81,7 @@ def evaluation_windows(
         return list(itertools.islice(windows, num_samples))
     rows = open_evaluation_text(dataset, dataset_config, split, text_column)
     if "input_ids" in rows.column_names:
-        windows = (torch.tensor(row[:seq_length]) for row in rows["input_ids"])
+        windows = (row[:seq_length] for row in token_rows(rows, source))
     else:
         windows = packed(tokenized_documents(rows, range(len(rows)), source, tokenizer, text_column), seq_length)
     windows = [window for window in itertools.islice(windows, num_samples) if len(window) >= 2]

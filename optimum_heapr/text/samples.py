@@ -15,9 +15,9 @@ import torch
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.public import public_name
-from .documents import tokenized_documents, usable_columns
+from .documents import token_rows, tokenized_documents, usable_columns
 from .mixtures import parse_sources, shares_of
-from .sources import SHUFFLE_BUFFER, open_source, rows_of
+from .sources import SHUFFLE_BUFFER, open_source
 
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def _samples(
     columns = usable_columns(rows, source, config.text_column)
     held_out = 0 if config.eval_dataset is not None else -(-config.eval_samples * count // config.num_samples)
     if "input_ids" in columns:
-        first = itertools.islice(rows_of(rows, source), count + held_out)
-        samples = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in first]
+        samples = list(itertools.islice(token_rows(rows, source), count + held_out))
     else:
         if not hasattr(rows, "__len__"):
             rows, order = rows.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,19 +110,24 @@ def _loading_errors(name: str | os.PathLike) -> Iterator[None]:
         yield
     except HeaprError:
         raise
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        while error.__cause__ is not None:  # `datasets` only says that something happened
+            error = error.__cause__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({reason}){hint}") from error
 
 
-def rows_of(stream: IterableDataset, source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a stream, which shows only while it is read whether it can be.
+def rows_of(
+    rows: Dataset | IterableDataset, source: str, order: Iterable[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows, all or those of `order`: whether they can be read shows only while they are.
 
     Raises:
         HeaprError: as [`open_dataset`].
     """
     with _loading_errors(source):
-        yield from stream
+        yield from rows if order is None else map(rows.__getitem__, order)
 
 
 def articles(lines: Dataset) -> Dataset:
