@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..modeling.configuration_heapr import pruned_config_class
 from .errors import ServingError
+from .families import refusal
 
 
 PREFIX = "Served_"
@@ -34,15 +35,14 @@ def served_config_class(model_type: str) -> type:
     return ServedConfig
 
 
-def refused_config_class(model_type: str, reason: str) -> type:
-    """A class of configurations that says, when one is read, why models of a family are not served."""
+def refused_config_class(vllm_version: str) -> type:
+    """A class of configurations that says, when one is read, why models of its family are not served."""
 
     class RefusedConfig(PreTrainedConfig):
         @classmethod
         def from_dict(cls, config_dict, **kwargs):
-            raise ServingError(reason)
+            raise ServingError(refusal(config_dict["model_type"].removeprefix("heapr_"), vllm_version))
 
-    RefusedConfig.model_type = model_type
     return RefusedConfig
 
 

@@ -10,6 +10,8 @@ PREFIX = "Heapr"
 # By model type. Only what tests/serving/test_vllm.py runs: a family that fits but was not compared is refused.
 FAMILIES = {
     "deepseek": "DeepseekForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",

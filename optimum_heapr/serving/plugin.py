@@ -7,20 +7,18 @@ from __future__ import annotations
 def register() -> None:
     """Makes vLLM know pruned models of variable widths. Calling it again changes nothing."""
     import vllm
-    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-    from ..modeling.auto import FAMILIES
     from .configuration import refused_config_class, served_config_class
-    from .families import refusal
+    from .families import FAMILIES, refusal
 
-    for family in (*FAMILIES, "deepseek"):
-        reason = refusal(family, vllm.__version__)
-        if reason is None:
-            _register_architecture(family)
-            config_class = served_config_class(family)
-        else:
-            config_class = refused_config_class(f"heapr_{family}", reason)
-        AutoConfig.register(f"heapr_{family}", config_class, exist_ok=True)
+    served = [family for family in FAMILIES if refusal(family, vllm.__version__) is None]
+    for family in served:
+        _register_architecture(family)
+        CONFIG_MAPPING.register(f"heapr_{family}", served_config_class(family), exist_ok=True)
+    refused = refused_config_class(vllm.__version__)
+    for family in {*CONFIG_MAPPING_NAMES, *FAMILIES}.difference(served):
+        CONFIG_MAPPING.register(f"heapr_{family}", refused, exist_ok=True)
 
 
 def _register_architecture(family: str) -> None:

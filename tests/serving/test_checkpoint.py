@@ -3,9 +3,11 @@
 
 import json
 import struct
+import sys
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -104,6 +106,27 @@ def test_families_and_versions_that_were_not_run_are_refused_by_name():
     assert "vLLM 0.99.0" in refusal("qwen3_moe", "0.99.0")
     for reason in (refusal("jamba", VLLM_VERSIONS[0] + ".1"), refusal("qwen3_moe", "0.99.0")):
         assert 'layout="uniform"' in reason and "\n" not in reason
+
+
+def test_an_unknown_vllm_keeps_its_models_and_refuses_ours(tmp_path, monkeypatch):
+    """The plugin in a vLLM that it was not run with: nothing of it is imported, and nothing else changes."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from optimum_heapr.serving.plugin import register
+
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "0.99.0"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
+    register()
+    register()
+    for model_type in ("heapr_qwen3_moe", "heapr_jamba", "heapr_deepseek"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ServingError, match="vLLM 0.99.0 is not one"):
+            AutoConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    assert type(AutoConfig.from_pretrained(tmp_path)).__name__ == "Qwen3MoeConfig"
 
 
 def test_vllm_finds_the_plugin():
