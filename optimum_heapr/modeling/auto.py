@@ -133,22 +133,14 @@ def pruned_configuration(base: type) -> type:
 
 
 def register_model_class(config_class: type) -> type:
-    """Makes and registers the model class of a pruned configuration class; returns it."""
-    import transformers
-
-    from .modeling_heapr import AUTO_CLASSES, auto_class_name, pruned_model_class
-
-    base_config = next(base for base in config_class.__mro__[1:] if hasattr(base, "model_type"))
+    """Makes and registers the model classes of a pruned configuration class; returns that with the head of language models."""
     if config_class.__name__ == "HeaprDeepseekConfig":
-        from .modeling_heapr_deepseek import HeaprDeepseekForCausalLM as model_class
+        from .modeling_heapr_deepseek import register_classes
 
-        name = "AutoModelForCausalLM"
-        _register_deepseek(base_config)
+        _register_deepseek(config_class.__mro__[2])
     else:
-        name = auto_class_name(base_config)
-        model_class = pruned_model_class(AUTO_CLASSES[name][base_config], config_class)
-    getattr(transformers, name).register(config_class, model_class, exist_ok=True)
-    return model_class
+        from .modeling_heapr import register_classes
+    return next(iter(register_classes(config_class).values()))
 
 
 def _register_deepseek(config_class: type) -> None:

@@ -26,7 +26,7 @@ class PackGateUp(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        gates, ups = (input_dict[pattern] for pattern in source_patterns)
+        gates, ups = _present(input_dict, source_patterns)
         widths = [gate.shape[0] for gate in gates]
         packed = torch.empty(2 * sum(widths), *gates[0].shape[1:], dtype=gates[0].dtype, device=gates[0].device)
         start = 0
@@ -73,7 +73,7 @@ class PackDown(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        downs = input_dict[source_patterns[0]]
+        (downs,) = _present(input_dict, source_patterns)
         widths = [down.shape[1] for down in downs]
         packed = torch.empty(sum(widths), downs[0].shape[0], dtype=downs[0].dtype, device=downs[0].device)
         start = 0
@@ -145,6 +145,13 @@ def _per_expert_name(pattern: str) -> str | None:
     """`w1` for `.experts.*.w1.weight`; `None` for a tensor of all experts."""
     match = re.search(r"experts\.\*\.(\w+)\.weight", pattern)
     return match[1] if match else None
+
+
+def _present(tensors: dict, patterns: list[str]) -> list[list[torch.Tensor]]:
+    """Those of the sources that there are, in their order. A quantizer adds the names of what it stores beside a weight, and takes
+    that out, or finds nothing: it quantized other layers alone."""
+    found = [tensors[pattern] for pattern in patterns if pattern in tensors]
+    return [part if isinstance(part, list) else list(part) for part in found]
 
 
 def _only(tensors: dict) -> torch.Tensor:

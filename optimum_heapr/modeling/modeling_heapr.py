@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import initialization
+from transformers.modeling_layers import GenericForQuestionAnswering
 from transformers.models.auto import modeling_auto
 
 from .atomic_experts import AtomicExperts
@@ -25,13 +26,26 @@ AUTO_CLASSES = {
     "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
 
+# What else its checkpoints can be loaded as, where the family has it.
+OTHER_AUTO_CLASSES = {
+    "AutoModel": modeling_auto.MODEL_MAPPING,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+}
+
 
 class PrunedModelMixin:
     """Puts `AtomicExperts` of the widths in the configuration where the stock experts were."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if isinstance(getattr(self, self.base_model_prefix, None), PrunedModelMixin):
+            return  # the body of a classifier was made by `AutoModel`
         for path, widths in (config.expert_widths or {}).items():
+            head, _, rest = path.partition(".")
+            if head == self.base_model_prefix and not hasattr(self, head):
+                path = rest  # this is the model without its head
             stock = self.get_submodule(path)
             register_conversions(config.model_type, not stock.is_concatenated, stock.has_bias)
             experts = AtomicExperts(stock, widths)
@@ -46,6 +60,14 @@ class PrunedModelMixin:
                 initialization.normal_(parameter, 0.0, getattr(self.config, "initializer_range", 0.02))
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As always; the configuration also names the other classes that the checkpoint can be loaded as."""
+        base_config = _unpruned(self.config_class)
+        module = type(self).__module__.rpartition(".")[2]
+        names = {name: f"{module}.{PREFIX}{base.__name__}" for name, base in family_classes(base_config).items()}
+        self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
+        return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -63,12 +85,11 @@ def pruned_model_class(
         module (`str`): module that the class can be imported from, by the name `Heapr` + name of the base.
         auto_class (`str`, *optional*): what its checkpoints are loaded with; found from the base by default.
     """
-    return _pruned_model_class(
-        base,
-        config_class or pruned_config_class(base.config_class),
-        module,
-        auto_class or auto_class_name(base.config_class),
-    )
+    pruned_config = config_class or pruned_config_class(base.config_class)
+    if auto_class is None:
+        fitting = [name for name, model_class in family_classes(base.config_class).items() if model_class is base]
+        auto_class = fitting[0] if fitting else auto_class_name(base.config_class)
+    return _pruned_model_class(base, pruned_config, module, auto_class)
 
 
 @cache  # whoever asks gets the same class, or pickle would refuse its instances
@@ -76,6 +97,9 @@ def _pruned_model_class(base: type, pruned_config: type, module: str, auto_class
     class PrunedModel(PrunedModelMixin, base):
         config_class = pruned_config
 
+    if issubclass(base, GenericForQuestionAnswering):
+        # Some families call the body of this one class otherwise, so that it would find no weight in their checkpoints.
+        PrunedModel.base_model_prefix = modeling_auto.MODEL_MAPPING[base.config_class].base_model_prefix
     PrunedModel.__name__ = PrunedModel.__qualname__ = PREFIX + base.__name__
     PrunedModel.__module__ = module
     PrunedModel.register_for_auto_class(auto_class)
@@ -90,7 +114,35 @@ def auto_class_name(base_config: type) -> str:
     raise ValueError(f"{base_config.__name__}: belongs to none of {', '.join(AUTO_CLASSES)}")
 
 
+def family_classes(base_config: type) -> dict[str, type]:
+    """Model classes of a family by the names of their auto classes: first that with the head of language models."""
+    first = auto_class_name(base_config)
+    mappings = {first: AUTO_CLASSES[first], **OTHER_AUTO_CLASSES}
+    found = {name: mapping[base_config] for name, mapping in mappings.items() if base_config in mapping}
+    return {name: of_family for name, of_family in found.items() if isinstance(of_family, type)}
+
+
+def register_classes(pruned_config: type) -> dict[str, type]:
+    """Makes the pruned classes of a family, registers each with its auto class, and returns them by its name."""
+    made = {
+        name: pruned_model_class(base, pruned_config, auto_class=name)
+        for name, base in family_classes(_unpruned(pruned_config)).items()
+    }
+    for name, model_class in made.items():
+        getattr(transformers, name).register(pruned_config, model_class, exist_ok=True)
+    return made
+
+
+def _unpruned(pruned_config: type) -> type:
+    """The configuration class that a pruned one was made from."""
+    return next(base for base in pruned_config.__mro__[1:] if hasattr(base, "model_type"))
+
+
 def __getattr__(name: str) -> type:
     if name.startswith(PREFIX) and hasattr(transformers, name.removeprefix(PREFIX)):
-        return pruned_model_class(getattr(transformers, name.removeprefix(PREFIX)))
+        base = getattr(transformers, name.removeprefix(PREFIX))
+        pruned_config = pruned_config_class(base.config_class)
+        # All of them: the body of a classifier is made by `AutoModel`.
+        made = {model_class.__name__: model_class for model_class in register_classes(pruned_config).values()}
+        return made.get(name) or pruned_model_class(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -22,6 +23,7 @@ from tests.processes import run_python
 
 
 IDS = random_ids(2, 16)
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
 @torch.no_grad()
@@ -178,6 +180,7 @@ def test_files_in_the_checkpoint_need_nothing_else(pruned):
         "conversion",
         "half_precision",
         "modeling_heapr",
+        "operations",
     }
     for name in files:
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
@@ -187,6 +190,40 @@ def test_files_in_the_checkpoint_need_nothing_else(pruned):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 tops = {module.partition(".")[0] for module in modules}
                 assert tops <= {"torch", "transformers", *sys.stdlib_module_names}
+
+
+def last_states(model) -> torch.Tensor:
+    """What the body of a model, with whatever head, gives."""
+    with torch.no_grad():
+        return model(input_ids=IDS[:1], output_hidden_states=True).hidden_states[-1]
+
+
+OTHER_CLASSES = {
+    "qwen2_moe": {"AutoModel", *(f"AutoModelFor{task}" for task in TASKS)},
+    "gpt_oss": {"AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"},
+    "deepseek": {"AutoModel"},
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_CLASSES)
+def test_every_auto_class_of_the_family_loads(pruned, model_type, tmp_path):
+    """The body of each is the pruned one, nothing but its head is new, and what it saves loads again."""
+    folder, _ = pruned[model_type]
+    expected = last_states(AutoModelForCausalLM.from_pretrained(folder))
+    named = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert set(named) == {"AutoConfig", "AutoModelForCausalLM", *OTHER_CLASSES[model_type]}
+    for name in OTHER_CLASSES[model_type]:
+        auto_class = getattr(transformers, name)
+        model, info = auto_class.from_pretrained(folder, output_loading_info=True)
+        assert named[name] == f"{type(model).__module__.rpartition('.')[2]}.{type(model).__name__}"
+        assert {key.partition(".")[0] for key in info["missing_keys"]} <= {"score", "qa_outputs"}, name
+        assert not info["mismatched_keys"] and info["unexpected_keys"] <= {"lm_head.weight"}, name
+        torch.testing.assert_close(last_states(model), expected, atol=1e-6, rtol=1e-6)
+        model.save_pretrained(tmp_path / name)
+        again, info = auto_class.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
+        assert set(json.loads((tmp_path / name / "config.json").read_text())["auto_map"]) == set(named)
 
 
 # Runs where `import optimum_heapr` fails whatever the Python path holds.
@@ -206,6 +243,7 @@ except ModuleNotFoundError:
     report["package"] = "absent"
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -225,6 +263,12 @@ for name, folder in arguments["folders"].items():
         with torch.no_grad():
             result[f"{name} {step}"] = loaded(input_ids=ids).logits
     again.save_pretrained(folder + "-packed", save_original_format=False)
+    for auto_class in AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map:
+        if auto_class != "AutoConfig":
+            body = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+            with torch.no_grad():
+                states = body(input_ids=ids[:1], output_hidden_states=True).hidden_states[-1]
+            result[f"{name} body of {auto_class}"] = states
     report["modules"][name] = type(again).__module__
 save_file(result, arguments["output"])
 report["threads"] = torch.get_num_threads()
@@ -251,6 +295,10 @@ def test_without_the_package(pruned, tmp_path):
         )
         assert report["modules"][name].startswith("transformers_modules.")
         assert torch.equal(made[f"{name} loaded"], expected) and torch.equal(made[f"{name} again"], expected)
+        bodies = [states for key, states in made.items() if key.startswith(f"{name} body of")]
+        assert len(bodies) == 1 + len(OTHER_CLASSES[name])
+        for states in bodies:
+            torch.testing.assert_close(states, last_states(AutoModelForCausalLM.from_pretrained(folder)))
         for suffix in ("-saved", "-packed"):
             saved = folder.with_name(folder.name + suffix)
             assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}

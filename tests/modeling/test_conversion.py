@@ -134,6 +134,23 @@ def test_packing_downs_has_an_inverse(widths):
         assert torch.equal(unpacked[f"down.{expert}"], down) and unpacked[f"down.{expert}"].is_contiguous()
 
 
+@pytest.mark.parametrize("taken_out", [True, False])
+def test_packing_takes_the_sources_that_there_are(taken_out):
+    """Quantizers name what they store beside the weights, in between; what they read is taken out before."""
+    gates, ups, downs = (
+        [torch.randn(*shape) for shape in shapes] for shapes in ([(2, 5), (1, 5)],) * 2 + ([(5, 2), (5, 1)],)
+    )
+
+    def packed(operation, **parts):
+        names = [f"{part}.*.{kind}" for part in parts for kind in ("weight", "weight_scale", "weight_packed")]
+        there = {f"{part}.*.weight": list(tensors) for part, tensors in parts.items()}
+        sources = names if taken_out else list(there)
+        return operation.convert(there, sources, ["packed"])["packed"]
+
+    assert torch.equal(packed(PackGateUp(), gate=gates, up=ups), torch.cat([gates[0], ups[0], gates[1], ups[1]]))
+    assert torch.equal(packed(PackDown(), down=downs), torch.cat([downs[0].T, downs[1].T]))
+
+
 def test_widths_are_found_by_layer():
     widths = {f"model.layers.{layer}.mlp.experts": [layer] for layer in (1, 11)}
     model = Model(**widths)
