@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PARAMETERS = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+BROKEN_OFF = "_heapr_broken_off"
+"""Attribute of a model that was being changed when that broke off: what to say about it."""
+
 _INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -89,8 +92,11 @@ def find_expert_blocks(model: nn.Module) -> list[ExpertBlock]:
 
     Raises:
         HeaprError: if the model has none (a dense model, or a family whose experts are not on the experts interface of
-            transformers), if it was pruned already, or if its experts cannot be split into atomic experts exactly.
+            transformers), if it was pruned already, in whole or in part, or if its experts cannot be split into atomic
+            experts exactly.
     """
+    if hasattr(model, BROKEN_OFF):
+        raise HeaprError(getattr(model, BROKEN_OFF))
     name = model_name(model)
     if getattr(model.config, "expert_widths", None) is not None:
         raise HeaprError(

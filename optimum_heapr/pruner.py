@@ -18,7 +18,7 @@ from .calibration.statistics import AtomicStatistics
 from .checkpoints.loaded import LoadedModel
 from .checkpoints.stages import load_stages
 from .configuration import HeaprConfig
-from .experts import find_expert_blocks
+from .experts import BROKEN_OFF, find_expert_blocks
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
@@ -293,5 +293,7 @@ class HeaprPruner:
 
     def _pruned_by(self) -> PruningPlan:
         if self.applied_plan is None:
-            raise HeaprError("model: was not pruned yet; call prune() or apply() first")
+            raise HeaprError(
+                getattr(self.model, BROKEN_OFF, "model: was not pruned yet; call prune() or apply() first")
+            )
         return self.applied_plan

@@ -17,6 +17,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import with_paths
 from ..utils.placement import place
 from .block_compensation import FittedBlock, compensate_together
+from .change import Change, whole_or_refused
 from .compensation import compensate_experts
 from .feasibility import check_family
 from .selection import packed_rows
@@ -37,7 +38,11 @@ def apply_plan(
     statistics: AtomicStatistics | None = None,
     data: CalibrationData | None = None,
 ) -> torch.nn.Module:
-    """Turns `model` into a pruned model, in place: a block at a time, so that memory only falls.
+    """Turns `model` into a pruned model, in place: a block at a time, whose old weights go before the next, so that at most
+    the weights and one layer are in memory.
+
+    If something ends it after the first change, running out of memory for one, the model is neither the old nor the new one,
+    and says so whenever it is used.
 
     Args:
         model (`PreTrainedModel`): the model that the plan was made for.
@@ -53,23 +58,30 @@ def apply_plan(
     """
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics, data)
-    if plan.config.compensates_blocks:
-        place(model)  # as calibration does
-        with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):
-            compensate_together(
-                Decoder(model, blocks),
-                data,
-                plan,
-                Path(folder),
-                lambda block, fitted: _take_over(model, block, plan.kept[block.path], fitted),
-            )
-    if plan.config.compensates_experts:
-        for block in with_paths(blocks, desc="Compensating", unit="layer"):
-            plan.compensation[block.path] = compensate_block(
-                block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
-            )
-    cut_model(model, plan, blocks)
+    with whole_or_refused(model) as change:
+        if plan.config.compensates_blocks:
+            _compensate_together(model, plan, blocks, data, change)
+        change.begins()
+        if plan.config.compensates_experts:
+            for block in with_paths(blocks, desc="Compensating", unit="layer"):
+                plan.compensation[block.path] = compensate_block(
+                    block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
+                )
+        cut_model(model, plan, blocks)
     return model
+
+
+def _compensate_together(
+    model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock], data: CalibrationData, change: Change
+) -> None:
+    place(model)  # as calibration does
+
+    def take_over(block: ExpertBlock, fitted: FittedBlock) -> None:
+        change.begins()
+        _take_over(model, block, plan.kept[block.path], fitted)
+
+    with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):
+        compensate_together(Decoder(model, blocks), data, plan, Path(folder), take_over)
 
 
 def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
@@ -88,6 +100,7 @@ def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[Exp
 
     for block in with_paths(blocks, desc="Pruning", unit="layer"):
         model.set_submodule(block.path, cut_block(block, plan.kept[block.path]))
+        _drop_weights(block.module)
 
     config = model.config
     config.__class__ = pruned_configuration(type(config))
@@ -95,6 +108,12 @@ def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[Exp
     config.expert_widths = plan.widths
     model.__class__ = register_model_class(type(config))
     register_conversions(type(config).model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
+
+
+def _drop_weights(stock: torch.nn.Module) -> None:
+    """Lets the weights of a module that was cut go now, whoever still refers to the module. Its shapes stay."""
+    for name, parameter in list(stock.named_parameters(recurse=False)):
+        setattr(stock, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
 
 
 def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:

@@ -64,11 +64,13 @@ def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertB
     layout = find_stock_layout(model, blocks, stock_width(plan))
     for block in with_paths(blocks, desc="Pruning", unit="layer"):
         for name, parameter in list(block.module.named_parameters(recurse=False)):
-            experts = [
-                padded_expert(block, name, expert, indices, layout.width)
-                for expert, indices in enumerate(plan.kept[block.path])
-            ]
-            _replace(block.module, name, torch.stack(experts), parameter)
+            made = None
+            for expert, indices in enumerate(plan.kept[block.path]):
+                padded = padded_expert(block, name, expert, indices, layout.width)
+                if made is None:
+                    made = padded.new_empty(block.num_experts, *padded.shape)
+                made[expert] = padded
+            _replace(block.module, name, made, parameter)
     for path in layout.padded:
         owner, _, name = path.rpartition(".")
         parameter = model.get_parameter(path)
