@@ -21,6 +21,7 @@ from ..utils.values import TensorValue
 from .allocation import allocate
 from .distribution import importance_distribution
 from .estimate import estimated_loss_increase
+from .protection import protected_experts
 
 
 if TYPE_CHECKING:
@@ -248,11 +249,21 @@ def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> Heap
         whole, each = model["num_parameters"], model["parameters_per_atomic_expert"]
     else:
         return config
-    total = sum(block.num_experts * block.width for block in statistics.blocks.values())
+    sizes = {path: block.num_experts * block.width for path, block in statistics.blocks.items()}
+    experts = {path: block.num_experts for path, block in statistics.blocks.items()}
+    protected = protected_experts(config, experts) if config.allocation == "layer" else {}
+    # Layer by layer the ratio is a share of those layers that give anything at all.
+    giving = sum(size for path, size in sizes.items() if len(protected.get(path, [])) < experts[path])
+    total = sum(sizes.values())
     removed = -(-(whole - target) // each)
     if not 0 < removed < total:
         raise HeaprError(
             f"{name}={given}: must lie between {whole - total * each:,}{unit}, what is left without routed experts, and "
             f"{whole:,}{unit}, what the model has"
         )
-    return replace(config, ratio=removed / total)  # the target is kept beside it, for the record
+    if removed >= giving:
+        raise HeaprError(
+            f"{name}={given}: protect={config.protect!r} leaves {whole - giving * each:,}{unit} at least; ask for more than "
+            "that, or protect less"
+        )
+    return replace(config, ratio=removed / giving)  # the target is kept beside it, for the record

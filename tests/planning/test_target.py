@@ -34,6 +34,18 @@ def test_what_cannot_be_is_refused(target):
         PruningPlan.build(random_statistics(), HeaprConfig(target_parameters=target))
 
 
+def test_layers_that_are_protected_leave_the_others_to_reach_it():
+    path = next(iter(random_statistics().blocks))
+    config = HeaprConfig(target_parameters=8_000, allocation="layer", protect=path)
+    plan = PruningPlan.build(random_statistics(), config)
+    assert 8_000 - 96 < 10_000 - plan.removed * 96 <= 8_000
+    assert sum(plan.widths[path]) == 4 * 8
+    assert PruningPlan.build(random_statistics(), plan.config).removed == plan.removed
+    least = 10_000 - ROUTED // 2
+    with pytest.raises(HeaprError, match=f"target_parameters=6,000: protect='{path}' leaves {least:,} at least"):
+        PruningPlan.build(random_statistics(), config.replace(target_parameters=6_000))
+
+
 # Bytes
 
 
