@@ -213,7 +213,7 @@ class AtomicStatistics(TensorValue):
             _ = statistics.fingerprint["model"], statistics.num_tokens  # what every later stage reads
         except KeyError as error:
             raise HeaprError(f"statistics={str(path)!r}: lacks {error}; calibrate again") from error
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise HeaprError(f"statistics={str(path)!r}: is damaged ({error}); calibrate again") from error
         statistics.check(path)
         return statistics

@@ -61,7 +61,8 @@ class SourceCheckpoint:
             row = None
             if expert is not None:
                 # Either one tensor an expert, or all experts in one.
-                keys, row = ([keys[expert]], None) if len(keys) > 1 else (keys, expert)
+                one_each = len(self.reader.tensors[keys[0]].shape) < len(self.empty[name].shape)
+                keys, row = ([keys[expert]], None) if one_each else (keys, expert)
             for key in keys:
                 converter.add_tensor(name, key, pattern, self.reader.read(key, row).to(dtype))
         shape = self.empty[name].shape if expert is None else (1, *self.empty[name].shape[1:])

@@ -42,7 +42,7 @@ def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch
     Raises:
         HeaprError: if the file is missing, truncated, of another format or of a newer version.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     what = format.removeprefix("heapr_")
     if not Path(path).is_file():
@@ -59,10 +59,19 @@ def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch
                     "make it again or update optimum-heapr"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["document"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except HeaprError:
+        raise
+    except _damage() as error:
         raise HeaprError(
             f"{what}={str(path)!r}: truncated or not a safetensors file ({error}); make it again"
         ) from error
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What the reading of a damaged file may end with."""
+    from safetensors import SafetensorError
+
+    return SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError
 
 
 def artefact_format(path: str | os.PathLike) -> str | None:
@@ -71,14 +80,14 @@ def artefact_format(path: str | os.PathLike) -> str | None:
     Raises:
         HeaprError: if the file is missing, truncated or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not Path(path).is_file():
         raise HeaprError(f"path={str(path)!r}: no such file; name a statistics file, a plan or a pruned model")
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError) as error:
+    except _damage() as error:
         raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({error})") from error
 
 

@@ -151,7 +151,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             )
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise HeaprError(f"model={str(file)!r}: is not a safetensors file of known dtypes ({error})") from error
 
 
