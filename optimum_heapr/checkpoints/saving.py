@@ -21,6 +21,7 @@ from ..utils.companions import PLAN_NAME, own_folder
 from ..utils.files import replace_folder
 from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
+from .originals import carry_over
 
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ def save_companions(
     results: Sequence[EvalResult] = (),
 ) -> None:
     """Writes what stands beside the weights of a pruned model; names, but no paths of this machine."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    carry_over(folder, model, tokenizer, base, is_stock=plan.config.layout != "variable")
     plan = plan.public()
     ours = own_folder(folder)
     plan.config.save_pretrained(ours)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..demo import DEMO_MODEL, demo_model_path
 from ..utils.companions import CARD_NAME
+from .original_files import files_of_folder, files_of_repository
 
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class BaseModel:
         on_hub (`bool`): whether that is a name on the Hub.
         commit (`str`, *optional*): the commit there that was loaded, if that is known.
         metadata (`dict`): of its own card: licence and language.
+        files (`dict[str, Path]`): by name, those of its files that the pruned model has as well, and `config.json`.
     """
 
     name: str
     on_hub: bool = False
     commit: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, hub_options: dict[str, Any] | None = None) -> BaseModel:
@@ -45,15 +48,18 @@ class BaseModel:
         """
         source = getattr(model.config, "_name_or_path", "")
         if source == str(demo_model_path()):
-            return cls(DEMO_MODEL)
+            return cls(DEMO_MODEL, files=files_of_folder(Path(source)))
         if source and Path(source).is_dir():
-            return cls(Path(source).resolve().name, metadata=_carried_over(Path(source) / CARD_NAME))
-        commit = _cached_commit(source, hub_options or {})
-        if commit is None:  # made in code, or its folder has gone
+            files = files_of_folder(Path(source) / ((hub_options or {}).get("subfolder") or ""))
+            return cls(Path(source).resolve().name, metadata=_carried_over(Path(source) / CARD_NAME), files=files)
+        config = _cached_config(source, hub_options or {})
+        if config is None:  # made in code, or its folder has gone
             return cls(type(model).__name__.removeprefix("Heapr"))
+        commit = config.parents[len(Path((hub_options or {}).get("subfolder") or "").parts)].name
+        files = files_of_repository(source, commit, config, hub_options or {})
         card = _download_card(source, commit, hub_options or {})
         # Without the options it may have been another revision that was loaded.
-        base = cls(source, True, None if hub_options is None else commit, _carried_over(card))
+        base = cls(source, True, None if hub_options is None else commit, _carried_over(card), files)
         link = base.metadata.get("license_link")
         if link and "://" not in link:  # relative to the base model's repository
             base.metadata["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}"
@@ -73,8 +79,8 @@ def _carried_over(card: Path | None) -> dict[str, Any]:
     return {key: metadata[key] for key in _CARRIED_OVER if metadata.get(key)}
 
 
-def _cached_commit(name: str, hub_options: dict[str, Any]) -> str | None:
-    """The commit of a repository whose configuration is in the cache, as it is for every model that was loaded."""
+def _cached_config(name: str, hub_options: dict[str, Any]) -> Path | None:
+    """The configuration of a repository, which is in the cache for every model that was loaded, in a folder named by its commit."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -83,7 +89,7 @@ def _cached_commit(name: str, hub_options: dict[str, Any]) -> str | None:
         path = try_to_load_from_cache(name, (Path(folder) / "config.json").as_posix(), **options)
     except HFValidationError:  # a path, or nothing
         return None
-    return Path(path).parents[len(Path(folder).parts)].name if isinstance(path, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _given(options: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -11,6 +11,12 @@ from functools import cache
 import transformers
 
 
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"this model's experts have widths of their own, which needs transformers 5 or newer; here is {transformers.__version__}. "
+        "Update it (pip install -U transformers), or prune again with layout 'uniform', which older ones load."
+    )
+
 PREFIX = "Heapr"
 
 

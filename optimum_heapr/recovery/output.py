@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.originals import carry_over
+from ..hub.base_model import BaseModel
 from ..hub.card import point_to_folder
 from ..hub.card import without_measurements as card_without_measurements
 from ..planning.plan import PruningPlan
@@ -89,9 +91,10 @@ def save_merged(
         HeaprError: if the folder cannot be written or is not empty.
     """
     with replace_folder(folder, overwrite) as temporary:
-        recovery.merge().save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        merged = recovery.merge()
+        merged.save_pretrained(temporary)
+        is_stock = getattr(merged.config, "expert_widths", None) is None
+        carry_over(temporary, merged, tokenizer, BaseModel.of(merged), is_stock)
         _copy_companions(pruned, temporary)
         _drop_measurements(temporary)
         recovery.report.add_to(temporary)
