@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.statistics import AtomicStatistics
 from ..configuration import MEMORY
-from ..demo import DEMO_MODEL, demo_model_path
 from ..experts import find_expert_blocks
 from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.logging import get_logger
 from ..utils.quantized import unquantized_loading
+from .origins import base_of_adapter, hub_options_in, place_of
 
 
 if TYPE_CHECKING:
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-
-def hub_options_in(model_options: dict[str, Any]) -> dict[str, Any]:
-    """Those options of `from_pretrained` that say where on the Hub something is."""
-    names = ("revision", "token", "cache_dir", "subfolder")
-    return {name: model_options[name] for name in names if name in model_options}
 
 
 def load_measured(
@@ -102,12 +95,7 @@ def load_model(
     from ..modeling.modeling_heapr import auto_class_name
     from .skeleton import load_skeleton
 
-    path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
-    if not os.path.isdir(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1):
-        raise HeaprError(
-            f"model={path!r}: no such folder, and no name on the Hub either; name a folder or a repository on the Hub that "
-            "holds a causal language model"
-        )
+    path = place_of(name)
     if not allow_quantized and model_options.get("quantization_config") is not None:
         raise HeaprError(
             "quantization_config: quantized weights cannot be cut; leave it out, prune, and quantize what is saved"
@@ -116,7 +104,7 @@ def load_model(
     if "trust_remote_code" in model_options:
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
-        base = _base_of_adapter(path, hub_options)
+        base = base_of_adapter(path, hub_options)
         config = AutoConfig.from_pretrained(base or path, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
@@ -172,35 +160,6 @@ def _load_weights(
         found = model.load_adapter(path, adapter_kwargs=of_adapter)
     check_missing(name, found.missing_keys, found.unexpected_keys)
     return model
-
-
-def _base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
-    """The model that an adapter in PEFT's format belongs to, or `None` for a model.
-
-    Adapters of recovery hold the name of its folder alone, which is looked for here and beside the adapter.
-    """
-    from transformers.utils import find_adapter_config_file
-
-    options = {name: value for name, value in hub_options.items() if name in ("revision", "token", "cache_dir")}
-    found = find_adapter_config_file(path, **options)
-    if found is None:
-        return None
-    with open(found, encoding="utf-8") as file:
-        base = json.load(file)["base_model_name_or_path"]
-    if not base:
-        raise HeaprError(
-            f"model={path!r}: is an adapter of a model that was in memory, and does not say where that is; load that model, "
-            "then the adapter with optimum_heapr.recovery.adapter.load_adapter"
-        )
-    beside = os.path.join(os.path.dirname(os.path.abspath(path)), base)
-    if os.path.isdir(path) and not os.path.isdir(base) and os.path.isdir(beside):
-        return beside
-    if not os.path.isdir(base) and "/" not in base:  # no name on the Hub either
-        raise HeaprError(
-            f"model={path!r}: is an adapter of {base!r}, and no such folder is here or beside it; put it there, or run this "
-            "where it is"
-        )
-    return base
 
 
 def source_of(model: PreTrainedModel, **model_options: Any) -> SourceCheckpoint:

@@ -28,12 +28,11 @@ def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = 
         HeaprError: if one is missing or empty, or has no column to read.
     """
     from ..evaluation.perplexity import open_evaluation_text
-    from ..text.protocols import PROTOCOLS
     from ..text.samples import check_calibration_text
 
     if calibrates:
         check_calibration_text(config)
-    if evaluates and config.eval_samples and config.eval_dataset not in (None, *PROTOCOLS):
+    if evaluates and config.eval_samples and config.eval_dataset is not None:
         open_evaluation_text(config.eval_dataset)
 
 

@@ -61,9 +61,9 @@ class EvaluateCommand(HeaprSubcommand):
         if args.num_samples is not None and args.num_samples < 1:
             raise HeaprError(f"num_samples={args.num_samples}: must be at least 1; leave it out for all windows")
         from ..checkpoints.loading import load_model
+        from ..checkpoints.origins import load_configuration
         from ..evaluation.comparison import Comparison
         from ..evaluation.perplexity import open_evaluation_text
-        from ..text.protocols import PROTOCOLS
         from ..utils.placement import place
         from .tables import perplexity_table, speed_table, tasks_table
 
@@ -78,8 +78,9 @@ class EvaluateCommand(HeaprSubcommand):
             {name: getattr(args, name) for name in speed_names} if args.speed else None,
         )
         for dataset in args.dataset:  # before minutes are spent on loading
-            if dataset not in PROTOCOLS:
-                open_evaluation_text(dataset, args.dataset_config, args.split, args.text_column)
+            open_evaluation_text(dataset, args.dataset_config, args.split, args.text_column)
+        for name in args.model if len(args.model) > 1 else ():  # the last one before the first is measured
+            load_configuration(name, **model_options_from(args))
         for name in args.model:
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
             comparison.add(name, place(model), tokenizer, self._weight_files(model) if args.speed else ())

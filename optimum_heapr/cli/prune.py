@@ -38,13 +38,19 @@ class PruneCommand(HeaprSubcommand):
             help="texts that the model completes before and after, for the report (default: beginnings of the text that "
             "it is measured on)",
         )
-        parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
+        parser.add_argument(
+            "--save-statistics",
+            metavar="FILE",
+            help="write the statistics there as soon as they are measured, also in a dry run, with what compensation needs; "
+            "-s FILE goes on from them",
+        )
+        parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write no model")
         # What to measure follows from the rest; --statistics names a file here.
         measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
         add_config_options(parser, (*PLANNING_OPTIONS, *measuring, *EVALUATION_OPTIONS))
 
     def execute(self) -> None:
-        from ..utils.files import check_output_folder
+        from ..utils.files import check_output_file, check_output_folder
 
         config = config_from(self.args)
         if not self.args.dry_run:
@@ -55,9 +61,15 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
+        if self.args.save_statistics:
+            check_output_is_not_input(
+                self.args.save_statistics, self.args.statistics, self.args.config, *source_names(config)
+            )
+            check_output_file(self.args.save_statistics, self.args.overwrite)
         storing = save_options_from(self.args)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
+        from ..report.observation import prompt_ids
         from ..utils.logging import is_main_process
         from .tables import compensation_lines, measured_lines, plan_table
 
@@ -76,8 +88,13 @@ class PruneCommand(HeaprSubcommand):
             state, saving = state_from(self.args, options["memory"])
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
+            if self.args.prompt:
+                prompt_ids(self.args.prompt, pruner.tokenizer)
             if pruner.statistics is None:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)
+            if self.args.save_statistics and is_main_process():
+                pruner.statistics.save(self.args.save_statistics)
+                print(f"Statistics written to {self.args.save_statistics}", flush=True)
             if state is None or self.args.dry_run:  # a dry run leaves all states to a run that cuts
                 end_processes()
             if not is_main_process():  # under `accelerate launch` all processes calibrate, one cuts

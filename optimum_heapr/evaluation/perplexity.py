@@ -96,12 +96,14 @@ def open_evaluation_text(
     split: str = "test",
     text_column: str = "text",
 ) -> Dataset:
-    """The rows that [`evaluate_perplexity`] joins, of all texts but the published protocols. Arguments: as there.
+    """The rows that [`evaluate_perplexity`] joins, also of the published protocols. Arguments: as there.
 
     Raises:
         HeaprError: if they are missing or empty, or have no column to read.
     """
     named = isinstance(dataset, (str, os.PathLike))
+    if named and str(dataset) in PROTOCOLS:
+        return PROTOCOLS[str(dataset)].rows()
     rows = open_dataset(dataset, dataset_config, split, "evaluation") if named else dataset
     usable_columns(rows, source_name(dataset), text_column)
     return rows

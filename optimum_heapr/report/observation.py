@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,13 +80,11 @@ class Workload:
             source, windows = data.source, data.held_out[: config.eval_samples]
         else:
             return None
-        if prompts is not None and tokenizer is None:
-            raise HeaprError("prompts: the model has no tokenizer to read them with; leave them out")
         if prompts is None:
             spread = windows[:: max(len(windows) // PROMPTS, 1)][:PROMPTS]
             given = [_beginning(window, tokenizer) for window in spread] if tokenizer is not None else []
         else:
-            given = [_prompt_ids(text, tokenizer) for text in prompts]
+            given = prompt_ids(prompts, tokenizer)
         is_held_out = config.eval_dataset is None
         return cls(source, is_held_out, windows, given, tokenizer)
 
@@ -156,6 +155,17 @@ def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torc
             first = index + 1
             break
     return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
+
+
+def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[torch.Tensor]:
+    """Token ids of texts to go on from.
+
+    Raises:
+        HeaprError: if there is no tokenizer, or one of them has no tokens.
+    """
+    if tokenizer is None:
+        raise HeaprError("prompts: the model has no tokenizer to read them with; leave them out")
+    return [_prompt_ids(text, tokenizer) for text in prompts]
 
 
 def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

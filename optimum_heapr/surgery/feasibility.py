@@ -5,9 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..calibration.statistics import AtomicStatistics, BlockStatistics
 from ..experts import find_expert_blocks, model_name
-from ..planning.alignment import check_uniform_width, effective_multiple
-from ..planning.protection import protected_experts
+from ..fingerprint import model_fingerprint, storage_of
+from ..planning.alignment import effective_multiple
+from ..planning.allocation import allocate
+from ..planning.plan import with_target_ratio
 from ..utils.errors import HeaprError
 from .block_compensation import check_block_memory
 from .stock import find_stock_layout
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..configuration import HeaprConfig
+    from ..experts import ExpertBlock
 
 
 def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
@@ -30,17 +36,34 @@ def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
         HeaprError: naming what is possible.
     """
     blocks = find_expert_blocks(model)
-    effective_multiple(config, [block.width for block in blocks])
-    protected_experts(config, {block.path: block.num_experts for block in blocks})
-    if config.allocation == "uniform":
-        for width in {block.width for block in blocks}:
-            check_uniform_width(config, width)
+    _check_allocation(model, blocks, config)
     if config.compensates_blocks:
         check_block_memory(model, blocks, config)
     if config.layout == "uniform":
         find_stock_layout(model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
     if config.layout == "variable":
         check_family(model)
+
+
+def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
+    """Allocates as if all had been measured and were of one worth: what is refused then, is refused whatever is measured."""
+    statistics = AtomicStatistics(
+        {block.path: _as_if_measured(block) for block in blocks},
+        {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)},
+    )
+    config = with_target_ratio(config, statistics)
+    multiple = effective_multiple(config, [block.width for block in blocks])
+    # Where widths differ, groups that are cut short may go first: with real scores they might.
+    scores = {
+        block.path: torch.full((block.num_experts, block.width), float(block.width % multiple or multiple))
+        for block in blocks
+    }
+    allocate(scores, config, {})
+
+
+def _as_if_measured(block: ExpertBlock) -> BlockStatistics:
+    one = torch.ones(()).expand(block.num_experts, block.width)
+    return BlockStatistics(one, one, one, one, torch.ones(block.num_experts, dtype=torch.int64))
 
 
 def check_family(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from .sources import open_dataset
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -37,6 +38,14 @@ class Protocol:
     joined_by: str
     revision: str | None = None
 
+    def rows(self) -> Dataset:
+        """The rows, from the Hub or from what was downloaded before.
+
+        Raises:
+            HeaprError: if neither is there.
+        """
+        return open_dataset(self.dataset, self.dataset_config, self.split, revision=self.revision)
+
     def windows(self, tokenizer: PreTrainedTokenizerBase | None, seq_length: int) -> Iterator[torch.Tensor]:
         """Full windows of token ids.
 
@@ -45,7 +54,7 @@ class Protocol:
         """
         if tokenizer is None:
             raise HeaprError(f"dataset={self.dataset!r}: holds text but the model has no tokenizer; pass one")
-        rows = open_dataset(self.dataset, self.dataset_config, self.split, revision=self.revision)
+        rows = self.rows()
         ids = tokenizer(self.joined_by.join(rows[self.column]), verbose=False)["input_ids"]
         if len(ids) < seq_length:
             raise HeaprError(f"seq_length={seq_length}: {self.dataset!r} has {len(ids)} tokens; lower it")

@@ -14,6 +14,13 @@ from tests.helpers import tiny_model
     [
         ({"layout": "uniform", "ratio": 0.25, "tensor_parallel": 2}, "ratio=0.25 gives width 9, not a multiple of"),
         ({"protect": ["model.layers.7.mlp.experts"]}, "model.layers.7.mlp.experts"),
+        ({"target_size": "1KB"}, "target_size='1KB': must lie between .* bytes, what is left without routed experts"),
+        ({"target_parameters": 10**9}, "target_parameters=1,000,000,000: must lie between"),
+        ({"ratio": 0.5, "min_width": 11}, "ratio=0.5: min_width=11, .* leave only 0.0833 to remove"),
+        ({"ratio": 0.6, "protect": ["*.0.*"]}, "ratio=0.6: .*leave only 0.5000 to remove"),
+        ({"ratio": 0.5, "allocation": "uniform", "min_width": 7}, "min_width=7: ratio=0.5 leaves width 6"),
+        ({"width_multiple": 13}, "width_multiple=13: must be at most 12"),
+        ({"ratio": 0.01, "width_multiple": 12}, "ratio=0.01: removes less than one group of width_multiple=12"),
     ],
 )
 def test_what_the_shapes_do_not_allow_is_refused(options, message):
@@ -21,5 +28,13 @@ def test_what_the_shapes_do_not_allow_is_refused(options, message):
         check_feasible(tiny_model(), HeaprConfig(**options))
 
 
-def test_what_they_allow_is_not():
-    check_feasible(tiny_model(), HeaprConfig(layout="uniform", ratio=0.5))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "uniform", "ratio": 0.5},
+        {"ratio": 0.03, "width_multiple": 8},  # the last group of an expert has 4 of its 12
+        {"ratio": 0.5, "protect": ["*.0.*"], "criterion": "obs", "allocation": "layer"},
+    ],
+)
+def test_what_they_allow_is_not(options):
+    check_feasible(tiny_model(), HeaprConfig(**options))

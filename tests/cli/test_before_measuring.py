@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0
+"""What can be refused without measuring is refused before it, and what was measured is kept."""
+
+import pytest
+
+from optimum_heapr import AtomicStatistics
+from optimum_heapr.utils.errors import HeaprError
+
+
+REFUSED_BY_SHAPES = (
+    ["--target-size", "1KB"],
+    ["--ratio", 0.5, "--min-width", 11],
+    ["--ratio", 0.6, "--protect", "*.0.*"],
+    ["--width-multiple", 13],
+    ["--ratio", 0.01, "--width-multiple", 12],
+    ["--prompt", ""],
+)
+
+
+@pytest.mark.parametrize("flags", REFUSED_BY_SHAPES, ids=lambda flags: " ".join(map(str, flags)))
+def test_what_shapes_refuse_is_refused_before_anything_is_measured(flags, run, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    result = run("prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, *flags)
+    assert result.status == 2 and result.error.count("\n") == 1, result.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_model_of_evaluate_is_looked_for_before_the_first_is_measured(run, inputs, tmp_path, monkeypatch):
+    add = "optimum_heapr.evaluation.comparison.Comparison.add"
+    monkeypatch.setattr(add, lambda *_, **__: pytest.fail("it was measured"))
+    result = run("evaluate", "-m", inputs.model, tmp_path / "none", "--dataset", inputs.text, "--seq-length", 24)
+    assert result.status == 2 and f"{str(tmp_path / 'none')!r}: no such folder" in result.error
+
+
+def test_the_published_text_is_looked_for_before_a_model_is_loaded(run, inputs, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise HeaprError("dataset='Salesforce/wikitext': cannot be loaded")
+
+    monkeypatch.setattr("optimum_heapr.text.protocols.open_dataset", offline)
+    monkeypatch.setattr("optimum_heapr.checkpoints.loading.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    for command in (
+        ["prune", "-o", tmp_path / "out", *inputs.calibration, "--eval-dataset", "wikitext2"],
+        ["evaluate", "--dataset", "wikitext2"],
+    ):
+        result = run(command[0], "-m", inputs.model, *command[1:])
+        assert result.status == 2 and "Salesforce/wikitext" in result.error, result.error
+
+
+def test_statistics_are_kept_as_soon_as_they_are_measured(run, inputs, tmp_path, monkeypatch):
+    """In a dry run, and where something fails after them; they serve in place of calibrating, compensation and all."""
+    kept, more = tmp_path / "kept", ["--criterion", "obs", "--compensate"]
+    command = ["prune", "-m", inputs.model, *inputs.calibration, *more, "--save-statistics", kept]
+    result = run(*command, "--dry-run")
+    assert result.status == 0 and f"Statistics written to {kept}" in result.output, result.error
+    assert list(tmp_path.iterdir()) == [kept] and AtomicStatistics.load(kept).has_grams
+    assert run(*command, "--dry-run").status == 2, "they are not written over"
+
+    kept.unlink()
+    monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.apply", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*command, "-o", tmp_path / "out")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [kept]
+    result = run("prune", "-m", inputs.model, "-s", kept, "-o", tmp_path / "out", *more)
+    assert result.status == 0, result.error
