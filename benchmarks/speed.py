@@ -104,7 +104,7 @@ def shares():
     try:
         from optimum_heapr.text.samples import CalibrationData
     except ImportError:
-        from optimum_heapr.data import CalibrationData
+        from optimum_heapr.calibration.data import CalibrationData
 
     samples = list(torch.zeros(4000, 16, dtype=torch.int64))
     data = CalibrationData(samples, "mixture", 0, 16, ["abc"[index % 3] for index in range(4000)])

@@ -206,8 +206,8 @@ def _current_row(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, c
 
 def _submatrix(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows and columns `index` [b, m] of matrix [b, n, n], as a new [b, m, m]."""
-    rows = matrix.gather(1, index[:, :, None].expand(-1, -1, matrix.shape[2]))
-    return rows.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
+    # Whole rows, then columns, of one matrix after another: `gather` looks up an index for each number.
+    return torch.stack([part.index_select(0, own).index_select(1, own) for part, own in zip(matrix, index)])
 
 
 def _normalize_(gram: torch.Tensor) -> torch.Tensor:
