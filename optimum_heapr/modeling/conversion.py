@@ -111,17 +111,9 @@ def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> 
         interleaved (`bool`): whether the family stores gate and up rows in turn.
         has_bias (`bool`): whether its experts have biases.
     """
-    kept, names = [], DEFAULT_NAMES
-    for transform in get_checkpoint_conversion_mapping(model_type.removeprefix("heapr_")) or []:
-        if isinstance(transform, WeightConverter) and _is_of_experts(transform):
-            stored = [match for source in transform.source_patterns if (match := _per_expert_name(source))]
-            if len(stored) == 2:
-                names = (*stored, names[2])
-            elif len(stored) == 1:
-                names = (*names[:2], stored[0])
-        else:
-            kept.append(transform)
-    gate, up, down = names
+    mapping = get_checkpoint_conversion_mapping(model_type.removeprefix("heapr_")) or []
+    kept = [entry for entry in mapping if not (isinstance(entry, WeightConverter) and _is_of_experts(entry))]
+    gate, up, down = expert_names(model_type)
     # These are regular expressions in both directions: `\.` keeps `shared_experts` apart, the look-ahead the biases.
     own = [
         WeightConverter(
@@ -135,6 +127,19 @@ def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> 
         biases = [rf"\.experts.*.{gate}.bias", rf"\.experts.*.{up}.bias"]
         own.append(WeightConverter(biases, r"\.experts.gate_up_proj_bias", [PackGateUp(interleaved)]))
     register_checkpoint_conversion_mapping(model_type, [*kept, *own], overwrite=True)
+
+
+def expert_names(model_type: str) -> tuple[str, str, str]:
+    """What checkpoints of a family call the gate, up and down projections of an expert."""
+    names = DEFAULT_NAMES
+    for transform in get_checkpoint_conversion_mapping(model_type.removeprefix("heapr_")) or []:
+        if isinstance(transform, WeightConverter) and _is_of_experts(transform):
+            stored = [match for source in transform.source_patterns if (match := _per_expert_name(source))]
+            if len(stored) == 2:
+                names = (*stored, names[2])
+            elif len(stored) == 1:
+                names = (*names[:2], stored[0])
+    return names
 
 
 def _is_of_experts(converter: WeightConverter) -> bool:
