@@ -24,7 +24,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 CLOCK = time.process_time if THREADS == 1 and not torch.cuda.is_available() else time.perf_counter
 
-PROMPT, NEW_TOKENS = 256, 16
+PROMPT, NEW_TOKENS = 64, 16
 
 
 def checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Path]:

@@ -89,7 +89,7 @@ def one_engine_at_a_time():
     gc.collect()
 
 
-# vLLM's own models of these give other log-probabilities than transformers', whatever the experts (0.32.0, CPU).
+# Latent attention has a kernel of its own in vLLM: what is compared here are the experts.
 OTHERWISE = ("deepseek_v2", "deepseek_v3")
 
 
