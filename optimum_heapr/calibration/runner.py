@@ -164,8 +164,9 @@ def finished_statistics(
     if not targets:
         raise HeaprError("skip_nonfinite=True: every micro-batch was left out; load the model in bfloat16 or float32")
     for path, block in statistics.items():
-        if not torch.isfinite(block.gradient_sq_sum).all():
-            raise HeaprError(f"gradients of {path}: their sum is not finite; load the model in bfloat16 or float32")
+        for name in ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "output_norm_sum", "weight_norm"):
+            if not torch.isfinite(getattr(block, name)).all():
+                raise HeaprError(f"{name} of {path}: not finite; load the model in bfloat16 or float32")
     fingerprint = {
         **identity,
         "data": data.fingerprint,

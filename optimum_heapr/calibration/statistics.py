@@ -119,7 +119,7 @@ class BlockStatistics(TensorValue):
             gradients (`bool`): whether those of the gradients are needed as well as those of the activations.
 
         Raises:
-            HeaprError: naming what needs them.
+            HeaprError: naming what needs them, or the matrices that hold NaN or infinity.
         """
         if self.activation_gram_sum is None or (gradients and self.gradient_gram_sum is None):
             found = "vectors" if self.activation_gram_sum is None else "without the matrices of the gradients"
@@ -127,6 +127,10 @@ class BlockStatistics(TensorValue):
                 f"{reason}: needs second-order statistics, and those of {path} are {found}; "
                 "calibrate again with statistics='gram'"
             )
+        for name in ("activation_gram_sum", "gradient_gram_sum")[: 1 + gradients]:
+            # One expert at a time: the answers for all would take a good part of the memory of the matrices.
+            if not all(bool(matrix.isfinite().all()) for matrix in getattr(self, name)):
+                raise HeaprError(f"{reason}: {path}.{name} holds values that are not finite; calibrate again")
 
 
 @dataclass(eq=False, repr=False)
@@ -219,10 +223,11 @@ class AtomicStatistics(TensorValue):
         return statistics
 
     def check(self, path: str | os.PathLike) -> None:
-        """Refuses blocks whose parts do not fit together.
+        """Refuses blocks whose parts do not fit together or are not finite; of matrices, which are most of what there is,
+        only the diagonal is read, and the rest where they are used.
 
         Raises:
-            HeaprError: naming the part, its shape and the shape expected.
+            HeaprError: naming the part, and its shape and the shape expected if it is that.
         """
         for block_path, block in self.blocks.items():
             experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
@@ -236,6 +241,11 @@ class AtomicStatistics(TensorValue):
                     raise HeaprError(
                         f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
+                    )
+                values = tensor.diagonal(dim1=1, dim2=2) if tensor is not None and tensor.dim() == 3 else tensor
+                if values is not None and not values.isfinite().all():
+                    raise HeaprError(
+                        f"statistics={str(path)!r}: {block_path}.{part.name} holds values that are not finite; calibrate again"
                     )
             if block.has_curves and not (block.removal_order.sort(dim=1).values == torch.arange(width)).all():
                 raise HeaprError(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
 from optimum_heapr.criteria import importance
+from optimum_heapr.criteria.obs import store_removal_curves
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.fingerprint import check_same_model, model_fingerprint
 from optimum_heapr.utils.errors import HeaprError
@@ -202,6 +203,43 @@ def test_tensors_whose_shapes_do_not_fit_together_are_refused(saved, name):
         HeaprError, match=r"model\.layers\.1\.mlp\.experts\.\w+ has shape \(.*\), not \(.*calibrate again"
     ):
         AtomicStatistics.load(saved)
+
+
+def with_matrices():
+    """Random statistics with second-order ones, and with what `obs` makes of them."""
+    statistics = random_statistics()
+    for block in statistics.blocks.values():
+        block.activation_gram_sum = torch.diag_embed(block.activation_sq_sum)
+        block.gradient_gram_sum = torch.diag_embed(block.gradient_sq_sum)
+    return statistics
+
+
+INTEGERS = ("token_count", "removal_order")
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", [part.name for part in fields(BlockStatistics) if part.name not in INTEGERS])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
+    statistics, path = with_matrices(), tmp_path / "statistics.safetensors"
+    store_removal_curves(statistics)
+    statistics.save(path)
+    AtomicStatistics.load(path)
+    tensor = getattr(statistics.blocks[SECOND], name).clone()
+    tensor[(-1,) * tensor.dim()] = value
+    setattr(statistics.blocks[SECOND], name, tensor)
+    statistics.save(path)
+    with pytest.raises(HeaprError) as refused:
+        AtomicStatistics.load(path)
+    message = f"statistics={str(path)!r}: {SECOND}.{name} holds values that are not finite; calibrate again"
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("name", ["activation_gram_sum", "gradient_gram_sum"])
+def test_matrices_are_looked_at_whole_where_they_are_used(name):
+    statistics = with_matrices()
+    getattr(statistics.blocks[SECOND], name)[1, 0, 2] = torch.nan
+    with pytest.raises(HeaprError, match=rf"criterion='obs': {SECOND}\.{name} holds values that are not finite"):
+        store_removal_curves(statistics)
 
 
 def test_sums_without_a_width_are_refused(saved):
