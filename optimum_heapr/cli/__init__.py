@@ -9,6 +9,7 @@ from .demo import DemoCommand
 from .estimate import EstimateCommand
 from .evaluate import EvaluateCommand
 from .families import FamiliesCommand
+from .frontier import FrontierCommand
 from .inspect import InspectCommand
 from .merge import MergeCommand
 from .plan import PlanCommand
@@ -24,6 +25,7 @@ class HeaprCommand(BaseOptimumCLICommand):
             EstimateCommand,
             CalibrateCommand,
             MergeCommand,
+            FrontierCommand,
             PlanCommand,
             ApplyCommand,
             PruneCommand,

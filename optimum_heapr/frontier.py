@@ -1,0 +1,178 @@
+# Licensed under the Apache License, Version 2.0
+"""The frontier of one calibration: how small a model gets at which loss, by ratio, criterion and layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .evaluation.metric import mean_with_error
+from .evaluation.perplexity import window_losses
+from .planning.plan import PruningPlan
+from .planning.size import planned_sizes
+from .surgery.masking import masked
+from .utils.errors import HeaprError
+from .utils.logging import get_logger
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .calibration.statistics import AtomicStatistics
+    from .configuration import HeaprConfig
+
+
+logger = get_logger(__name__)
+
+RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 19))
+MEASURED_POINTS = 4
+
+Measure = Callable[[PruningPlan], tuple[float, float]]
+"""Gives the measured increase of the loss under a plan, in nats a token, and its standard error."""
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One plan.
+
+    Attributes:
+        criterion, layout (`str`): as of `HeaprConfig`.
+        ratio (`float`): share of the routed atomic experts that goes, reached.
+        parameters, active_parameters, num_bytes (`int`, *optional*): as of [`~optimum_heapr.planning.size.PlannedSize`].
+        estimated (`float`): increase of the loss from the statistics, nats a token. It is low, and not comparable between
+            criteria.
+        measured, error (`float`, *optional*): increase on text, without compensation, and its standard error.
+        calibrated (`float`, *optional*): the estimate, corrected by what was measured at other ratios of the same curve.
+    """
+
+    criterion: str
+    layout: str
+    ratio: float
+    parameters: int
+    active_parameters: int | None
+    num_bytes: int | None
+    estimated: float
+    measured: float | None = None
+    error: float | None = None
+    calibrated: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def frontier(
+    statistics: AtomicStatistics,
+    config: HeaprConfig,
+    ratios: Sequence[float] = RATIOS,
+    criteria: Sequence[str] | None = None,
+    layouts: Sequence[str] | None = None,
+    measure: Measure | None = None,
+    points: int = MEASURED_POINTS,
+) -> list[FrontierPoint]:
+    """A plan at each ratio, for each criterion and layout, from statistics alone; some of them measured.
+
+    What is measured are the two ends of each curve and then, again and again, the middle of the widest gap in the logarithm of
+    the estimate. In between, the ratio of measured to estimated is interpolated.
+
+    Args:
+        statistics (`AtomicStatistics`): of one calibration.
+        config (`HeaprConfig`): all but ratio, criterion and layout.
+        ratios (`Sequence[float]`): asked for; those that a layout cannot have are left out and said.
+        criteria, layouts (`Sequence[str]`, *optional*): those of `config` by default.
+        measure (`Callable`, *optional*): such as [`loss_measure`] gives.
+        points (`int`): measured of each curve, at least 2.
+
+    Returns:
+        `list[FrontierPoint]`: curve by curve, with rising ratios.
+
+    Raises:
+        HeaprError: if an option is wrong, the statistics do not serve a criterion, or no ratio can be had.
+    """
+    if points < 2:
+        raise HeaprError(f"points={points}: must be at least 2, the ends of a curve")
+    found: list[FrontierPoint] = []
+    for criterion in criteria or (config.criterion,):
+        for layout in layouts or (config.layout,):
+            asked = config.replace(criterion=criterion, layout=layout, ratio=min(ratios))
+            curve = _curve(statistics, asked, sorted(ratios))
+            if not curve:
+                continue
+            found += (
+                [point for point, _ in curve] if measure is None else _measured(statistics, curve, measure, points)
+            )
+    if not found:
+        raise HeaprError(f"ratios={list(ratios)}: none can be had in this layout; ask for others")
+    return found
+
+
+def _curve(
+    statistics: AtomicStatistics, config: HeaprConfig, ratios: list[float]
+) -> list[tuple[FrontierPoint, HeaprConfig]]:
+    curve: dict[float, tuple[FrontierPoint, HeaprConfig]] = {}
+    for ratio in ratios:
+        asked = config.replace(ratio=ratio)
+        try:
+            plan = PruningPlan.build(statistics, asked)
+        except HeaprError as error:
+            if "ratio=" not in str(error):
+                raise
+            logger.warning("%s, %s: %s", config.criterion, config.layout, error)
+            continue
+        _, after = planned_sizes(plan)
+        sizes = (after.parameters, after.active_parameters, after.num_bytes)
+        point = FrontierPoint(config.criterion, config.layout, plan.ratio, *sizes, plan.estimated_loss_increase)
+        curve.setdefault(plan.ratio, (point, asked))  # a layout may round two ratios to one
+    return [curve[ratio] for ratio in sorted(curve)]
+
+
+def _measured(
+    statistics: AtomicStatistics, curve: list[tuple[FrontierPoint, HeaprConfig]], measure: Measure, points: int
+) -> list[FrontierPoint]:
+    """The points of a curve, some of them measured, all of them corrected by that."""
+    scale = [math.log(max(point.estimated, 1e-12)) for point, _ in curve]
+    chosen = _spread(scale, points)
+    measured = {index: measure(PruningPlan.build(statistics, curve[index][1])) for index in chosen}
+    factors = {index: measured[index][0] / max(curve[index][0].estimated, 1e-12) for index in chosen}
+    done = []
+    for index, (point, _) in enumerate(curve):
+        below = max((known for known in chosen if known <= index), default=chosen[0])
+        above = min((known for known in chosen if known >= index), default=chosen[-1])
+        share = 0.0 if scale[above] == scale[below] else (scale[index] - scale[below]) / (scale[above] - scale[below])
+        factor = factors[below] + share * (factors[above] - factors[below])
+        increase, error = measured.get(index, (None, None))
+        done.append(replace(point, measured=increase, error=error, calibrated=factor * point.estimated))
+    return done
+
+
+def _spread(values: list[float], count: int) -> list[int]:
+    """Indices of the first and the last of rising values, and of those that halve the widest gaps between."""
+    chosen = [0, len(values) - 1][: len(values)]
+    while len(chosen) < min(count, len(values)):
+        gaps = [(values[after] - values[at], at, after) for at, after in zip(chosen, chosen[1:]) if after - at > 1]
+        _, at, after = max(gaps)
+        middle = (values[at] + values[after]) / 2
+        chosen = sorted([*chosen, min(range(at + 1, after), key=lambda index: abs(values[index] - middle))])
+    return sorted(set(chosen))
+
+
+def loss_measure(model: PreTrainedModel, windows: Sequence[torch.Tensor], source: str = "text") -> Measure:
+    """Measures plans on one model, which is masked and not cut: no compensation, and the model stays as it is.
+
+    Args:
+        model (`PreTrainedModel`): unpruned, in memory.
+        windows (`Sequence[torch.Tensor]`): token ids, as `evaluation.perplexity.evaluation_windows` makes them.
+        source (`str`): what messages call the text.
+    """
+    counts = [len(window) - 1 for window in windows]
+    unpruned = window_losses(model, windows, source)
+
+    def measure(plan: PruningPlan) -> tuple[float, float]:
+        with masked(model, plan):
+            pruned = window_losses(model, windows, source)
+        return mean_with_error([after - before for before, after in zip(unpruned, pruned)], counts)
+
+    return measure

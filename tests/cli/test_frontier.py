@@ -1,0 +1,47 @@
+# Licensed under the Apache License, Version 2.0
+"""`optimum-cli heapr frontier`."""
+
+import json
+
+import pytest
+
+from optimum_heapr import HeaprError
+from optimum_heapr.cli.frontier import ratios_of
+
+
+def test_ratios():
+    assert ratios_of("0.1:0.9:0.2") == [0.1, 0.3, 0.5, 0.7, 0.9] and ratios_of("0.25,0.5") == [0.25, 0.5]
+    for text in ("0.1:0.9", "a,b", "0.1:0.9:0", "0.5,1.5", "0.9:0.1:0.1"):
+        with pytest.raises(HeaprError, match="ratios="):
+            ratios_of(text)
+
+
+def test_frontier(inputs, run):
+    result = run("frontier", "-s", inputs.statistics, "--ratios", "0.2,0.5", "--criteria", "heapr", "magnitude")
+    assert result.status == 0, result.error
+    rows = [line.split() for line in result.output.splitlines()]
+    assert [row[0] for row in rows[2:6]] == ["heapr", "heapr", "magnitude", "magnitude"]
+    assert "compare ratios, not criteria" in result.output
+
+
+def test_measured(inputs, run):
+    text = inputs.calibration[inputs.calibration.index("--dataset") + 1]
+    flags = ["-m", inputs.model, "--measure", text, "--windows", 2, "--window-length", 16, "--points", 2]
+    result = run("frontier", "-s", inputs.statistics, "--ratios", "0.2,0.4,0.6", *flags, "--json")
+    assert result.status == 0, result.error
+    points = json.loads(result.output)
+    assert [point["measured"] is None for point in points] == [False, True, False]
+    assert all(point["calibrated"] is not None for point in points)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ratios", "half"], "ratios='half': must be FIRST:LAST:STEP"),
+        (["--measure", "demo"], "--measure and --model go together"),
+        (["--criteria", "heap"], "must be one of"),
+    ],
+)
+def test_refusals(flags, expected, inputs, run):
+    result = run("frontier", "-s", inputs.statistics, *flags)
+    assert result.status == 2 and expected in result.error and result.error.count("\n") == 1

@@ -1,0 +1,84 @@
+# Licensed under the Apache License, Version 2.0
+"""Many plans from one calibration: their sizes, estimates, and what measuring some of them says of the others."""
+
+import math
+
+import pytest
+
+from optimum_heapr import HeaprConfig, HeaprError
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.frontier import _spread, frontier, loss_measure
+from optimum_heapr.planning.plan import PruningPlan
+from optimum_heapr.planning.size import planned_sizes
+from tests.helpers import calibration_data, tiny_model
+
+
+RATIOS = (0.1, 0.2, 0.4, 0.5, 0.7)
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return calibrate(tiny_model(), calibration_data(16, 16), gram=True)
+
+
+def test_points_are_what_the_plans_say(statistics):
+    points = frontier(statistics, HeaprConfig(), RATIOS, ["heapr", "obs"], ["variable", "uniform"])
+    assert len(points) == 4 * len(RATIOS)
+    for point in points:
+        config = HeaprConfig(criterion=point.criterion, layout=point.layout, ratio=point.ratio)
+        plan = PruningPlan.build(statistics, config)
+        assert (point.ratio, point.estimated) == (plan.ratio, plan.estimated_loss_increase)
+        after = planned_sizes(plan)[1]
+        assert (point.parameters, point.active_parameters, point.num_bytes) == (
+            after.parameters,
+            after.active_parameters,
+            after.num_bytes,
+        )
+    for curve in (points[:5], points[5:10]):
+        assert [point.ratio for point in curve] == sorted(point.ratio for point in curve)
+        assert all(point.measured is None and point.calibrated is None for point in curve)
+
+
+def test_measured_points_correct_the_others(statistics):
+    """Three times the estimate everywhere: all of the curve is then known."""
+    measured = []
+
+    def measure(plan):
+        measured.append(plan.ratio)
+        return 3 * plan.estimated_loss_increase, 0.5
+
+    points = frontier(statistics, HeaprConfig(), RATIOS, measure=measure, points=3)
+    assert len(measured) == 3 and {points[0].ratio, points[-1].ratio} <= set(measured)
+    for point in points:
+        assert point.calibrated == pytest.approx(3 * point.estimated)
+        assert (point.measured is None) == (point.ratio not in measured) == (point.error is None)
+
+
+def test_what_is_measured_is_the_loss_of_the_masked_model(statistics):
+    windows = calibration_data(16, 16, 16).samples
+    measure = loss_measure(tiny_model(), windows)
+    plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.7))
+    increase, error = measure(plan)
+    assert math.isfinite(increase) and increase != 0 and error > 0
+    assert measure(plan) == (increase, error), "the model is as it was"
+
+
+def test_the_widest_gap_is_halved():
+    assert _spread([0.0, 1, 2, 3, 10], 2) == [0, 4]
+    assert _spread([0.0, 1, 4, 9, 10], 3) == [0, 2, 4]
+    assert _spread([0.0, 1, 2], 9) == [0, 1, 2] and _spread([5.0], 4) == [0]
+
+
+def test_ratios_that_a_layout_rounds_to_one_are_one_point(statistics):
+    config = HeaprConfig(layout="uniform", width_multiple=4)
+    points = frontier(statistics, config, (0.3, 0.32, 0.6))
+    assert len(points) == len({point.ratio for point in points})
+
+
+def test_refusals(statistics):
+    with pytest.raises(HeaprError, match="points=1: must be at least 2"):
+        frontier(statistics, HeaprConfig(), points=1)
+    with pytest.raises(HeaprError, match="must be one of"):
+        frontier(statistics, HeaprConfig(), criteria=["heap"])
+    with pytest.raises(HeaprError, match="none can be had"):
+        frontier(statistics, HeaprConfig(width_multiple=12), (0.01,))
