@@ -24,7 +24,8 @@ class RoutedRows:
         expert (`torch.Tensor`): number of the expert, [rows], rising.
         counts (`list[int]`): rows of each expert.
         router_weight (`torch.Tensor`): [rows].
-        valid (`torch.Tensor`, *optional*): which rows belong to tokens that count, [rows]; `None` if all do.
+        valid (`torch.Tensor`, *optional*): which rows count, [rows]: not those of padding, nor those that the router gave
+            the weight 0; `None` if all do.
         output_norm (`torch.Tensor`, *optional*): norm of the expert's output, [rows]; known once the forward is through.
     """
 
@@ -110,7 +111,7 @@ class BlockAccumulator:
         router_weight = routed.router_weight.to(self.output_norm_sum.dtype)
         ones = torch.ones_like(routed.expert)
         if routed.valid is not None:
-            # Padding on the right has no gradient, so only h and the router weight need the mask.
+            # Neither padding on the right nor a router weight of 0 has a gradient: only h and that weight need the mask.
             router_weight, ones = router_weight * routed.valid, ones * routed.valid
         self.token_count.index_add_(0, routed.expert, ones)
         self.output_norm_sum.index_add_(0, routed.expert, router_weight * routed.output_norm)

@@ -102,8 +102,14 @@ def calibration_experts_forward(
         if not activation.requires_grad:
             # The first block of the model: nothing below it is needed, so the graph starts here.
             activation = activation.detach().requires_grad_(True)
-        valid = accumulator.token_mask[order // top_k] if accumulator.token_mask is not None else None
-        routed = RoutedRows(expert_of_row, counts.tolist(), router_weights.detach(), valid)
+        # Routers that let a token skip send it to some expert with a weight of 0: it is no token of that expert.
+        is_routed = router_weights.detach() != 0
+        # One transfer for both, as an accelerator has to be waited for.
+        *count_list, num_routed = torch.cat([counts, is_routed.sum().unsqueeze(0)]).tolist()
+        valid = is_routed if num_routed < len(is_routed) else None
+        if accumulator.token_mask is not None:
+            valid = accumulator.token_mask[order // top_k] & is_routed
+        routed = RoutedRows(expert_of_row, count_list, router_weights.detach(), valid)
         activation = _Tap.apply(activation, accumulator, routed)
     output = linear(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed

@@ -105,8 +105,9 @@ def routing_counts(model: PreTrainedModel) -> Iterator[Counts]:
     def count(path: str, experts: int):
         def hook(module, arguments, options) -> None:
             index = options["top_k_index"] if "top_k_index" in options else arguments[1]
-            # Some routers name an expert that is none, for tokens that get fewer.
-            found = torch.bincount(index.flatten(), minlength=experts)[:experts].tolist()
+            weight = options["top_k_weights"] if "top_k_weights" in options else arguments[2]
+            # For tokens that get fewer, some routers name an expert that is none, others one with a weight of 0.
+            found = torch.bincount(index[weight != 0], minlength=experts)[:experts].tolist()
             counts[path] = [before + now for before, now in zip(counts.get(path, [0] * experts), found)]
 
         return hook

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_heapr.calibration.loss import summed_token_loss
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.calibration.tap import calibration_tap
+from optimum_heapr.calibration.tap import calibration_experts_forward, calibration_tap, new_accumulators, tapped
 from optimum_heapr.criteria import importance
 from optimum_heapr.experts import find_expert_blocks
 from tests.helpers import SUMS, assert_same_statistics, calibration_data, random_ids, tiny_model
@@ -39,6 +39,38 @@ def test_recomputation_counts_nothing_twice(model_type, reentrant):
         assert torch.equal(sums.token_count, block_expected.token_count)
         for name in SUMS:
             torch.testing.assert_close(getattr(sums, name), getattr(block_expected, name), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_rows_of_router_weight_zero_are_not_counted(padded):
+    """A router that lets tokens skip names expert 0 for them, with the weight 0."""
+    model = tiny_model(dtype=torch.float64)
+    block = find_expert_blocks(model)[0]
+    generator = torch.Generator().manual_seed(0)
+    hidden, cotangent = torch.randn(2, 24, model.config.hidden_size, generator=generator, dtype=torch.float64)
+    expert = torch.randint(0, block.num_experts, (24, 1), generator=generator)
+    weight = 0.1 + torch.rand(24, 1, generator=generator, dtype=torch.float64)
+    skips = torch.arange(24) % 3 == 0
+    expert[skips], weight[skips] = 0, 0
+    expert[-1] = 0  # and one that does not skip
+    mask = torch.arange(24) < 20 if padded else torch.ones(24, dtype=torch.bool)
+    cotangent = cotangent * mask[:, None]
+
+    def sums(rows):
+        accumulators = new_accumulators([block], gram=True)
+        accumulators[block.path].token_mask = mask[rows] if padded else None
+        with tapped([block], accumulators):
+            output = calibration_experts_forward(block.module, hidden[rows], expert[rows], weight[rows])
+            (output * cotangent[rows]).sum().backward()
+        accumulators[block.path].complete()
+        return output.detach(), accumulators[block.path].sums()
+
+    (whole, found), (routed, expected) = sums(slice(None)), sums(~skips)
+    assert torch.equal(whole[skips], torch.zeros_like(whole[skips]))
+    torch.testing.assert_close(whole[~skips], routed, rtol=1e-12, atol=1e-15)
+    assert int(found["token_count"].sum()) == int((mask & ~skips).sum())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
 
 
 def test_a_model_with_checkpointing_switched_on_gives_the_same_statistics():

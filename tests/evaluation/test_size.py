@@ -68,6 +68,18 @@ def test_routing_is_counted_and_leaves_no_hook(model):
 
 
 @torch.no_grad()
+def test_tokens_of_router_weight_zero_are_not_counted():
+    model = tiny_model()
+    path, block = next(iter(routed_experts(model).items()))
+    index, weight = torch.tensor([[0], [0], [1]]), torch.tensor([[0.0], [0.5], [0.5]])
+    hidden = torch.ones(3, model.config.hidden_size)
+    with routing_counts(model) as counts:
+        block.module(hidden, index, weight)
+        block.module(hidden, top_k_index=index, top_k_weights=weight)
+    assert counts == {path: [2, 2] + [0] * (len(block.widths) - 2)}
+
+
+@torch.no_grad()
 def test_active_parameters_are_those_that_tokens_use(model):
     seen = routes(model, IDS)
     with routing_counts(model) as counts:
