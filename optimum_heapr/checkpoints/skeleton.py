@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from ..layerwise.source import parameters_of
 from ..utils.tensor_files import TensorReader, checkpoint_files
 from .completeness import load_complete
 
@@ -32,13 +33,15 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: s
     Raises:
         HeaprError: if its weights are not safetensors, or some are missing.
     """
-    empty, tensors = empty_model(auto_class, config, path, **options)
+    empty, reader = _empty_model(auto_class, config, path, **options)
+    tensors = reader.tensors
     names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     hub_options = {name: options.pop(name) for name in names if name in options}
     hub_options.pop("trust_remote_code", None)
     stored = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
     options = {**options, "config": config, "state_dict": stored, "device_map": "meta"}
     model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
+    _tie_duplicates(model, reader)
     model.config.name_or_path = path
     if model.can_generate():
         try:
@@ -57,8 +60,32 @@ def empty_model(
     Raises:
         HeaprError: if its weights are not safetensors.
     """
+    model, reader = _empty_model(auto_class, config, path, **options)
+    return model, reader.tensors
+
+
+def _empty_model(
+    auto_class: type, config: PreTrainedConfig, path: str, **options: Any
+) -> tuple[PreTrainedModel, TensorReader]:
     hub_options = {name: options[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in options}
     reader = TensorReader(checkpoint_files(path, **hub_options))
     trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
     with torch.device("meta"):
-        return auto_class.from_config(config, **trust), reader.tensors
+        return auto_class.from_config(config, **trust), reader
+
+
+def _tie_duplicates(model: PreTrainedModel, reader: TensorReader) -> None:
+    """Ties weights that the checkpoint stores twice if they are equal, as loading does, which cannot compare what has no storage."""
+    _, stored = parameters_of(model, reader.tensors, getattr(model, "_weight_conversions", None) or [])
+    for target, origin in list(model.all_tied_weights_keys.items()):
+        first, second = model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(origin)
+        if first is second or target not in stored or origin not in stored:
+            continue
+        (one,), (other,) = (sum(stored[name].values(), []) for name in (target, origin))
+        if first.shape == second.shape and torch.equal(
+            reader.read(one).to(first.dtype), reader.read(other).to(second.dtype)
+        ):
+            path, _, name = target.rpartition(".")
+            setattr(model.get_submodule(path), name, second)
+        else:
+            del model.all_tied_weights_keys[target]

@@ -11,10 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import optimum_heapr.checkpoints.cutting as streaming
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.streaming import calibrate_streaming
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.families import TESTED
+from optimum_heapr.layerwise.source import SourceCheckpoint
 from optimum_heapr.pruner import HeaprPruner
+from optimum_heapr.text.samples import CalibrationData
 from optimum_heapr.utils.errors import HeaprError
+from optimum_heapr.utils.tensor_files import checkpoint_files
+from tests.helpers import random_samples
 from tests.processes import run_python
 from tests.surgery.stock_models import layout_plan, random_plan, wide_model
 
@@ -64,6 +71,29 @@ def test_same_bytes_with_tied_embeddings(tmp_path):
     model.tie_weights()
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     both_ways(tmp_path / "source", tmp_path, max_shard_size="60KB")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_same_bytes_and_fingerprint_where_a_tied_head_is_stored_too(equal, tmp_path):
+    """As loading does, equal ones are tied, and others are not."""
+    model = wide_model("qwen3_moe", tie_word_embeddings=True)
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"].clone() * (1 if equal else 2)
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
+
+    both_ways(tmp_path / "source", tmp_path, layout="uniform")
+    assert ("lm_head.weight" in load_file(tmp_path / "stream" / "model.safetensors")) == (not equal)
+
+    data = CalibrationData(random_samples(7, 9, vocab_size=96), "random", 0, 9)
+    plain = calibrate(load_model(tmp_path / "source")[0], data).fingerprint
+    skeleton, _ = load_model(tmp_path / "source", skeleton=True)
+    source = SourceCheckpoint(skeleton, checkpoint_files(str(tmp_path / "source")))
+    assert calibrate_streaming(skeleton, source, data, tmp_path).fingerprint == plain
+    assert plain["model"]["num_parameters"] == model.num_parameters() + (0 if equal else head.numel())
 
 
 def test_same_bytes_with_empty_experts_and_an_empty_layer(tmp_path):
