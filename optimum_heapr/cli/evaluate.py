@@ -44,7 +44,9 @@ class EvaluateCommand(HeaprSubcommand):
         tasks.add_argument("--chat-template", action="store_true", help="render requests by the chat template")
         speed = parser.add_argument_group("Speed")
         speed.add_argument(
-            "--speed", action="store_true", help="also sizes, FLOPs a token, tokens a second and peak memory"
+            "--speed",
+            action="store_true",
+            help="also sizes, FLOPs a token, tokens a second and, on CUDA devices, peak memory",
         )
         speed.add_argument("--prompt-length", type=int, default=512, help="tokens of a prompt (default: 512)")
         speed.add_argument("--new-tokens", type=int, default=64, help="tokens written after each (default: 64)")

@@ -109,17 +109,19 @@ def tasks_table(rows: list[dict[str, Any]]) -> str:
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """Sizes and speed of one or several models, and what they were measured with."""
     first, lines = rows[0], []
+    has_peak = first["peak_bytes"] is not None
     for row in rows:
         fields = [count(row["parameters"]), count(row["active_parameters"]), count(row["flops_per_token"])]
         fields.append(size(row["checkpoint_bytes"] or row["weight_bytes"]))
         for name in ("prefill", "decode"):
             fields.append(f"{row[name]:,.1f} ± {row[f'{name}_spread']:.0%}")
-        fields.append(size(row["peak_bytes"]))
+        if has_peak:
+            fields.append(size(row["peak_bytes"]))
         fields.append(change(first["decode"], row["decode"]) if row is not first else "")
         lines.append([row["model"], *fields])
     header = ["model", "parameters", "active", "FLOPs/token", "size", "prefill tok/s", "decode tok/s"]
     return (
-        table([*header, "peak memory", "decode"], lines)
+        table([*header, *(["peak memory"] if has_peak else []), "decode"], lines)
         + f"\n{first['device']}, {first['prompt_tokens']} + {first['new_tokens']} tokens, batch size "
         f"{first['batch_size']}, median of {first['repetitions']} ± half the distance of the quartiles"
     )

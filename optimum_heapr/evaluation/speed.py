@@ -13,7 +13,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
-from ..utils.memory import peak_memory, reset_peak_memory
+from ..utils.memory import measured_devices, peak_memory, reset_peak_memory
 from .perplexity import evaluation_mode
 
 
@@ -29,7 +29,8 @@ class Speed:
         decode (`float`): tokens that are written in a second, of all sequences together.
         prefill_spread, decode_spread (`float`): half the distance between the quartiles of the repetitions, relative to
             the median: how far to trust the figures.
-        peak_bytes (`int`): most memory in use meanwhile: of the accelerator, or else of the process.
+        peak_bytes (`int`, *optional*): most memory of the accelerators in use meanwhile. Without one it is not measured: that
+            of a process holds what models before it left behind.
         prompt_tokens, new_tokens, batch_size, repetitions (`int`): how it was measured.
         device (`str`): what on.
     """
@@ -38,7 +39,7 @@ class Speed:
     decode: float
     prefill_spread: float
     decode_spread: float
-    peak_bytes: int
+    peak_bytes: int | None
     prompt_tokens: int
     new_tokens: int
     batch_size: int
@@ -104,7 +105,7 @@ def measure_speed(
         decode=statistics.median(decode),
         prefill_spread=_relative_spread(prefill),
         decode_spread=_relative_spread(decode),
-        peak_bytes=peak_memory(),
+        peak_bytes=peak_memory() if measured_devices() else None,
         prompt_tokens=batches[0].shape[1],
         new_tokens=new_tokens,
         batch_size=batch_size,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
 from optimum_heapr.cli import HeaprCommand
+from optimum_heapr.cli.tables import speed_table
 from optimum_heapr.utils.files import replace_folder
 from tests.cli.conftest import listing, weights_and_settings
 
@@ -202,11 +203,18 @@ def test_evaluate_compares_speed_and_size(run, inputs):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert row["parameters"] == model.num_parameters()
         assert row["checkpoint_bytes"] == (folder / "model.safetensors").stat().st_size
-        assert min(row["prefill"], row["decode"], row["peak_bytes"]) > 0
+        assert min(row["prefill"], row["decode"]) > 0 and row["peak_bytes"] is None
         assert (row["prompt_tokens"], row["new_tokens"], row["repetitions"]) == (12, 4, 2)
     assert pruned["flops_per_token"] < original["flops_per_token"]
+    measured = speed_table([{**original, "peak_bytes": 3 * 10**9}, {**pruned, "peak_bytes": 2 * 10**9}])
+    assert "peak memory" in measured and "3 GB" in measured and "2 GB" in measured
     shown = run("evaluate", "-m", inputs.model, *flags[:-4]).output
-    assert "prefill tok/s" in shown and "median of 2" in shown and "perplexity" not in shown
+    assert (
+        "prefill tok/s" in shown
+        and "median of 2" in shown
+        and "perplexity" not in shown
+        and "peak memory" not in shown
+    )
 
 
 @pytest.mark.parametrize(
