@@ -39,7 +39,8 @@ class HeaprConfig(Options):
         ratio (`float`, *optional*, defaults to 0.25):
             Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
         target_parameters (`int`, *optional*):
-            Parameters of the pruned model, all of them counted; takes the place of `ratio`. What widths cannot hit
+            Parameters of the pruned model, all of them counted; takes the place of `ratio`, with a warning if both are
+            given. What widths cannot hit
             exactly is left above it.
         target_size (`str` or `int`, *optional*):
             Bytes of the weights of the pruned model, a number or e.g. `"12GB"` or `"11.5GiB"`; takes the place of

@@ -15,6 +15,7 @@ from ..criteria.obs import store_removal_curves
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from ..utils.public import public_data
 from ..utils.sizes import parse_size
 from ..utils.values import TensorValue
@@ -27,6 +28,8 @@ from .protection import protected_experts
 if TYPE_CHECKING:
     from ..calibration.statistics import AtomicStatistics
 
+
+logger = get_logger(__name__)
 
 FORMAT = "heapr_plan"
 
@@ -266,4 +269,9 @@ def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> Heap
             f"{name}={given}: protect={config.protect!r} leaves {whole - giving * each:,}{unit} at least; ask for more than "
             "that, or protect less"
         )
-    return replace(config, ratio=removed / giving)  # the target is kept beside it, for the record
+    reached = removed / giving
+    if config.ratio not in (reached, HeaprConfig.ratio):  # a saved plan holds the one that was reached
+        logger.warning(
+            "ratio=%s is not used: %s=%s is given as well, and asks for %.4f", config.ratio, name, given, reached
+        )
+    return replace(config, ratio=reached)  # the target is kept beside it, for the record

@@ -22,6 +22,17 @@ def test_the_most_that_is_no_more_than_asked_for(target):
     assert PruningPlan.build(random_statistics(), plan.config).removed == plan.removed
 
 
+def test_a_ratio_beside_a_target_is_said_not_to_be_used(heapr_log):
+    plan = PruningPlan.build(random_statistics(), HeaprConfig(target_parameters=8_000))
+    PruningPlan.build(random_statistics(), HeaprConfig.from_dict(plan.config.to_dict()))
+    PruningPlan.build(random_statistics(), plan.config.replace(ratio=0.4))
+    assert not heapr_log.messages
+    assert PruningPlan.build(random_statistics(), plan.config.replace(seed=1)).config.ratio == plan.config.ratio
+    PruningPlan.build(random_statistics(), HeaprConfig(ratio=0.4, target_parameters=8_000))
+    message = f"ratio=0.4 is not used: target_parameters=8,000 is given as well, and asks for {plan.config.ratio:.4f}"
+    assert set(heapr_log.messages) == {message}
+
+
 def test_widths_that_cannot_hit_it_stay_above():
     plan = PruningPlan.build(random_statistics(), HeaprConfig(target_parameters=8_000, width_multiple=4))
     left = 10_000 - plan.removed * 96
