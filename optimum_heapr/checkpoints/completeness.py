@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ..layerwise.source import parameters_of
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from .prediction_layers import leave_out, prefix_of
 
 
 if TYPE_CHECKING:
@@ -57,7 +58,18 @@ def load_complete(
             f"model={name!r}: its weights do not have the shapes that its config.json says{reason}; name a checkpoint whose "
             "files belong together"
         ) from error
-    check_missing(name, found["missing_keys"], found["unexpected_keys"])
+    config = model.config.get_text_config()
+    others = [key for key in found["unexpected_keys"] if not prefix_of(key, config.num_hidden_layers)]
+    check_missing(name, found["missing_keys"], others)
+    # Those that the class of the model knows of, it leaves out of what is unexpected.
+    if len(others) < len(found["unexpected_keys"]) or model._keys_to_ignore_on_load_unexpected:
+        try:
+            stored = empty()[1]
+        except HeaprError:  # no safetensors, whose names are not to be had without loading them
+            stored = found["unexpected_keys"]
+        model.left_out = leave_out(model, stored)
+        if model.left_out:
+            logger.warning(f"{name}: {model.left_out}")
     return model
 
 

@@ -103,7 +103,7 @@ def model_card(
             "## What was removed\n\n" + (_PLOT if report else "") + _layers(plan),
             *(["## Measured\n\n" + _measurements(results, report)] if results else []),
             "## Recipe\n\n" + _recipe(plan),
-            "## Limits\n\n" + _limits(plan, bool(results)),
+            "## Limits\n\n" + _limits(plan, bool(results), (report or {}).get("left_out")),
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -242,7 +242,7 @@ def _recipe(plan: PruningPlan) -> str:
     )
 
 
-def _limits(plan: PruningPlan, was_measured: bool) -> str:
+def _limits(plan: PruningPlan, was_measured: bool, left_out: str | None) -> str:
     unreached = sum(map(len, plan.unreached.values()))
     lines = [
         "Importance was measured on the calibration text. What that text does not contain, such as other languages or "
@@ -251,6 +251,8 @@ def _limits(plan: PruningPlan, was_measured: bool) -> str:
     ]
     if not was_measured:
         lines.insert(0, "The quality of this model was not measured when this card was written.")
+    if left_out:
+        lines.append(f"Speculative decoding by layers of the model itself is gone: {left_out}.")
     if unreached:
         fate = "stayed as they were" if plan.config.protect_unreached else "were ranked without having been measured"
         lines.append(f"No calibration token reached {unreached} experts; they {fate}.")

@@ -38,7 +38,7 @@ def build_report(
     Returns:
         `dict`: plain JSON types. `removed` counts atomic experts, `blocks` has what happened to each layer, `size`, `loss`,
         `speed` and `samples` compare before and after; of what was not measured there is nothing, and `problems` says
-        why if it went wrong.
+        why if it went wrong. `left_out`, which is among them, is what the checkpoint had and the result has not.
     """
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -73,6 +73,9 @@ def build_report(
     problems = [f"before: {problem}" for problem in before.problems] + [
         f"after: {problem}" for problem in after.problems
     ]
+    if before.left_out:
+        report["left_out"] = before.left_out
+        problems.append(before.left_out)
     if problems:
         report["problems"] = [public_text(problem) for problem in problems]
     return report

@@ -98,6 +98,7 @@ class Observation:
         speed (`Speed`, *optional*): of reading and writing.
         completions (`list[str]`): of the prompts.
         problems (`list[str]`): why something is missing.
+        left_out (`str`, *optional*): what the checkpoint has that the model has not.
     """
 
     size: ModelSize
@@ -105,6 +106,7 @@ class Observation:
     speed: Speed | None = None
     completions: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    left_out: str | None = None
 
 
 def observe(model: PreTrainedModel, plan: PruningPlan, workload: Workload | None = None) -> Observation:
@@ -115,7 +117,7 @@ def observe(model: PreTrainedModel, plan: PruningPlan, workload: Workload | None
         plan (`PruningPlan`): says how often each expert is used.
         workload (`Workload`, *optional*): what to measure on; without it only sizes are taken.
     """
-    seen = Observation(ModelSize.of(model, plan.tokens))
+    seen = Observation(ModelSize.of(model, plan.tokens), left_out=getattr(model, "left_out", None))
     if workload is None:
         return seen
     for name, look in (("loss", _see_loss), ("speed", _see_speed), ("completions", _see_completions)):
