@@ -50,7 +50,8 @@ class PruneCommand(HeaprSubcommand):
         add_config_options(parser, (*PLANNING_OPTIONS, *measuring, *EVALUATION_OPTIONS))
 
     def execute(self) -> None:
-        from ..utils.files import check_output_file, check_output_folder
+        from ..utils.artefacts import check_output_artefact
+        from ..utils.files import check_output_folder
 
         config = config_from(self.args)
         if not self.args.dry_run:
@@ -65,7 +66,7 @@ class PruneCommand(HeaprSubcommand):
             check_output_is_not_input(
                 self.args.save_statistics, self.args.statistics, self.args.config, *source_names(config)
             )
-            check_output_file(self.args.save_statistics, self.args.overwrite)
+            check_output_artefact(self.args.save_statistics, self.args.overwrite)
         storing = save_options_from(self.args)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner

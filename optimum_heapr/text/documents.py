@@ -108,7 +108,9 @@ def _number_of(rows: Dataset, index: int) -> int:
 
 
 def _dialogue_column(columns: list[str], text_column: str) -> str | None:
-    """The column of dialogues; `messages` go before text, others only where there is no text."""
+    """The column of dialogues: the one that is asked for; else `messages` before text, others where there is no text."""
+    if text_column in _DIALOGUES and text_column in columns:
+        return text_column
     names = _DIALOGUES if text_column not in columns else _DIALOGUES[:1]
     return next((name for name in names if name in columns), None)
 
@@ -152,8 +154,10 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if not value:
         return []
     if not _is_dialogue(messages):
-        first = messages[0] if isinstance(messages, list) and messages else value
-        found = f"keys {', '.join(map(repr, first))}" if isinstance(first, dict) else f"{type(first).__name__}"
+        wrong = next(entry for entry in messages if not _is_message(entry)) if isinstance(messages, list) else value
+        found = f"keys {', '.join(map(repr, wrong))}" if isinstance(wrong, dict) else type(wrong).__name__
+        if isinstance(wrong, dict) and isinstance(wrong.get("role"), str) and wrong.get("content", "") is None:
+            found = f"a message of {wrong['role']!r} without content"
         raise _UnreadableError(
             f"{column!r} holds {found}; it takes lists of messages with 'role' and 'content', or 'from' and 'value'"
         )

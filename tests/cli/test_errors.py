@@ -387,6 +387,13 @@ def output_of_plan_holds_weights(inputs, here):
 
 
 @mistake
+def kept_statistics_are_no_artefact(inputs, here):
+    weights = shutil.copy(inputs.model / "model.safetensors", here / "model.safetensors")
+    flags = [*inputs.calibration, "--save-statistics", weights, "--overwrite"]
+    return prune(inputs, here, *flags), [str(weights), "is not a statistics file or plan", "name another"]
+
+
+@mistake
 def output_is_the_model(inputs, here):
     model = copied_model(inputs, here / "model")
     flags = [*inputs.calibration, "--overwrite"]

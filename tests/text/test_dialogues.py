@@ -50,6 +50,14 @@ def test_every_form_of_a_dialogue_renders_the_same(column, value, streaming, tmp
         assert tokenizer.decode(sample) == RENDERED + tokenizer.eos_token
 
 
+@pytest.mark.parametrize("beside", ["text", "messages"])
+def test_a_column_of_dialogues_that_is_named_goes_before_others(beside, tmp_path):
+    path = jsonl(tmp_path / "chat.jsonl", [{"conversations": SHAREGPT, beside: None}] * 2)
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    for sample in load_calibration_data(config(path, text_column="conversations"), tokenizer).samples:
+        assert tokenizer.decode(sample) == RENDERED + tokenizer.eos_token
+
+
 def test_tools_and_parts_of_a_message_reach_the_template():
     """Of a table all messages have the same keys; those that a message did not have are not given to the template."""
     template = "{% for m in messages %}{{ m['role'] }} {{ 'tool_calls' in m }};{% endfor %}"
@@ -64,6 +72,8 @@ def test_tools_and_parts_of_a_message_reach_the_template():
 @pytest.mark.parametrize("row, expected", [
     ({"messages": [{"speaker": "human", "text": "Hello"}]}, "'messages' holds keys 'speaker', 'text'; it takes lists"),
     ({"messages": [{"role": "user", "content": 3}]}, "'messages' holds keys 'role', 'content'; it takes lists"),
+    ({"messages": [*STANDARD, {"role": "user", "content": None}]}, "'messages' holds a message of 'user' without content"),
+    ({"messages": [*STANDARD, {"content": "Hello"}]}, "'messages' holds keys .*'content'; it takes lists"),
     ({"messages": "prose"}, "'messages' holds str; it takes lists"),
     ({"conversations": [["human", "Hello"]]}, "'conversations' holds list; it takes lists"),
     ({"text": json.dumps(STANDARD)}, "'text' holds a dialogue as a JSON string"),
