@@ -55,7 +55,10 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert_same_statistics(actual, expected)
         assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
         for path, block in expected.blocks.items():
-            for part in ("output_norm_sum", "activation_gram_sum", "gradient_gram_sum"):
+            # Matrices of layer-by-layer runs stay with the first process: the others would hold the same hundreds of gigabytes.
+            grams = () if name == "streamed1" else ("activation_gram_sum", "gradient_gram_sum")
+            assert actual.blocks[path].has_grams == bool(grams)
+            for part in ("output_norm_sum", *grams):
                 torch.testing.assert_close(getattr(actual.blocks[path], part), getattr(block, part))
             assert torch.equal(actual.blocks[path].weight_norm, block.weight_norm)
 
