@@ -33,6 +33,8 @@ def interrupted_after(monkeypatch, home: str, name: str):
 
     def interrupted(*args, **kwargs):
         result = function(*args, **kwargs)
+        if name == "rmtree" and not str(args[0]).endswith(".tmp"):
+            return result  # a temporary folder of a library
         calls.append(name)
         if len(calls) == 1:
             raise KeyboardInterrupt

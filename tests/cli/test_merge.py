@@ -10,7 +10,10 @@ def test_merge_adds_and_plans(run, inputs, tmp_path):
     assert run("calibrate", *options, "-o", second).status == 0
     result = run("merge", inputs.statistics, second, "-o", merged)
     assert result.status == 0 and f"Statistics written to {merged}" in result.output
-    assert "tokens in 18 samples of" in result.output and f"{inputs.tokens} gave 50.0% of the tokens" in result.output
+    assert (
+        "tokens in 18 samples of" in result.output
+        and f"{inputs.tokens.name} gave 50.0% of the tokens" in result.output
+    )
     first, other, both = (AtomicStatistics.load(path) for path in (inputs.statistics, second, merged))
     for path, block in both.blocks.items():
         assert block.fisher_sum.equal(first.blocks[path].fisher_sum + other.blocks[path].fisher_sum)
