@@ -11,7 +11,7 @@ from torch import nn
 from optimum_heapr import HeaprConfig, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
-from optimum_heapr.modeling import atomic_experts
+from optimum_heapr.modeling import atomic_experts, operations
 from optimum_heapr.modeling.atomic_experts import AtomicExperts, storage_order
 from optimum_heapr.surgery.apply import apply_plan, cut_block
 from tests.helpers import calibration_data, random_ids, tiny_model
@@ -125,8 +125,8 @@ def test_implementations_agree(model_type, name, avoid):
 
 def test_grouped_products_are_used_where_widths_allow(monkeypatch):
     calls = []
-    real = atomic_experts._grouped_mm
-    monkeypatch.setattr(atomic_experts, "_grouped_mm", lambda *args, **kw: calls.append(0) or real(*args, **kw))
+    real = operations._grouped_mm
+    monkeypatch.setattr(operations, "_grouped_mm", lambda *args, **kw: calls.append(0) or real(*args, **kw))
     block = block_of("qwen3_moe")
     products = {}
     for name, widths in WIDTHS.items():
