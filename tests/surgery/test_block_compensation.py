@@ -280,7 +280,8 @@ def test_the_text_that_the_plan_names_is_read_again(checkpoint):
     pruner = HeaprPruner.from_pretrained(checkpoint / "model", config)
     pruner.prune()
     pruner.save_pretrained(checkpoint / "pruned")
-    apply_streaming(checkpoint / "model", checkpoint / "pruned", checkpoint / "again")
+    pruner.applied_plan.save(checkpoint / "plan")  # that in the folder names the text without its place
+    apply_streaming(checkpoint / "model", checkpoint / "plan", checkpoint / "again")
     assert (checkpoint / "again" / "model.safetensors").read_bytes() == (
         checkpoint / "pruned" / "model.safetensors"
     ).read_bytes()
