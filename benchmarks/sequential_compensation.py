@@ -29,10 +29,10 @@ from optimum_heapr.layerwise.activations import ActivationStore
 from optimum_heapr.layerwise.decoder import Decoder
 from optimum_heapr.layerwise.walk import LayerWalk
 from optimum_heapr.planning.allocation import allocate
-from optimum_heapr.surgery.apply import set_rows
 from optimum_heapr.surgery.block_compensation import BlockFit
 from optimum_heapr.surgery.block_inputs import watched_blocks
 from optimum_heapr.surgery.compensation import compensate
+from optimum_heapr.surgery.selection import set_rows
 
 
 METHODS = ("block", "without shared experts", "to the output", "to the state", "experts, sequential")

@@ -33,9 +33,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..fingerprint import check_same_model, model_fingerprint
 from ..layerwise.layers import StreamedModel
 from ..layerwise.source import SourceCheckpoint, StandIn, not_streamable, unlisted
-from ..surgery.apply import check_compensation, compensate_block, cut_model, set_rows
-from ..surgery.block_compensation import FittedFiles, compensate_together
-from ..surgery.selection import packed_rows, padded_expert
+from ..surgery.apply import check_compensation, compensate_block, cut_model
+from ..surgery.fitted import FittedFiles
+from ..surgery.layer_by_layer import compensate_together
+from ..surgery.selection import packed_rows, padded_expert, set_rows
 from ..surgery.stock import stock_width, zero_pad
 from ..utils.logging import progress
 from ..utils.placement import default_device

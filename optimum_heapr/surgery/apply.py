@@ -16,20 +16,20 @@ from ..layerwise.decoder import Decoder
 from ..utils.errors import HeaprError
 from ..utils.logging import with_paths
 from ..utils.placement import place
-from .block_compensation import FittedBlock, compensate_together
 from .change import Change, whole_or_refused
 from .compensation import compensate_experts
 from .feasibility import check_family
-from .selection import packed_rows
+from .layer_by_layer import compensate_together
+from .selection import cut_block, set_rows
 from .stock import cut_to_stock, find_stock_layout, stock_width
 
 
 if TYPE_CHECKING:
     from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
-    from ..modeling.atomic_experts import AtomicExperts
     from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
+    from .fitted import FittedBlock
 
 
 def apply_plan(
@@ -169,13 +169,6 @@ def _take_over(model: torch.nn.Module, block: ExpertBlock, kept: list[torch.Tens
         model.get_parameter(name).copy_(weight)
 
 
-def set_rows(block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
-    """Puts other rows in the place of the kept ones of the down projection of each expert."""
-    for expert, (indices, new) in enumerate(zip(kept, rows)):
-        down = block.down_rows(expert)
-        down[indices.to(down.device)] = new  # a view of the parameter
-
-
 @torch.no_grad()
 def compensate_block(
     block: ExpertBlock, kept: list[torch.Tensor], statistics: BlockStatistics, ridge: float
@@ -199,37 +192,6 @@ def compensate_block(
     results = compensate_experts([part.T for part in rows], grams, kept, statistics.token_count.tolist(), ridge)
     set_rows(block, kept, [result.down_proj.T for result in results])
     return [(result.error_before, result.error_after) for result in results]
-
-
-@torch.no_grad()
-def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
-    """A module with the kept atomic experts of one block, in the dtype and on the device of its weights.
-
-    Args:
-        block (`ExpertBlock`): experts of the unpruned model.
-        kept (`list[torch.Tensor]`): kept indices of each expert, ascending.
-    """
-    from ..modeling.atomic_experts import AtomicExperts
-
-    stock = block.module
-    experts = AtomicExperts(stock, [len(indices) for indices in kept])
-    start = 0
-    for expert in experts.order:
-        indices, width = kept[expert], len(kept[expert])
-        rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
-        start += width
-        experts.down_proj[rows] = packed_rows(block, "down_proj", expert, indices)
-        experts.gate_up_proj[pairs] = packed_rows(block, "gate_up_proj", expert, indices)
-        if stock.has_bias:
-            experts.gate_up_proj_bias[pairs] = packed_rows(block, "gate_up_proj_bias", expert, indices)
-    if stock.has_bias:
-        experts.down_proj_bias.copy_(stock.down_proj_bias)
-    experts.requires_grad_(stock.down_proj.requires_grad)
-    if hasattr(stock, "_hf_hook"):  # the model is spread over devices: inputs go on being brought to the weights
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(experts, stock._hf_hook)
-    return experts
 
 
 def _forget_origin(model: torch.nn.Module) -> None:

@@ -14,25 +14,17 @@ that a token meets count against the tokens of each expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from ..calibration.tap import switched_experts
 from ..experts import experts_per_token
-from ..layerwise.activations import ActivationStore
-from ..layerwise.memory import activation_budget, available_bytes
-from ..layerwise.walk import LayerWalk
+from ..layerwise.memory import available_bytes
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger, progress
+from ..utils.logging import get_logger
 from ..utils.placement import default_device
-from ..utils.tensor_files import TensorReader
-from .block_inputs import BlockInputs, watched_blocks
+from .fitted import FittedBlock
 from .least_squares import Part, solve_together
 
 
@@ -41,82 +33,10 @@ if TYPE_CHECKING:
 
     from ..configuration import HeaprConfig
     from ..experts import ExpertBlock
-    from ..layerwise.decoder import Decoder
-    from ..planning.plan import PruningPlan
-    from ..text.samples import CalibrationData
+    from .block_inputs import BlockInputs
 
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class FittedBlock:
-    """What the down projections of one block become.
-
-    Attributes:
-        rows (`list[torch.Tensor]`): of each expert the kept rows, in the order of the plan, [w, d].
-        shared (`dict[str, torch.Tensor]`): by full name, the whole weights [d, I] of down projections of shared experts.
-        error_before (`float`): squared error of the block's routed output after plain removal, relative to the squared
-            output, over the calibration tokens.
-        error_after (`float`): the same with these down projections.
-    """
-
-    rows: list[torch.Tensor]
-    shared: dict[str, torch.Tensor]
-    error_before: float
-    error_after: float
-
-
-@torch.no_grad()
-def compensate_together(
-    decoder: Decoder,
-    data: CalibrationData,
-    plan: PruningPlan,
-    folder: Path,
-    keep: Callable[[ExpertBlock, FittedBlock], None],
-    activation_memory: int | None = None,
-) -> None:
-    """Fits all blocks of an unpruned model, from the first layer to the last, and fills in `plan.compensation`.
-
-    Args:
-        decoder (`Decoder`): the layers; only one needs its weights at a time.
-        data (`CalibrationData`): tokenized samples, `plan.config.batch_size` of which make a micro-batch.
-        plan (`PruningPlan`): what stays.
-        folder (`Path`): exists; takes the inputs of a layer past the budget.
-        keep (`Callable`): is given each block and what becomes of it, and may change it: no other layer sees that.
-        activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
-            quarter of what is free.
-
-    Raises:
-        HeaprError: if a layer needs more than the hidden states of the one before.
-    """
-    own = data.fingerprint
-    if plan.data and plan.data["sha256"] != own["sha256"]:
-        logger.warning(
-            "The model is compensated on other text than it was measured on: %s tokens of %s in place of %s of %s",
-            *(part for text in (own, plan.data) for part in (text["num_tokens"], text["source"])),
-        )
-    batches = dict(enumerate(data.micro_batches(plan.config.batch_size)))
-    walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
-    with decoder.rest():
-        walk.capture(batches)
-    last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
-    for number in progress(range(last + 1), desc="Compensating", unit="layer"):
-        blocks = decoder.blocks_of(number)
-        with decoder.layer(number) as layer:
-            # The experts of calibration take any width and type.
-            with switched_experts(decoder.model, blocks), watched_blocks(decoder.model, blocks) as watched:
-                for index, batch in batches.items():
-                    for inputs in watched.values():
-                        inputs.counts = batch["attention_mask"].bool().flatten()
-                    walk.forward(number, layer, index)
-            walk.drop("hidden", number)
-            for block in blocks:
-                fitted = fit_block(block, watched.pop(block.path), plan.kept[block.path], plan.config.ridge)
-                errors = (fitted.error_before, fitted.error_after)
-                plan.compensation[block.path] = [errors] * block.num_experts
-                keep(block, fitted)
-    walk.drop("hidden", last + 1)
 
 
 def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float) -> FittedBlock:
@@ -168,42 +88,6 @@ def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     per_token = block.hidden_size * (2 * stored + 4 * exact) + (top_k or block.num_experts) * block.width * stored
     per_expert = 5 * block.width * block.hidden_size + block.width**2
     return tokens * per_token + block.num_experts * per_expert * exact
-
-
-class FittedFiles:
-    """What blocks become, in files: for a model that is cut piece by piece, later.
-
-    Args:
-        folder (`Path`): is made; whoever made the one around it removes it.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir()
-        self._reader: TensorReader | None = None
-
-    def keep(self, block: ExpertBlock, fitted: FittedBlock) -> None:
-        """Writes one block."""
-        rows = {f"{block.path}.{expert}": part.contiguous() for expert, part in enumerate(fitted.rows)}
-        shared = {name: weight.contiguous() for name, weight in fitted.shared.items()}
-        save_file({**rows, **shared}, self.folder / f"{block.path}.safetensors")
-
-    def rows(self, path: str, expert: int) -> torch.Tensor:
-        """Kept rows of one expert, [w, d]."""
-        return self._read(f"{path}.{expert}")
-
-    def shared(self, name: str) -> torch.Tensor | None:
-        """A parameter that is no routed expert's, if it was fitted, too."""
-        return self._read(name) if name in self._files.tensors else None
-
-    @property
-    def _files(self) -> TensorReader:
-        if self._reader is None:
-            self._reader = TensorReader(self.folder.glob("*.safetensors"))
-        return self._reader
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self._files.read(name)
 
 
 class BlockFit:

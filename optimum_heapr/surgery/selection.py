@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """The kept atomic experts of one expert, cut out of its parameters: what every layout is made of.
 
-Nothing here looks at more than one expert, so that a checkpoint can be cut without loading a layer.
+Only [`cut_block`] looks at more than one expert: a checkpoint can be cut without loading a layer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..experts import stack_gate_and_up
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
+    from ..modeling.atomic_experts import AtomicExperts
 
 
 def packed_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.Tensor) -> torch.Tensor:
@@ -69,3 +70,41 @@ def _kept_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.T
     if parameter == "gate_up_proj":
         return block.gate_up_rows(expert)[:, indices]
     return block.gate_up_bias(expert)[:, indices]
+
+
+def set_rows(block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
+    """Puts other rows in the place of the kept ones of the down projection of each expert."""
+    for expert, (indices, new) in enumerate(zip(kept, rows)):
+        down = block.down_rows(expert)
+        down[indices.to(down.device)] = new  # a view of the parameter
+
+
+@torch.no_grad()
+def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
+    """A module with the kept atomic experts of one block, in the dtype and on the device of its weights.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept indices of each expert, ascending.
+    """
+    from ..modeling.atomic_experts import AtomicExperts
+
+    stock = block.module
+    experts = AtomicExperts(stock, [len(indices) for indices in kept])
+    start = 0
+    for expert in experts.order:
+        indices, width = kept[expert], len(kept[expert])
+        rows, pairs = slice(start, start + width), slice(2 * start, 2 * (start + width))
+        start += width
+        experts.down_proj[rows] = packed_rows(block, "down_proj", expert, indices)
+        experts.gate_up_proj[pairs] = packed_rows(block, "gate_up_proj", expert, indices)
+        if stock.has_bias:
+            experts.gate_up_proj_bias[pairs] = packed_rows(block, "gate_up_proj_bias", expert, indices)
+    if stock.has_bias:
+        experts.down_proj_bias.copy_(stock.down_proj_bias)
+    experts.requires_grad_(stock.down_proj.requires_grad)
+    if hasattr(stock, "_hf_hook"):  # the model is spread over devices: inputs go on being brought to the weights
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(experts, stock._hf_hook)
+    return experts

@@ -13,7 +13,8 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.modeling import atomic_experts, operations
 from optimum_heapr.modeling.atomic_experts import AtomicExperts, storage_order
-from optimum_heapr.surgery.apply import apply_plan, cut_block
+from optimum_heapr.surgery.apply import apply_plan
+from optimum_heapr.surgery.selection import cut_block
 from tests.helpers import calibration_data, random_ids, tiny_model
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.modeling import atomic_experts, half_precision
 from optimum_heapr.modeling.atomic_experts import AtomicExperts
-from optimum_heapr.surgery.apply import cut_block
+from optimum_heapr.surgery.selection import cut_block
 from tests.helpers import tiny_model
 from tests.modeling.test_atomic_experts import (
     FAMILIES,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from optimum_heapr.modeling import compiled
-from optimum_heapr.surgery.apply import cut_block
+from optimum_heapr.surgery.selection import cut_block
 from tests.modeling.test_atomic_experts import block_of, kept_of, routed, use
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.surgery import apply, stock
+from optimum_heapr.surgery import apply, selection, stock
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.surgery.change import whole_or_refused
 from tests.helpers import calibration_data, random_ids, tiny_model
@@ -84,7 +84,7 @@ def used_in(model):
 
 
 BREAKS = {
-    "cutting": (apply, "packed_rows", {}),
+    "cutting": (selection, "packed_rows", {}),
     "cutting to a stock layout": (stock, "padded_expert", {"layout": "padded"}),
     "compensating": (apply, "compensate_experts", {"compensate": True}),
     "compensating over blocks": (apply, "set_rows", {"compensate": True, "compensation_scope": "block"}),
