@@ -15,7 +15,7 @@ from typing import Any
 from .utils.companions import CONFIG_NAME
 from .utils.errors import HeaprError
 from .utils.files import write_json
-from .utils.options import Options, option
+from .utils.options import Options, only_one, option
 from .utils.sizes import parse_size
 
 
@@ -27,7 +27,8 @@ ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
-GOALS = ("ratio", "target_parameters", "target_size")  # ways to say how much goes
+GOALS = ("ratio", "target_parameters", "target_size")  # ways to say how much goes, of which one is taken
+DEFAULT_RATIO = 0.25  # where none is
 
 
 @dataclass(repr=False)
@@ -36,15 +37,15 @@ class HeaprConfig(Options):
     How much to prune, what to rank atomic experts by, and which text to calibrate on.
 
     Args:
-        ratio (`float`, *optional*, defaults to 0.25):
-            Share of the routed atomic experts that is removed, between 0 and 1 (both excluded).
+        ratio (`float`, *optional*):
+            Share of the routed atomic experts that is removed, between 0 and 1 (both excluded); 0.25 if neither it nor a
+            target is given.
         target_parameters (`int`, *optional*):
-            Parameters of the pruned model, all of them counted; takes the place of `ratio`, with a warning if both are
-            given. What widths cannot hit
-            exactly is left above it.
+            In place of `ratio`, parameters that the pruned model may have, all of them counted. What widths cannot hit
+            exactly stays below it.
         target_size (`str` or `int`, *optional*):
-            Bytes of the weights of the pruned model, a number or e.g. `"12GB"` or `"11.5GiB"`; takes the place of
-            `ratio`. Weights count in the dtype that they had in calibration; the headers of the files, and the zeros
+            In place of `ratio`, bytes that the weights of the pruned model may take, a number or e.g. `"12GB"` or
+            `"11.5GiB"`. Weights count in the dtype that they had in calibration; the headers of the files, and the zeros
             of the layout `padded`, come on top.
         criterion (`str`, *optional*, defaults to `"heapr"`):
             What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
@@ -121,7 +122,10 @@ class HeaprConfig(Options):
         HeaprError: if a value is out of its range; the message names the value and what is allowed.
     """
 
-    ratio: float = option(0.25, "share of the routed atomic experts to remove, between 0 and 1")
+    ratio: float | None = option(
+        None,
+        f"share of the routed atomic experts to remove, between 0 and 1 (default: {DEFAULT_RATIO}, without a target)",
+    )
     target_parameters: int | None = option(None, "parameters that the pruned model may have; in place of ratio")
     target_size: str | None = option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
     criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
@@ -181,18 +185,15 @@ class HeaprConfig(Options):
         if isinstance(self.protect, (list, tuple)) and all(isinstance(pattern, str) for pattern in self.protect):
             self.protect = " ".join(self.protect)
         super().__post_init__()
-        if not 0 < self.ratio < 1:  # also false for NaN
+        if only_one(vars(self), GOALS) is None:
+            self.ratio = DEFAULT_RATIO
+        if self.ratio is not None and not 0 < self.ratio < 1:  # also false for NaN
             raise HeaprError(
                 f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
             )
         if self.target_parameters is not None:
             self.check_least("target_parameters", 1)
         if self.target_size is not None:
-            if self.target_parameters is not None:
-                raise HeaprError(
-                    f"target_size={self.target_size!r}: target_parameters={self.target_parameters} is given as well; leave "
-                    "one out"
-                )
             parse_size("target_size", self.target_size)
         if self.protect is not None and not self.protect.split():
             raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
@@ -228,13 +229,26 @@ class HeaprConfig(Options):
         Raises:
             HeaprError: if the change says it in two ways.
         """
-        goals = [name for name in GOALS if changes.get(name) is not None]
-        if len(goals) > 1:
-            first, second = ((name, changes[name]) for name in goals[:2])
-            raise HeaprError(f"{second[0]}={second[1]!r}: {first[0]}={first[1]!r} is given as well; leave one out")
-        if goals:
+        if only_one(changes, GOALS) is not None:
             values = {name: value for name, value in values.items() if name not in GOALS}
         return super().changed(values, changes)
+
+    @classmethod
+    def from_artefact(cls, values: dict[str, Any]) -> HeaprConfig:
+        """Reads what a plan or a pruned model holds: those of earlier versions have the ratio reached beside a target.
+
+        Raises:
+            HeaprError: as [`~HeaprConfig.from_dict`].
+        """
+        if isinstance(values, dict) and any(values.get(name) is not None for name in GOALS if name != "ratio"):
+            values = {**values, "ratio": None}
+        return cls.from_dict(values)
+
+    @property
+    def goal(self) -> tuple[str, Any]:
+        """The option that says how much goes, and its value: one of `ratio`, `target_parameters` and `target_size`."""
+        name = only_one(vars(self), GOALS)
+        return name, getattr(self, name)
 
     @property
     def needs_grams(self) -> bool:
@@ -275,7 +289,7 @@ class HeaprConfig(Options):
             raise HeaprError(
                 f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned"
             )
-        return cls.from_dict(saved["heapr_config"])
+        return cls.from_artefact(saved["heapr_config"])
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes `heapr_config.json` into `folder` and returns its path."""

@@ -2,6 +2,7 @@
 """`HeaprConfig`: every bad value is refused in one line, and recipes come back from YAML, JSON and pruned models."""
 
 import dataclasses
+import itertools
 import json
 import math
 import typing
@@ -15,6 +16,7 @@ from optimum_heapr.configuration import (
     ALIGNMENTS,
     ALLOCATIONS,
     CRITERIA,
+    GOALS,
     LAYOUTS,
     REDUCTIONS,
     HeaprConfig,
@@ -58,13 +60,14 @@ OTHER = {
     "seed": 7,
 }
 
-# Two that exclude each other.
-EVERYTHING_ELSE = {name: value for name, value in OTHER.items() if name != "target_parameters"}
+# One goal: two exclude each other.
+EVERYTHING_ELSE = {name: value for name, value in OTHER.items() if name not in ("ratio", "target_parameters")}
 
 
 def test_the_defaults():
     config = HeaprConfig()
-    assert config.ratio == 0.25 and config.criterion == "heapr" and config.allocation == "global"
+    assert config.ratio == 0.25 and config.goal == ("ratio", 0.25) and config == HeaprConfig(ratio=None)
+    assert config.criterion == "heapr" and config.allocation == "global"
     assert (config.num_samples, config.seq_length, config.batch_size, config.seed) == (128, 2048, 1, 0)
     assert (config.width_multiple, config.min_width, config.protect_unreached) == (1, 0, False)
     assert config.dataset is None and config.layout == "variable" and config.text_column == "text"
@@ -75,6 +78,39 @@ def test_every_option_is_explained_in_one_place_for_the_command_line_and_in_the_
         assert len(option.metadata["help"]) > 8 and "\n" not in option.metadata["help"]
         assert f"        {name} (`" in HeaprConfig.__doc__
         assert option_type(typing.get_type_hints(HeaprConfig)[name]) in (str, int, float, bool)
+
+
+# How much goes
+
+
+def test_one_goal_is_taken_and_the_others_are_not_made_up():
+    config = HeaprConfig(target_size="9GB")
+    assert config.goal == ("target_size", "9GB") and config.ratio is None and config.target_parameters is None
+    assert HeaprConfig(target_parameters=5).goal == ("target_parameters", 5)
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.combinations(GOALS, 2))
+def test_two_goals_are_refused_however_they_are_given(tmp_path, first, second):
+    both = {first: OTHER[first], second: OTHER[second]}
+    message = f"{second}={OTHER[second]!r}: {first}={OTHER[first]!r} is given as well; leave one out"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(both))
+    for make in (
+        lambda: HeaprConfig(**both),
+        lambda: HeaprConfig.from_dict(both),
+        lambda: HeaprConfig.from_file(tmp_path / "recipe.yaml"),
+        lambda: HeaprConfig().replace(**both),
+    ):
+        with pytest.raises(HeaprError) as error:
+            make()
+        assert str(error.value) == message
+
+
+def test_an_artefact_of_an_earlier_version_held_the_ratio_that_was_reached_beside_the_target(tmp_path):
+    values = {"ratio": 0.4321, "target_size": "12GB", "seed": 3}
+    assert HeaprConfig.from_artefact(values) == HeaprConfig(target_size="12GB", seed=3)
+    assert HeaprConfig.from_artefact({"ratio": 0.4}) == HeaprConfig(ratio=0.4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "heapr_config": values}))
+    assert HeaprConfig.from_pretrained(tmp_path) == HeaprConfig(target_size="12GB", seed=3)
 
 
 # Bad values
@@ -101,11 +137,6 @@ def test_sizes_and_protection_are_checked():
     assert HeaprConfig(target_size=12_000_000_000).target_size == "12000000000"
     assert HeaprConfig(protect=["a.*", "b:1"]).protect == "a.* b:1"
     refused("target_size='12 gigs': must be a number of bytes, or one with a unit", target_size="12 gigs")
-    refused(
-        "target_size='9GB': target_parameters=5 is given as well; leave one out",
-        target_size="9GB",
-        target_parameters=5,
-    )
     for nothing in ("", " ", []):
         refused("must name an expert block; leave it out to protect none", protect=nothing)
 
@@ -119,7 +150,6 @@ def test_any_ratio_in_between_is_taken(ratio):
     ("name", "value", "expected"),
     [
         ("ratio", "0.25", "ratio='0.25': must be of type float, not str"),
-        ("ratio", None, "ratio=None: must be of type float, not NoneType"),
         ("ratio", True, "ratio=True: must be of type float, not bool"),
         ("ratio", [0.25], "ratio=[0.25]: must be of type float, not list"),
         ("ridge", "much", "ridge='much': must be of type float, not str"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING
 
+from ..configuration import GOALS
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .options import PLANNING_OPTIONS, add_config_options, config_from, number
@@ -46,7 +47,7 @@ class FrontierCommand(HeaprSubcommand):
             "--window-length", type=int, default=512, help="tokens in a window (default: %(default)s)"
         )
         measuring.add_argument("--points", type=int, default=4, help="measured of each curve (default: %(default)s)")
-        names = [name for name in PLANNING_OPTIONS if name not in ("ratio", "target_size", "target_parameters")]
+        names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
 
     def execute(self) -> None:

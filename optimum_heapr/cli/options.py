@@ -62,7 +62,8 @@ def add_config_options(
     for name in names:
         option, kind = options[name], option_type(kinds[name])
         flag = "--" + name.replace("_", "-")
-        help = f"{option.metadata['help']} (default: {option.default})"
+        default = "" if option.default is None else f" (default: {option.default})"
+        help = option.metadata["help"] + default
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:

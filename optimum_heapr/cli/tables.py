@@ -55,7 +55,7 @@ def plan_table(plan: PruningPlan) -> str:
             ]
         )
     header = ["block", "experts", "width", "kept", "min", "median", "max", "empty", "unreached", "est. loss +"]
-    config = plan.config
+    config, (goal, asked) = plan.config, plan.config.goal
     multiple = effective_multiple(config, list(plan.original_width.values()))
     return "\n".join(
         [
@@ -64,7 +64,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"criterion {config.criterion}, allocation {config.allocation}, width multiple {multiple}, "
             f"layout {config.layout}",
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
-            f"{config.ratio:.2%}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
+            f"{f'{asked:.2%}' if goal == 'ratio' else f'{goal}={asked}'}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
             *compensation_lines(plan),

@@ -8,6 +8,7 @@ nothing is rounded afterwards.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from .alignment import check_uniform_width, effective_multiple
+from .goal import Goal
 from .protection import protected_experts
 
 
@@ -24,23 +26,30 @@ if TYPE_CHECKING:
 
 Kept = dict[str, list[torch.Tensor]]
 
+_ROUNDING = 1e-6  # of a count that was a share, in double precision; far less than any share of one more
 
-def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: dict[str, list[int]]) -> Kept:
+
+def allocate(
+    scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: dict[str, list[int]], goal: Goal | None = None
+) -> Kept:
     """Chooses what stays.
 
     Args:
         scores (`dict[str, torch.Tensor]`): importance by block, [E, I]; higher is kept, ties by lowest index.
         config (`HeaprConfig`): all but its calibration part is used.
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block.
+        goal (`Goal`, *optional*): how much goes; by default the ratio of the config.
 
     Returns:
-        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. What the ratio
-        asks for is removed to the nearest atomic expert (of each expert, if uniform), or less by what a group holds back.
+        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. What a ratio asks for
+        is removed to the nearest atomic expert (of each expert, if uniform), or less by what a group holds back. A goal
+        that is a bound is kept: more goes by what a group takes with it.
 
     Raises:
-        HeaprError: if the ratio cannot be reached under `width_multiple`, `min_width` or protection; the message names
+        HeaprError: if the goal cannot be reached under `width_multiple`, `min_width` or protection; the message names
             what can.
     """
+    goal = goal or Goal.of_ratio(config)
     multiple = effective_multiple(config, [score.shape[1] for score in scores.values()])
     config = replace(config, width_multiple=multiple)
     _check(scores, config)
@@ -51,15 +60,15 @@ def allocate(scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: di
         ranked[path] = _RankedBlock.rank(score, config, whole)
     if config.allocation == "uniform":
         for block in ranked.values():
-            block.keep_groups(_uniform_groups(block, config))
+            block.keep_groups(_uniform_groups(block, config, goal))
     elif config.allocation == "layer":
         cut = [block for path, block in ranked.items() if len(protected.get(path, [])) < len(block.value)]
         for block in cut:
-            _remove_least([block], config)
+            _remove_least([block], config, goal)
         if all(bool(block.stays.all()) for block in ranked.values()):
             raise HeaprError(f"protect={config.protect!r}: leaves nothing to remove; protect less")
     else:
-        _remove_least(list(ranked.values()), config)
+        _remove_least(list(ranked.values()), config, goal)
     return {path: block.kept_indices() for path, block in ranked.items()}
 
 
@@ -109,23 +118,23 @@ class _RankedBlock:
         return list(indices.split(stays.sum(1).tolist()))
 
 
-def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> None:
+def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig, goal: Goal) -> None:
     """Removes the least important groups of all `blocks`."""
     total = sum(len(block.value) * int(block.size.sum()) for block in blocks)
-    budget = round(config.ratio * total)
+    budget = math.ceil(goal.ratio * total - _ROUNDING) if goal.is_bound else round(goal.ratio * total)
     removable = sum(int((~block.fixed * block.size).sum()) for block in blocks)
     if removable < budget:
         raise HeaprError(
-            f"ratio={config.ratio}: min_width={config.min_width}, protect={config.protect!r} and "
+            f"{goal.asked}: min_width={config.min_width}, protect={config.protect!r} and "
             f"protect_unreached={config.protect_unreached} leave only {removable / total:.4f} to remove; ask for less or "
             "protect less"
         )
     value = torch.cat([block.value.masked_fill(block.fixed, torch.inf).flatten() for block in blocks])
-    threshold, at_threshold = _threshold(value, blocks, budget)
+    threshold, at_threshold = _threshold(value, blocks, budget, goal.is_bound)
     del value
     if threshold is None:
         raise HeaprError(
-            f"ratio={config.ratio}: removes less than one group of width_multiple={config.width_multiple} atomic experts; "
+            f"{goal.asked}: removes less than one group of width_multiple={config.width_multiple} atomic experts; "
             "raise ratio or lower width_multiple"
         )
     for block in reversed(blocks):  # of equal ones the lower index stays
@@ -136,11 +145,16 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig) -> None:
         block.stays.view(-1)[last] = False
 
 
-def _threshold(value: torch.Tensor, blocks: list[_RankedBlock], budget: int) -> tuple[float | None, int]:
-    """The largest value of a group that goes, and how many of that value do; overwrites `value`, [groups] of all blocks."""
+def _threshold(
+    value: torch.Tensor, blocks: list[_RankedBlock], budget: int, is_least: bool
+) -> tuple[float | None, int]:
+    """The largest value of a group that goes, and how many of that value do; overwrites `value`, [groups] of all blocks.
+
+    Groups go up to the budget, or if that is the least that goes, up to the one that reaches it.
+    """
     sizes = torch.cat([block.size for block in blocks]).unique()
     if len(sizes) == 1:
-        count = budget // int(sizes)
+        count = -(-budget // int(sizes)) if is_least else budget // int(sizes)
         if count:
             value.numpy().partition(count - 1)  # a selection: sorting it all takes several times as long, and memory
             value = value[:count]
@@ -148,7 +162,8 @@ def _threshold(value: torch.Tensor, blocks: list[_RankedBlock], budget: int) -> 
         size = torch.cat([block.size.expand_as(block.value).flatten() for block in blocks])
         # A stable sort keeps the lower index first among equals, so removal from the end takes the higher one.
         order = torch.sort(value, descending=True, stable=True).indices.flip(0)
-        count = int((size[order].cumsum(0) <= budget).sum())
+        gone = size[order].cumsum(0)
+        count = int((gone < budget).sum()) + 1 if is_least else int((gone <= budget).sum())
         value = value[order[:count]]
     if count == 0:
         return None, 0
@@ -156,23 +171,25 @@ def _threshold(value: torch.Tensor, blocks: list[_RankedBlock], budget: int) -> 
     return float(threshold), int((value == threshold).sum())
 
 
-def _uniform_groups(block: _RankedBlock, config: HeaprConfig) -> int:
-    """The same number of groups for every expert, the fewest that hold the width nearest to the ratio."""
+def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal) -> int:
+    """The same number of groups for every expert: the fewest that hold the width nearest to a ratio, the most within a bound."""
     groups, width, multiple = len(block.size), int(block.size.sum()), config.width_multiple
-    check_uniform_width(config, width)
-    keep = -(-round((1 - config.ratio) * width) // multiple)
+    if goal.is_bound:
+        keep = math.floor((1 - goal.ratio) * width + _ROUNDING) // multiple
+    else:
+        check_uniform_width(config, width)
+        keep = -(-round((1 - goal.ratio) * width) // multiple)
     if keep * multiple >= width:
         below = (groups - 1) * multiple
         hint = f"the smallest possible ratio is {1 - below / width:.4f}" if below else "lower width_multiple"
-        raise HeaprError(f"ratio={config.ratio}: no multiple of {multiple} below the width {width} fits; {hint}")
+        raise HeaprError(f"{goal.asked}: no multiple of {multiple} below the width {width} fits; {hint}")
     if keep == 0:
+        least = min(multiple, width) if goal.is_bound else 1
         raise HeaprError(
-            f"ratio={config.ratio}: leaves no atomic expert of {width}; the largest is {1 - 1 / width:.4f}"
+            f"{goal.asked}: leaves fewer than {least} of {width} atomic experts; the largest ratio is {1 - least / width:.4f}"
         )
     if keep * multiple < config.min_width:
-        raise HeaprError(
-            f"min_width={config.min_width}: ratio={config.ratio} leaves width {keep * multiple}; lower one"
-        )
+        raise HeaprError(f"min_width={config.min_width}: {goal.asked} leaves width {keep * multiple}; lower one")
     return keep
 
 

@@ -15,21 +15,17 @@ from ..criteria.obs import store_removal_curves
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
 from ..utils.public import public_data
-from ..utils.sizes import parse_size
 from ..utils.values import TensorValue
 from .allocation import allocate
 from .distribution import importance_distribution
 from .estimate import estimated_loss_increase
-from .protection import protected_experts
+from .goal import Goal
 
 
 if TYPE_CHECKING:
     from ..calibration.statistics import AtomicStatistics
 
-
-logger = get_logger(__name__)
 
 FORMAT = "heapr_plan"
 
@@ -81,11 +77,11 @@ class PruningPlan(TensorValue):
             HeaprError: if the statistics are not finite or the ratio, or the target, cannot be reached; see
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
-        config = with_target_ratio(config, statistics)
+        goal = Goal.of(config, statistics)
         if config.criterion == "obs":
             store_removal_curves(statistics, config.ridge)  # scores, estimate and the next plan are look-ups then
         scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
-        kept = allocate(scores, config, statistics.unreached)
+        kept = allocate(scores, config, statistics.unreached, goal)
         return cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
@@ -119,7 +115,7 @@ class PruningPlan(TensorValue):
 
     @property
     def ratio(self) -> float:
-        """Share of the routed atomic experts that goes: what was reached of `config.ratio`."""
+        """Share of the routed atomic experts that goes: what was reached of what `config` asks for."""
         return self.removed / self.total
 
     @property
@@ -181,7 +177,7 @@ class PruningPlan(TensorValue):
             plan = cls(
                 kept=kept,
                 original_width=document["original_width"],
-                config=HeaprConfig.from_dict(document["config"]),
+                config=HeaprConfig.from_artefact(document["config"]),
                 model=document["model"],
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
@@ -228,50 +224,3 @@ class PruningPlan(TensorValue):
                     f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
                     "plan from statistics of this model"
                 )
-
-
-def with_target_ratio(config: HeaprConfig, statistics: AtomicStatistics) -> HeaprConfig:
-    """The config with the ratio that `target_parameters` or `target_size` asks for, if it asks for one.
-
-    Raises:
-        HeaprError: if the model has no more than that, or more besides its routed experts, or the statistics do not say
-            how many bytes it takes.
-    """
-    if config.target_size is not None:
-        storage = statistics.fingerprint.get("storage")
-        if storage is None:
-            raise HeaprError(
-                f"target_size={config.target_size!r}: the statistics do not say how many bytes the model takes; calibrate "
-                "again, or use target_parameters"
-            )
-        name, given, target = "target_size", repr(config.target_size), parse_size("target_size", config.target_size)
-        whole, each, unit = storage["num_bytes"], storage["bytes_per_atomic_expert"], " bytes"
-    elif config.target_parameters is not None:
-        model, target = statistics.fingerprint["model"], config.target_parameters
-        name, given, unit = "target_parameters", f"{target:,}", ""
-        whole, each = model["num_parameters"], model["parameters_per_atomic_expert"]
-    else:
-        return config
-    sizes = {path: block.num_experts * block.width for path, block in statistics.blocks.items()}
-    experts = {path: block.num_experts for path, block in statistics.blocks.items()}
-    protected = protected_experts(config, experts) if config.allocation == "layer" else {}
-    # Layer by layer the ratio is a share of those layers that give anything at all.
-    giving = sum(size for path, size in sizes.items() if len(protected.get(path, [])) < experts[path])
-    total = sum(sizes.values())
-    removed = -(-(whole - target) // each)
-    if not 0 < removed < total:
-        raise HeaprError(
-            f"{name}={given}: must lie between {whole - total * each:,}{unit}, what is left without routed experts, and "
-            f"{whole:,}{unit}, what the model has"
-        )
-    if removed >= giving:
-        raise HeaprError(
-            f"{name}={given}: protect={config.protect!r} leaves {whole - giving * each:,}{unit} at least; ask for more than "
-            "that, or protect less"
-        )
-    reached = removed / giving
-    if config.ratio not in (reached, HeaprConfig.ratio):  # a saved plan holds the one that was reached
-        logger.warning(
-            "ratio=%s is not used: %s=%s is given as well, and asks for %.4f", config.ratio, name, given, reached
-        )
-    return replace(config, ratio=reached)  # the target is kept beside it, for the record

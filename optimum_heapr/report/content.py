@@ -51,7 +51,7 @@ def build_report(
             "before": plan.total,
             "after": plan.total - plan.removed,
             "ratio": plan.ratio,
-            "ratio_asked_for": plan.config.ratio,
+            "asked_for": dict([plan.config.goal]),
         },
         "blocks": [_block(plan, path) for path in plan.kept],
         "importance": plan.importance,

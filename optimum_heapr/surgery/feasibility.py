@@ -12,7 +12,7 @@ from ..experts import find_expert_blocks, model_name
 from ..fingerprint import model_fingerprint, storage_of
 from ..planning.alignment import effective_multiple
 from ..planning.allocation import allocate
-from ..planning.plan import with_target_ratio
+from ..planning.goal import Goal
 from ..utils.errors import HeaprError
 from .block_compensation import check_block_memory
 from .stock import find_stock_layout
@@ -51,14 +51,14 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
         {block.path: _as_if_measured(block) for block in blocks},
         {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)},
     )
-    config = with_target_ratio(config, statistics)
+    goal = Goal.of(config, statistics)
     multiple = effective_multiple(config, [block.width for block in blocks])
     # Where widths differ, groups that are cut short may go first: with real scores they might.
     scores = {
         block.path: torch.full((block.num_experts, block.width), float(block.width % multiple or multiple))
         for block in blocks
     }
-    allocate(scores, config, {})
+    allocate(scores, config, {}, goal)
 
 
 def _as_if_measured(block: ExpertBlock) -> BlockStatistics:

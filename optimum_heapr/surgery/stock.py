@@ -22,8 +22,10 @@ from torch import nn
 
 from ..experts import MLP_PROJECTIONS, is_gated_mlp, model_name
 from ..planning.alignment import padded_width
+from ..planning.size import planned_sizes
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, with_paths
+from ..utils.sizes import parse_size
 from .selection import padded_expert
 
 
@@ -62,6 +64,7 @@ def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertB
         HeaprError: if the plan's widths differ with layout `uniform`, or the architecture cannot hold the width.
     """
     layout = find_stock_layout(model, blocks, stock_width(plan))
+    warn_of_zeros(layout.skeleton, plan)
     for block in with_paths(blocks, desc="Pruning", unit="layer"):
         for name, parameter in list(block.module.named_parameters(recurse=False)):
             made = None
@@ -126,6 +129,34 @@ def find_stock_layout(model: PreTrainedModel, blocks: list[ExpertBlock], width: 
         f"model={model_name(model)!r}: no single field of {type(config).__name__} sets the width of all experts "
         f"({', '.join(map(str, sorted(originals)))}); use layout='variable'"
     )
+
+
+def warn_of_zeros(skeleton: PreTrainedModel, plan: PruningPlan) -> None:
+    """Says so where what a stock layout fills up with zeros takes the model above the target of its plan.
+
+    Args:
+        skeleton (`PreTrainedModel`): the pruned model; only shapes are read.
+        plan (`PruningPlan`): what it was made by.
+    """
+    name, asked = plan.config.goal
+    if name == "ratio":
+        return
+    _, planned = planned_sizes(plan)
+    each = plan.model["parameters_per_atomic_expert"]
+    held, unit, target = sum(parameter.numel() for parameter in skeleton.parameters()), "parameters", asked
+    if name == "target_size":
+        zeros = (held - planned.parameters) * plan.storage["bytes_per_atomic_expert"] // each
+        held, unit, target = planned.num_bytes + zeros, "bytes", parse_size(name, asked)
+    if held > target:
+        logger.warning(
+            "%s=%r: layout=%r fills experts up with zeros, and with them the weights have %s %s; layout='variable' "
+            "stores none",
+            name,
+            asked,
+            plan.config.layout,
+            f"{held:,}",
+            unit,
+        )
 
 
 def zero_pad(tensor: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:

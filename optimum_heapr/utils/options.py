@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,19 @@ class Options:
     def changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         """`values` with `changes` on top, as flags are on top of a recipe; a subclass may drop what a change takes the place of."""
         return {**values, **changes}
+
+
+def only_one(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Which of several options that take each other's place is given, if one is.
+
+    Raises:
+        HeaprError: if two are.
+    """
+    given = [name for name in names if values.get(name) is not None]
+    if len(given) > 1:
+        first, second = given[:2]
+        raise HeaprError(f"{second}={values[second]!r}: {first}={values[first]!r} is given as well; leave one out")
+    return given[0] if given else None
 
 
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")

@@ -291,7 +291,11 @@ def test_impossible_uniform_widths_are_refused_naming_what_is_possible():
         allocation="uniform",
         width_multiple=10,
     )
-    refused(r"ratio=0\.99: leaves no atomic expert of 10; the largest is 0\.9000", ratio=0.99, allocation="uniform")
+    refused(
+        r"ratio=0\.99: leaves fewer than 1 of 10 atomic experts; the largest ratio is 0\.9000",
+        ratio=0.99,
+        allocation="uniform",
+    )
     refused(r"min_width=6: ratio=0\.5 leaves width 5; lower one", ratio=0.5, allocation="uniform", min_width=6)
     refused(
         "protect_unreached=True: allocation='uniform' gives every expert the same width; use global or layer",
