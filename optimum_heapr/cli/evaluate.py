@@ -67,7 +67,7 @@ class EvaluateCommand(HeaprSubcommand):
         from ..evaluation.comparison import Comparison
         from ..evaluation.perplexity import open_evaluation_text
         from ..utils.placement import place
-        from .tables import perplexity_table, speed_table, tasks_table
+        from .tables import perplexity_table, speed_table, storage_table, tasks_table
 
         names = ("seq_length", "num_samples", "dataset_config", "split", "text_column")
         task_names = ("include_path", "num_fewshot", "limit", "batch_size", "chat_template")
@@ -90,8 +90,9 @@ class EvaluateCommand(HeaprSubcommand):
         if args.json:
             print(json.dumps(comparison.results, indent=2))
             return
-        tables = {"perplexity": perplexity_table, "tasks": tasks_table, "speed": speed_table}
-        print("\n\n".join(tables[kind](rows) for kind, rows in comparison.results.items() if rows))
+        tables = {"perplexity": perplexity_table, "tasks": tasks_table, "speed": speed_table, "storage": storage_table}
+        found = comparison.results
+        print("\n\n".join(made(found[kind]) for kind, made in tables.items() if found[kind]))
 
     def _weight_files(self, model) -> list[str]:
         """The files that a model was loaded from; none if they are not safetensors."""

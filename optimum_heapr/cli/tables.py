@@ -106,6 +106,16 @@ def tasks_table(rows: list[dict[str, Any]]) -> str:
     return table(["task", "metric", *models], lines)
 
 
+def storage_table(rows: list[dict[str, Any]]) -> str:
+    """Bytes of the weights and of the routed experts in them, which a quantizer may have left as they were, by type."""
+    lines = []
+    for row in rows:
+        kinds = sorted(row["experts"].items(), key=lambda item: -item[1])
+        types = ", ".join(f"{kind} {size(num_bytes)}" for kind, num_bytes in kinds)
+        lines.append([row["model"], size(sum(row["weights"].values())), size(sum(row["experts"].values())), types])
+    return table(["model", "weights", "experts", "experts by type"], lines)
+
+
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """Sizes and speed of one or several models, and what they were measured with."""
     first, lines = rows[0], []

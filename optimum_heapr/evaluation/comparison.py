@@ -18,6 +18,7 @@ from .metric import TokenPerplexity, mean_with_error
 from .perplexity import evaluation_windows, window_losses
 from .size import ModelSize, routing_counts
 from .speed import measure_speed
+from .storage import StoredWeights
 from .tasks import evaluate_tasks
 
 
@@ -39,8 +40,8 @@ class Comparison:
             [`~optimum_heapr.evaluation.speed.measure_speed`]; without it no speed is measured.
 
     Attributes:
-        results (`dict[str, list[dict]]`): by kind, `perplexity`, `tasks` and `speed`, one entry for each model and text or
-            metric. Perplexities have `increase` and `increase_standard_error` of the loss, against the first model on the
+        results (`dict[str, list[dict]]`): by kind, `storage`, `perplexity`, `tasks` and `speed`, one entry for each model and
+            text or metric. Perplexities have `increase` and `increase_standard_error` of the loss, against the first model on the
             same windows, unless the tokens are others.
 
     Raises:
@@ -53,7 +54,7 @@ class Comparison:
     task_options: dict[str, Any] = field(default_factory=dict)
     speed_options: dict[str, Any] | None = None
     results: dict[str, list[dict[str, Any]]] = field(
-        default_factory=lambda: {"perplexity": [], "tasks": [], "speed": []}, init=False
+        default_factory=lambda: {"storage": [], "perplexity": [], "tasks": [], "speed": []}, init=False
     )
     _first: dict[str, tuple[list[torch.Tensor], list[float]]] = field(default_factory=dict, init=False)
 
@@ -80,6 +81,7 @@ class Comparison:
         Raises:
             HeaprError: if a text or a task cannot be used, or the loss is not finite.
         """
+        self.results["storage"].append({"model": name, **dataclasses.asdict(StoredWeights.of(model))})
         for dataset in self.datasets:
             self.results["perplexity"].append({"model": name, **self._perplexity(dataset, model, tokenizer)})
         if self.tasks:

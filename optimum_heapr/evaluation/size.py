@@ -82,7 +82,7 @@ def routed_experts(model: PreTrainedModel) -> dict[str, RoutedExperts]:
     if widths is not None:
         modules = {path: model.get_submodule(path) for path in widths}
         return {
-            path: RoutedExperts(module, widths[path], 3 * module.down_proj.shape[-1] + 2 * bool(module.has_bias))
+            path: RoutedExperts(module, widths[path], 3 * _hidden_size(module) + 2 * bool(module.has_bias))
             for path, module in modules.items()
         }
     try:
@@ -137,6 +137,12 @@ def _active_parameters(model: PreTrainedModel, parameters: int, tokens: Counts) 
         used = top_k * sum(share * width for share, width in zip(shares, block.widths)) / total
         active -= block.parameters_each * (sum(block.widths) - used)
     return round(active)
+
+
+def _hidden_size(experts: torch.nn.Module) -> int:
+    """Of packed experts, or of those made linear layers, which have no such weight any more."""
+    down = getattr(experts, "down_proj", None)
+    return experts.hidden_size if down is None else down.shape[-1]
 
 
 def _looked_up(model: PreTrainedModel) -> int:

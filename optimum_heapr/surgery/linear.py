@@ -33,6 +33,7 @@ class LinearExperts(nn.ModuleList):
             )
         self.extend(made)
         self.names, self.training = names, packed.training
+        self.hidden_size, self.has_bias = packed.down_proj.shape[-1], packed.has_bias
         del packed.gate_up_proj, packed.down_proj
         self.__dict__["packed"] = (
             packed  # for its gate function and widths; no child, or it would be listed as an expert

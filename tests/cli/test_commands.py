@@ -177,8 +177,11 @@ def test_evaluate_compares_models(run, inputs):
         pruned["loss"] - original["loss"], abs=1e-6
     )
     assert 0 < pruned["increase_standard_error"] < pruned["loss_standard_error"]
+    experts = [row["experts"]["float32"] for row in found["storage"]]
+    assert experts[1] < experts[0] < found["storage"][0]["weights"]["float32"]
     table = run("evaluate", "-m", inputs.model, *flags)
     assert f"{original['perplexity']:.3f}" in table.output
+    assert "experts by type" in table.output and "float32" in table.output
     one = json.loads(run("evaluate", "-m", inputs.model, *flags, "--num-samples", "1", "--json").output)
     assert one["perplexity"][0]["num_tokens"] == 31
 
