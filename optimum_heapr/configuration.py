@@ -27,7 +27,7 @@ ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
 ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
-GOALS = ("ratio", "target_parameters", "target_size")  # ways to say how much goes, of which one is taken
+GOALS = ("ratio", "target_parameters", "target_size", "max_loss_increase")  # ways to say how much goes: one is taken
 DEFAULT_RATIO = 0.25  # where none is
 
 
@@ -38,8 +38,7 @@ class HeaprConfig(Options):
 
     Args:
         ratio (`float`, *optional*):
-            Share of the routed atomic experts that is removed, between 0 and 1 (both excluded); 0.25 if neither it nor a
-            target is given.
+            Share of the routed atomic experts that goes, above 0 and below 1; 0.25 if neither it nor a target is given.
         target_parameters (`int`, *optional*):
             In place of `ratio`, parameters that the pruned model may have, all of them counted. What widths cannot hit
             exactly stays below it.
@@ -47,6 +46,9 @@ class HeaprConfig(Options):
             In place of `ratio`, bytes that the weights of the pruned model may take, a number or e.g. `"12GB"` or
             `"11.5GiB"`. Weights count in the dtype that they had in calibration; the headers of the files, and the zeros
             of the layout `padded`, come on top.
+        max_loss_increase (`float`, *optional*):
+            In place of `ratio`, nats a token that the loss may rise by: as much goes as, measured on text that calibration
+            holds out or on `eval_dataset`, costs no more, one standard error included. Needs the model in memory.
         criterion (`str`, *optional*, defaults to `"heapr"`):
             What atomic experts are ranked by, one of `heapr`, `fisher`, `obs`, `magnitude`, `activation`, `random`, or
             `reap` and `frequency`, which rank whole experts. See `docs/source/concepts/criteria.md`.
@@ -123,16 +125,16 @@ class HeaprConfig(Options):
     """
 
     ratio: float | None = option(
-        None,
-        f"share of the routed atomic experts to remove, between 0 and 1 (default: {DEFAULT_RATIO}, without a target)",
+        None, f"share of the routed atomic experts to remove (default: {DEFAULT_RATIO}, without a target)"
     )
     target_parameters: int | None = option(None, "parameters that the pruned model may have; in place of ratio")
     target_size: str | None = option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
+    max_loss_increase: float | None = option(
+        None, "nats a token that the loss may rise by, measured; in place of ratio"
+    )
     criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
     reduction: str = option(
-        "mean",
-        "heapr and fisher: mean over the tokens of an expert, as published, or total over all tokens",
-        REDUCTIONS,
+        "mean", "heapr and fisher: mean over an expert's tokens, as published, or total over all tokens", REDUCTIONS
     )
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
     compensation_scope: str = option(
@@ -195,32 +197,31 @@ class HeaprConfig(Options):
             self.check_least("target_parameters", 1)
         if self.target_size is not None:
             parse_size("target_size", self.target_size)
+        if self.max_loss_increase is not None:
+            self.check_least("max_loss_increase", 1e-6)
+            self.check_least("eval_samples", 2)  # windows to measure on, and their spread
         if self.protect is not None and not self.protect.split():
             raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
         if self.compensation_scope == "block" and not self.compensate:
             raise HeaprError(
-                f"compensation_scope='block': compensate={self.compensate}; set compensate=True (--compensate), or leave the "
-                "scope out"
+                "compensation_scope='block': set compensate=True (--compensate) too, or leave the scope out"
             )
         if self.statistics == "vector" and (self.criterion == "obs" or self.compensates_experts):
             raise HeaprError(
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
                 "leave statistics at 'auto'"
             )
-        self.check_least("ridge", 0)
-        for name, least in (("width_multiple", 1), ("min_width", 0), ("num_samples", 1), ("seq_length", 2)):
-            self.check_least(name, least)
-        for name, least in (("batch_size", 1), ("seed", 0), ("tensor_parallel", 1), ("eval_samples", 0)):
-            self.check_least(name, least)
+        self.check_least("seq_length", 2)
+        for name in ("width_multiple", "num_samples", "batch_size", "tensor_parallel"):
+            self.check_least(name, 1)
+        for name in ("ridge", "min_width", "seed", "eval_samples"):
+            self.check_least(name, 0)
         if self.seed >= 2**32:
-            raise HeaprError(
-                f"seed={self.seed}: must be below 2**32, what a random generator takes; name a smaller one"
-            )
-        if self.layout == "uniform" and self.allocation == "global":
-            # The stock architecture has one width; no other allocation can be stored that way.
+            raise HeaprError(f"seed={self.seed}: must be below 2**32, what random generators take; name a smaller one")
+        if self.layout == "uniform":  # the stock architecture has one width
+            if self.allocation == "layer":
+                raise HeaprError("allocation='layer': layout='uniform' needs allocation='uniform'")
             self.allocation = "uniform"
-        if self.layout == "uniform" and self.allocation != "uniform":
-            raise HeaprError(f"allocation={self.allocation!r}: layout='uniform' needs allocation='uniform'")
 
     @classmethod
     def changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class HeaprConfig(Options):
 
     @property
     def goal(self) -> tuple[str, Any]:
-        """The option that says how much goes, and its value: one of `ratio`, `target_parameters` and `target_size`."""
+        """The option that says how much goes, and its value: one of `GOALS`."""
         name = only_one(vars(self), GOALS)
         return name, getattr(self, name)
 
@@ -286,9 +287,7 @@ class HeaprConfig(Options):
             reason = " ".join(str(error).split())[:300]
             raise HeaprError(f"model={str(model)!r}: has no config.json that can be read ({reason})") from error
         if saved.get("heapr_config") is None:
-            raise HeaprError(
-                f"model={str(model)!r}: its config.json has no heapr_config; name a model that was pruned"
-            )
+            raise HeaprError(f"model={str(model)!r}: config.json has no heapr_config; name a model that was pruned")
         return cls.from_artefact(saved["heapr_config"])
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .evaluation.metric import mean_with_error
 from .evaluation.perplexity import window_losses
+from .planning.errors import UnreachableRatio
 from .planning.plan import PruningPlan
 from .planning.size import planned_sizes
 from .surgery.masking import masked
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 
     from .calibration.statistics import AtomicStatistics
     from .configuration import HeaprConfig
+    from .text.samples import CalibrationData
 
 
 logger = get_logger(__name__)
 
 RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 19))
-MEASURED_POINTS = 4
+MEASURED_POINTS = 5
+MATTERS = 30
+"""Of a curve, what is estimated at less than this part of its largest loss is not measured: noise would hide it."""
 
 Measure = Callable[[PruningPlan], tuple[float, float]]
 """Gives the measured increase of the loss under a plan, in nats a token, and its standard error."""
@@ -44,8 +48,9 @@ class FrontierPoint:
         parameters, active_parameters, num_bytes (`int`, *optional*): as of [`~optimum_heapr.planning.size.PlannedSize`].
         estimated (`float`): increase of the loss from the statistics, nats a token. It is low, and not comparable between
             criteria.
-        measured, error (`float`, *optional*): increase on text, without compensation, and its standard error.
-        calibrated (`float`, *optional*): the estimate, corrected by what was measured at other ratios of the same curve.
+        measured, error (`float`, *optional*): increase on text, with the compensation of the plan, and its standard error.
+        calibrated (`float`, *optional*): the estimate, corrected by what was measured at other ratios of the same curve; where
+            that was no increase it has nothing to correct by.
     """
 
     criterion: str
@@ -75,8 +80,9 @@ def frontier(
 ) -> list[FrontierPoint]:
     """A plan at each ratio, for each criterion and layout, from statistics alone; some of them measured.
 
-    What is measured are the two ends of each curve and then, again and again, the middle of the widest gap in the logarithm of
-    the estimate. In between, the ratio of measured to estimated is interpolated.
+    What is measured of each curve are its upper end, the point where the estimate is `MATTERS` times smaller, and then, again
+    and again, the middle of the widest gap in the logarithm of the estimate. In between, the logarithm of measured over estimated
+    is interpolated; below, it stays what it is at the lowest.
 
     Args:
         statistics (`AtomicStatistics`): of one calibration.
@@ -117,9 +123,7 @@ def _curve(
         asked = config.replace(ratio=ratio)
         try:
             plan = PruningPlan.build(statistics, asked)
-        except HeaprError as error:
-            if "ratio=" not in str(error):
-                raise
+        except UnreachableRatio as error:
             logger.warning("%s, %s: %s", config.criterion, config.layout, error)
             continue
         _, after = planned_sizes(plan)
@@ -132,46 +136,59 @@ def _curve(
 def _measured(
     statistics: AtomicStatistics, curve: list[tuple[FrontierPoint, HeaprConfig]], measure: Measure, points: int
 ) -> list[FrontierPoint]:
-    """The points of a curve, some of them measured, all of them corrected by that."""
+    """The points of a curve, some of them measured, all of them corrected by that where it can be told from noise."""
     scale = [math.log(max(point.estimated, 1e-12)) for point, _ in curve]
-    chosen = _spread(scale, points)
-    measured = {index: measure(PruningPlan.build(statistics, curve[index][1])) for index in chosen}
-    factors = {index: measured[index][0] / max(curve[index][0].estimated, 1e-12) for index in chosen}
+    measured = {index: measure(PruningPlan.build(statistics, curve[index][1])) for index in _spread(scale, points)}
+    places = [(scale[at], math.log(increase) - scale[at]) for at, (increase, _) in measured.items() if increase > 0]
     done = []
     for index, (point, _) in enumerate(curve):
-        below = max((known for known in chosen if known <= index), default=chosen[0])
-        above = min((known for known in chosen if known >= index), default=chosen[-1])
-        share = 0.0 if scale[above] == scale[below] else (scale[index] - scale[below]) / (scale[above] - scale[below])
-        factor = factors[below] + share * (factors[above] - factors[below])
         increase, error = measured.get(index, (None, None))
-        done.append(replace(point, measured=increase, error=error, calibrated=factor * point.estimated))
+        corrected = math.exp(scale[index] + _between(places, scale[index])) if places else None
+        done.append(replace(point, measured=increase, error=error, calibrated=corrected))
     return done
 
 
 def _spread(values: list[float], count: int) -> list[int]:
-    """Indices of the first and the last of rising values, and of those that halve the widest gaps between."""
-    chosen = [0, len(values) - 1][: len(values)]
-    while len(chosen) < min(count, len(values)):
+    """Indices of the first of rising values that matters and of the last, and of those that halve the widest gaps between."""
+    first = next(index for index, value in enumerate(values) if value >= values[-1] - math.log(MATTERS))
+    chosen = sorted({first, len(values) - 1})
+    while len(chosen) < min(count, len(values) - first):
         gaps = [(values[after] - values[at], at, after) for at, after in zip(chosen, chosen[1:]) if after - at > 1]
         _, at, after = max(gaps)
         middle = (values[at] + values[after]) / 2
         chosen = sorted([*chosen, min(range(at + 1, after), key=lambda index: abs(values[index] - middle))])
-    return sorted(set(chosen))
+    return chosen
 
 
-def loss_measure(model: PreTrainedModel, windows: Sequence[torch.Tensor], source: str = "text") -> Measure:
-    """Measures plans on one model, which is masked and not cut: no compensation, and the model stays as it is.
+def _between(places: list[tuple[float, float]], value: float) -> float:
+    """At `value`, the straight line through the places beside it; outside of them, that of the nearest."""
+    below = max((place for place in places if place[0] <= value), default=min(places))
+    above = min((place for place in places if place[0] >= value), default=max(places))
+    share = 0.0 if above[0] == below[0] else (value - below[0]) / (above[0] - below[0])
+    return below[1] + share * (above[1] - below[1])
+
+
+def loss_measure(
+    model: PreTrainedModel,
+    windows: Sequence[torch.Tensor],
+    source: str = "text",
+    statistics: AtomicStatistics | None = None,
+    data: CalibrationData | None = None,
+) -> Measure:
+    """Measures plans on one model, which is masked and not cut: it stays as it is.
 
     Args:
         model (`PreTrainedModel`): unpruned, in memory.
         windows (`Sequence[torch.Tensor]`): token ids, as `evaluation.perplexity.evaluation_windows` makes them.
         source (`str`): what messages call the text.
+        statistics, data (*optional*): what plans with compensation need, as for
+            [`~optimum_heapr.surgery.masking.masked`].
     """
     counts = [len(window) - 1 for window in windows]
     unpruned = window_losses(model, windows, source)
 
     def measure(plan: PruningPlan) -> tuple[float, float]:
-        with masked(model, plan):
+        with masked(model, plan, statistics, data):
             pruned = window_losses(model, windows, source)
         return mean_with_error([after - before for before, after in zip(unpruned, pruned)], counts)
 

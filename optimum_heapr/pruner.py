@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .budget import plan_for
 from .calibration.statistics import AtomicStatistics
 from .checkpoints.loaded import LoadedModel
 from .checkpoints.stages import load_stages
@@ -158,7 +159,7 @@ class HeaprPruner:
         return self.statistics
 
     def plan(self, statistics: AtomicStatistics | str | os.PathLike | None = None, **changes: Any) -> PruningPlan:
-        """Decides what stays, without touching the model.
+        """Decides what stays; the model is left as it is. For `max_loss_increase` some plans are measured with it.
 
         Args:
             statistics (`AtomicStatistics` or `str`, *optional*): defaults to `self.statistics`.
@@ -172,7 +173,7 @@ class HeaprPruner:
             raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
         statistics.check_model(self.model, find_expert_blocks(self.model))
         config = self.config.replace(**changes)
-        return PruningPlan.build(statistics, config)
+        return plan_for(self.model, self.tokenizer, statistics, config, self.calibration_data)
 
     def apply(
         self,

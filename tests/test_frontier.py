@@ -48,10 +48,29 @@ def test_measured_points_correct_the_others(statistics):
         return 3 * plan.estimated_loss_increase, 0.5
 
     points = frontier(statistics, HeaprConfig(), RATIOS, measure=measure, points=3)
-    assert len(measured) == 3 and {points[0].ratio, points[-1].ratio} <= set(measured)
+    assert len(measured) == 3 and points[-1].ratio in measured and points[0].ratio not in measured
     for point in points:
         assert point.calibrated == pytest.approx(3 * point.estimated)
         assert (point.measured is None) == (point.ratio not in measured) == (point.error is None)
+
+
+def test_the_correction_is_interpolated_and_noise_corrects_nothing(statistics):
+    """A power of the estimate is found from two points; and a point without an increase is left out."""
+
+    def power(plan):
+        return 7 * plan.estimated_loss_increase**1.5, 0.1
+
+    for point in frontier(statistics, HeaprConfig(), RATIOS, measure=power, points=2):
+        if point.ratio >= 0.4:  # between the two
+            assert point.calibrated == pytest.approx(7 * point.estimated**1.5)
+
+    def noise(plan):
+        return 2 * plan.estimated_loss_increase if plan.ratio > 0.6 else -0.001, 0.1
+
+    points = frontier(statistics, HeaprConfig(), RATIOS, measure=noise)
+    assert all(point.calibrated == pytest.approx(2 * point.estimated) for point in points)
+    points = frontier(statistics, HeaprConfig(), RATIOS, measure=lambda plan: (0.0, 0.1))
+    assert all(point.calibrated is None for point in points)
 
 
 def test_what_is_measured_is_the_loss_of_the_masked_model(statistics):
@@ -64,8 +83,9 @@ def test_what_is_measured_is_the_loss_of_the_masked_model(statistics):
 
 
 def test_the_widest_gap_is_halved():
-    assert _spread([0.0, 1, 2, 3, 10], 2) == [0, 4]
-    assert _spread([0.0, 1, 4, 9, 10], 3) == [0, 2, 4]
+    values = [-30.0, 0, 0.3, 1.2, 2.7, 3]
+    assert _spread(values, 2) == [1, 5], "what is thirty times less than the most does not matter"
+    assert _spread(values, 3) == [1, 3, 5] and _spread(values, 4) == [1, 3, 4, 5]
     assert _spread([0.0, 1, 2], 9) == [0, 1, 2] and _spread([5.0], 4) == [0]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..budget import check_in_memory
 from ..hub.base_model import BaseModel
 from ..utils.logging import get_logger
 from ..utils.sizes import parse_size
@@ -55,12 +56,14 @@ def load_stages(
             are used.
 
     Raises:
-        HeaprError: if the model or the statistics cannot be loaded, or `memory` or `activation_memory` is unknown.
+        HeaprError: if the model or the statistics cannot be loaded, `memory` or `activation_memory` is unknown, or
+            `max_loss_increase` is asked for and the model will not be in memory.
     """
     budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
     if memory not in ("plain", "offload", "streaming"):
         memory, estimate = choose_memory(name, config, memory, budget, **model_options)
         logger.info("%s", estimate or memory)
+    check_in_memory(config, memory == "plain")
     options = options_for_memory(memory, model_options)
     model, tokenizer, measured = load_measured(name, statistics, reuse=config.dataset is None, **options)
     base = BaseModel.of(model, hub_options_in(model_options))

@@ -40,13 +40,15 @@ class FrontierCommand(HeaprSubcommand):
             "--measure", metavar="TEXT", help="file, name on the Hub or protocol to measure on; needs --model"
         )
         measuring.add_argument(
-            "-m", "--model", help="the unpruned model; it is masked, not cut, so without compensation"
+            "-m",
+            "--model",
+            help="the unpruned model; it is masked, not cut, and compensated within experts if asked for",
         )
         measuring.add_argument("--windows", type=int, default=24, help="windows of the text (default: %(default)s)")
         measuring.add_argument(
             "--window-length", type=int, default=512, help="tokens in a window (default: %(default)s)"
         )
-        measuring.add_argument("--points", type=int, default=4, help="measured of each curve (default: %(default)s)")
+        measuring.add_argument("--points", type=int, default=5, help="measured of each curve (default: %(default)s)")
         names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
 
@@ -80,7 +82,7 @@ class FrontierCommand(HeaprSubcommand):
         statistics.check_model(model, find_expert_blocks(model))
         windows = evaluation_windows(tokenizer, args.measure, args.window_length, args.windows)
         place(model)
-        return loss_measure(model, windows, args.measure)
+        return loss_measure(model, windows, args.measure, statistics)
 
 
 def ratios_of(text: str) -> list[float]:
@@ -119,12 +121,16 @@ def frontier_text(points: list[FrontierPoint]) -> str:
             count(point.active_parameters),
             "?" if point.num_bytes is None else size(point.num_bytes),
             f"{point.estimated:.4f}",
-            *([f"{point.calibrated:.4f}", _with_error(point)] if measured else []),
+            *(
+                ["?" if point.calibrated is None else f"{point.calibrated:.4f}", _with_error(point)]
+                if measured
+                else []
+            ),
         ]
         for point in points
     ]
     if measured:
-        note = "calibrated: the estimate, corrected by what was measured on the same curve; without compensation."
+        note = "calibrated: the estimate, corrected by what was measured on the same curve."
         return f"{table([*header, 'calibrated', 'measured'], rows)}\n\n{note}"
     note = "Estimates are low, and each criterion's by its own measure: compare ratios, not criteria; --measure compares them."
     return f"{table(header, rows)}\n\n{note}"

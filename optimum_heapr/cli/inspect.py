@@ -24,7 +24,7 @@ class InspectCommand(HeaprSubcommand):
         from ..report.files import read_report
         from ..utils.artefacts import artefact_format
         from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
-        from .tables import importance_table, report_text, size_line, statistics_table
+        from .tables import importance_table, report_text, search_lines, size_line, statistics_table
 
         path = Path(self.args.path)
         if path.is_dir():
@@ -37,4 +37,5 @@ class InspectCommand(HeaprSubcommand):
             print(statistics_table(statistics), importance_table(statistics), sep="\n\n")
         else:
             plan = PruningPlan.load(path)
-            print(report_text(build_report(plan, plan.model["model_type"])), size_line(plan), sep="\n\n")
+            report = report_text(build_report(plan, plan.model["model_type"]))
+            print(report, "\n".join([size_line(plan), *search_lines(plan)]), sep="\n\n")

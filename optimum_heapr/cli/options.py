@@ -42,6 +42,9 @@ PLANNING_OPTIONS = tuple(
 )
 
 
+STATISTICS_ARE_ENOUGH = tuple(name for name in PLANNING_OPTIONS if name != "max_loss_increase")
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input
-from .options import PLANNING_OPTIONS, add_config_options, config_from
+from .options import STATISTICS_ARE_ENOUGH, add_config_options, config_from
 
 
 class PlanCommand(HeaprSubcommand):
@@ -26,7 +26,7 @@ class PlanCommand(HeaprSubcommand):
             "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
         )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
-        add_config_options(parser, (*PLANNING_OPTIONS, "seed"))
+        add_config_options(parser, (*STATISTICS_ARE_ENOUGH, "seed"))
 
     def execute(self) -> None:
         from ..utils.artefacts import check_output_artefact

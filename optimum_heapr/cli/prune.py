@@ -75,7 +75,8 @@ class PruneCommand(HeaprSubcommand):
         from .tables import compensation_lines, measured_lines, plan_table
 
         check_launcher()
-        calibrates = self.args.statistics is None or config.compensates_blocks
+        searches = config.max_loss_increase is not None and config.eval_dataset is None
+        calibrates = self.args.statistics is None or config.compensates_blocks or searches
         # Without a dataset there may be statistics beside the model.
         check_texts(config, calibrates and config.dataset is not None, evaluates=not self.args.dry_run)
         if self.args.statistics is not None and self.args.memory == "auto":

@@ -67,6 +67,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"{f'{asked:.2%}' if goal == 'ratio' else f'{goal}={asked}'}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
+            *search_lines(plan),
             *compensation_lines(plan),
             *unreached_lines(plan.unreached),
         ]
@@ -206,6 +207,14 @@ def source_lines(data: dict[str, Any]) -> list[str]:
 def skipped_lines(samples: list[int]) -> list[str]:
     """One line if samples were left out."""
     return [f"left out {len(samples)} samples that were not finite: {samples}"] if samples else []
+
+
+def search_lines(plan: PruningPlan) -> list[str]:
+    """What was measured to find out how much can go."""
+    return [
+        f"removed {point['ratio']:.2%}: loss {point['increase']:+.5f} +- {point['error']:.5f} nats a token, measured"
+        for point in plan.search
+    ]
 
 
 def compensation_lines(plan: PruningPlan) -> list[str]:

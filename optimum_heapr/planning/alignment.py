@@ -17,6 +17,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
+from .errors import UnreachableRatio
 
 
 if TYPE_CHECKING:
@@ -72,9 +73,10 @@ def check_uniform_width(config: HeaprConfig, width: int) -> None:
     below = kept // multiple * multiple
     nearest = [candidate for candidate in (below, below + multiple) if 0 < candidate < width]
     hint = " or ".join(f"{candidate} ({1 - candidate / width:.3f})" for candidate in nearest)
-    raise HeaprError(
+    raise UnreachableRatio(
         f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple}; "
-        + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel")
+        + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel"),
+        *(1 - candidate / width for candidate in nearest),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..utils.errors import HeaprError
 from .alignment import check_uniform_width, effective_multiple
+from .errors import UnreachableRatio
 from .goal import Goal
 from .protection import protected_experts
 
@@ -124,18 +125,20 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig, goal: Goal) -
     budget = math.ceil(goal.ratio * total - _ROUNDING) if goal.is_bound else round(goal.ratio * total)
     removable = sum(int((~block.fixed * block.size).sum()) for block in blocks)
     if removable < budget:
-        raise HeaprError(
+        raise UnreachableRatio(
             f"{goal.asked}: min_width={config.min_width}, protect={config.protect!r} and "
             f"protect_unreached={config.protect_unreached} leave only {removable / total:.4f} to remove; ask for less or "
-            "protect less"
+            "protect less",
+            removable / total,
         )
     value = torch.cat([block.value.masked_fill(block.fixed, torch.inf).flatten() for block in blocks])
     threshold, at_threshold = _threshold(value, blocks, budget, goal.is_bound)
     del value
     if threshold is None:
-        raise HeaprError(
+        raise UnreachableRatio(
             f"{goal.asked}: removes less than one group of width_multiple={config.width_multiple} atomic experts; "
-            "raise ratio or lower width_multiple"
+            "raise ratio or lower width_multiple",
+            max(int(block.size.max()) for block in blocks) / total,
         )
     for block in reversed(blocks):  # of equal ones the lower index stays
         equal = ((block.value == threshold) & ~block.fixed).flatten().nonzero().squeeze(1)
@@ -182,14 +185,22 @@ def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal) -> int
     if keep * multiple >= width:
         below = (groups - 1) * multiple
         hint = f"the smallest possible ratio is {1 - below / width:.4f}" if below else "lower width_multiple"
-        raise HeaprError(f"{goal.asked}: no multiple of {multiple} below the width {width} fits; {hint}")
+        raise UnreachableRatio(
+            f"{goal.asked}: no multiple of {multiple} below the width {width} fits; {hint}",
+            *([1 - below / width] if below else ()),
+        )
     if keep == 0:
         least = min(multiple, width) if goal.is_bound else 1
-        raise HeaprError(
-            f"{goal.asked}: leaves fewer than {least} of {width} atomic experts; the largest ratio is {1 - least / width:.4f}"
+        largest = 1 - least / width
+        raise UnreachableRatio(
+            f"{goal.asked}: leaves fewer than {least} of {width} atomic experts; the largest ratio is {largest:.4f}",
+            largest,
         )
     if keep * multiple < config.min_width:
-        raise HeaprError(f"min_width={config.min_width}: {goal.asked} leaves width {keep * multiple}; lower one")
+        raise UnreachableRatio(
+            f"min_width={config.min_width}: {goal.asked} leaves width {keep * multiple}; lower one",
+            1 - -(-config.min_width // multiple) * multiple / width,
+        )
     return keep
 
 

@@ -44,11 +44,16 @@ class Goal:
 
         Raises:
             HeaprError: if the model has no more than the target, or more besides its routed experts, or the statistics do
-                not say how many bytes it takes.
+                not say how many bytes it takes; and for `max_loss_increase`, which only measuring turns into a ratio.
         """
         name, value = config.goal
         if name == "ratio":
             return cls.of_ratio(config)
+        if name == "max_loss_increase":
+            raise HeaprError(
+                f"{name}={value}: has to be measured with the model; plan with HeaprPruner.plan(), or run "
+                "`optimum-cli heapr prune`, with these statistics"
+            )
         asked = f"{name}={value!r}"
         whole, each, target, unit = _sizes(config, statistics)
         sizes = {path: block.num_experts * block.width for path, block in statistics.blocks.items()}

@@ -47,6 +47,8 @@ class PruningPlan(TensorValue):
         tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
         storage (`dict`): bytes of the model's weights, and of one atomic expert, in the dtype of the calibration.
         importance (`dict`): histogram of the scores; see [`~optimum_heapr.planning.distribution.importance_distribution`].
+        search (`list[dict]`): for `max_loss_increase`, each `ratio` that was measured on the way, the `increase` of the loss in
+            nats a token, and its standard `error`.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -60,6 +62,7 @@ class PruningPlan(TensorValue):
     tokens: dict[str, list[int]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
     importance: dict[str, Any] = field(default_factory=dict)
+    search: list[dict[str, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         widths = [width for experts in self.widths.values() for width in experts]
@@ -154,6 +157,7 @@ class PruningPlan(TensorValue):
             "tokens": self.tokens,
             "storage": self.storage,
             "importance": self.importance,
+            "search": self.search,
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -186,6 +190,7 @@ class PruningPlan(TensorValue):
                 tokens=document.get("tokens", {}),
                 storage=document.get("storage", {}),
                 importance=document.get("importance", {}),
+                search=document.get("search", []),
             )
             plan.check()
         except (KeyError, RuntimeError, TypeError) as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from ..layerwise.decoder import Decoder
 from ..utils.errors import HeaprError
 from ..utils.logging import with_paths
 from ..utils.placement import place
-from .change import Change, whole_or_refused
+from .change import whole_or_refused
 from .compensation import compensate_experts
 from .feasibility import check_family
 from .layer_by_layer import compensate_together
@@ -59,25 +60,48 @@ def apply_plan(
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics, data)
     with whole_or_refused(model) as change:
-        if plan.config.compensates_blocks:
-            _compensate_together(model, plan, blocks, data, change)
+        compensate_model(model, plan, blocks, statistics, data, lambda weights: change.begins())
         change.begins()
-        if plan.config.compensates_experts:
-            for block in with_paths(blocks, desc="Compensating", unit="layer"):
-                plan.compensation[block.path] = compensate_block(
-                    block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
-                )
         cut_model(model, plan, blocks)
     return model
 
 
+def compensate_model(
+    model: torch.nn.Module,
+    plan: PruningPlan,
+    blocks: list[ExpertBlock],
+    statistics: AtomicStatistics | None,
+    data: CalibrationData | None,
+    changes: Callable[[list[torch.Tensor]], None],
+) -> None:
+    """What [`apply_plan`] does to the down projections before it cuts, if the plan asks for compensation.
+
+    Args:
+        model, plan, statistics, data: as there.
+        blocks (`list[ExpertBlock]`): of the model.
+        changes (`Callable`): is given the weights that are about to be changed, before each change.
+    """
+    if plan.config.compensates_blocks:
+        _compensate_together(model, plan, blocks, data, changes)
+    if plan.config.compensates_experts:
+        for block in with_paths(blocks, desc="Compensating", unit="layer"):
+            changes([block.module.down_proj])
+            plan.compensation[block.path] = compensate_block(
+                block, plan.kept[block.path], statistics.blocks[block.path], plan.config.ridge
+            )
+
+
 def _compensate_together(
-    model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock], data: CalibrationData, change: Change
+    model: torch.nn.Module,
+    plan: PruningPlan,
+    blocks: list[ExpertBlock],
+    data: CalibrationData,
+    changes: Callable[[list[torch.Tensor]], None],
 ) -> None:
     place(model)  # as calibration does
 
     def take_over(block: ExpertBlock, fitted: FittedBlock) -> None:
-        change.begins()
+        changes([block.module.down_proj, *map(model.get_parameter, fitted.shared)])
         _take_over(model, block, plan.kept[block.path], fitted)
 
     with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):

@@ -12,6 +12,7 @@ from ..experts import find_expert_blocks, model_name
 from ..fingerprint import model_fingerprint, storage_of
 from ..planning.alignment import effective_multiple
 from ..planning.allocation import allocate
+from ..planning.errors import UnreachableRatio
 from ..planning.goal import Goal
 from ..utils.errors import HeaprError
 from .block_compensation import check_block_memory
@@ -51,6 +52,8 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
         {block.path: _as_if_measured(block) for block in blocks},
         {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)},
     )
+    searched = config.max_loss_increase is not None
+    config = config.replace(ratio=0.5) if searched else config
     goal = Goal.of(config, statistics)
     multiple = effective_multiple(config, [block.width for block in blocks])
     # Where widths differ, groups that are cut short may go first: with real scores they might.
@@ -58,7 +61,11 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
         block.path: torch.full((block.num_experts, block.width), float(block.width % multiple or multiple))
         for block in blocks
     }
-    allocate(scores, config, {}, goal)
+    try:
+        allocate(scores, config, {}, goal)
+    except UnreachableRatio as error:
+        if not (searched and error.nearest):  # a search finds its ratio
+            raise
 
 
 def _as_if_measured(block: ExpertBlock) -> BlockStatistics:

@@ -5,46 +5,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..experts import find_expert_blocks
-from .apply import check_plan
+from .apply import check_compensation, check_plan, compensate_model
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..calibration.statistics import AtomicStatistics
     from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
 
 
 @contextmanager
 @torch.no_grad()
-def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
+def masked(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    statistics: AtomicStatistics | None = None,
+    data: CalibrationData | None = None,
+) -> Iterator[None]:
     """Until the block ends, the down projections of what the plan removes are zero; then they are as before, bit for bit.
 
-    The output is that of the pruned model without compensation, for every layout. Memory is needed for a copy of the columns of
-    the down projections that are zeroed: a third of what the plan removes.
+    The output is that of the pruned model, for every layout, and with the compensation that the plan asks for. Memory is
+    needed for a copy of the columns of the down projections that are zeroed, a third of what the plan removes, or with
+    compensation for one of all down projections.
 
     Args:
         model (`PreTrainedModel`): in memory.
-        plan (`PruningPlan`): what stays.
+        plan (`PruningPlan`): what stays; it is not changed.
+        statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
+        data (`CalibrationData`, *optional*): needed to compensate over blocks.
 
     Raises:
-        HeaprError: if the plan was made for another model.
+        HeaprError: if the plan was made for another model, or asks for compensation without what that needs.
     """
-    check_plan(model, plan)
-    before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    blocks = check_plan(model, plan)
+    check_compensation(plan, statistics, data)
+    before: list[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]] = []
+
+    def keep(weight: torch.Tensor, rows: torch.Tensor | slice) -> None:
+        before.append((weight, rows, weight[rows].clone()))
+
+    def keep_all(weights: list[torch.Tensor]) -> None:
+        for weight in weights:
+            keep(weight, slice(None))
+
     try:
-        for block in find_expert_blocks(model):
+        compensate_model(model, replace(plan, compensation={}), blocks, statistics, data, keep_all)
+        for block in blocks:
             for expert, kept in enumerate(plan.kept[block.path]):
                 rows, gone = block.down_rows(expert), torch.ones(block.width, dtype=torch.bool)
                 gone[kept] = False
                 gone = gone.nonzero().squeeze(1).to(rows.device)
-                before.append((rows, gone, rows[gone]))
+                if not plan.config.compensate:
+                    keep(rows, gone)
                 rows[gone] = 0
         yield
     finally:
-        for rows, gone, values in before:
-            rows[gone] = values
+        for weight, rows, values in reversed(before):
+            weight[rows] = values

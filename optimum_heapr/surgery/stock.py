@@ -139,7 +139,7 @@ def warn_of_zeros(skeleton: PreTrainedModel, plan: PruningPlan) -> None:
         plan (`PruningPlan`): what it was made by.
     """
     name, asked = plan.config.goal
-    if name == "ratio":
+    if name not in ("target_parameters", "target_size"):
         return
     _, planned = planned_sizes(plan)
     each = plan.model["parameters_per_atomic_expert"]

@@ -41,6 +41,7 @@ class CalibrationData:
         seq_length (`int`): tokens asked for in a sample.
         origins (`list[str]`, *optional*): the part of a mixture that each sample is of; all are of `source` by default.
         held_out (`list[torch.Tensor]`, *optional*): further samples that are not calibrated on, to measure with.
+        search (`list[torch.Tensor]`, *optional*): samples beyond those, to measure how much can go for `max_loss_increase`.
     """
 
     samples: list[torch.Tensor]
@@ -49,6 +50,7 @@ class CalibrationData:
     seq_length: int
     origins: list[str] = field(default_factory=list)
     held_out: list[torch.Tensor] = field(default_factory=list)
+    search: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def load_calibration_data(
     document is a sample, cut off after `seq_length` tokens. The samples of a mixture come in an order drawn with the seed. Of a
     stream, the documents are drawn from a buffer of `SHUFFLE_BUFFER`, and no more are read than it takes.
 
-    `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on.
+    `eval_samples` samples behind these, as far as there are any, are held out, unless `eval_dataset` is to be measured on; with
+    `max_loss_increase` twice as many, and every other one is for its search.
 
     Args:
         config (`HeaprConfig`): its calibration part is used.
@@ -125,7 +128,7 @@ def load_calibration_data(
                 "Dataset.from_dict({'text': texts})"
             )
         samples, held_out = _samples(part(dataset, name), name, config.num_samples, config, tokenizer)
-        return CalibrationData(samples, name, config.seed, config.seq_length, held_out=held_out)
+        return CalibrationData(samples, name, config.seed, config.seq_length, [], *_parted(held_out, config))
     sources = parse_sources(dataset)
     samples, origins, held_out = [], [], []
     for source, count in zip(sources, shares_of(sources, config.num_samples)):
@@ -137,7 +140,12 @@ def load_calibration_data(
     if len(sources) > 1:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed)).tolist()
         samples, origins = [samples[index] for index in order], [origins[index] for index in order]
-    return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins, held_out)
+    return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins, *_parted(held_out, config))
+
+
+def _parted(held_out: list[torch.Tensor], config: HeaprConfig) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What is held out to measure on, and what to search on: of every source in either."""
+    return (held_out, []) if config.max_loss_increase is None else (held_out[::2], held_out[1::2])
 
 
 def check_calibration_text(config: HeaprConfig) -> None:
@@ -171,7 +179,8 @@ def _samples(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """At most `count` samples of one source, each of at least two tokens, and its share of those held out."""
     columns = usable_columns(rows, source, config.text_column)
-    held_out = 0 if config.eval_dataset is not None else -(-config.eval_samples * count // config.num_samples)
+    wanted = config.eval_samples * (1 if config.max_loss_increase is None else 2)
+    held_out = 0 if config.eval_dataset is not None else -(-wanted * count // config.num_samples)
     if "input_ids" in columns:
         samples = list(itertools.islice(token_rows(rows, source), count + held_out))
     else:
