@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _LEFT_OUT = (
     "auto_map",
     "quantization_config",
+    "transformers_version",
     "_name_or_path",
 )  # what is not true of the result, or nobody's business
 
@@ -72,8 +73,8 @@ def with_original_keys(
         before (`dict`): all values of the unpruned model's configuration, under the names of this transformers.
 
     Returns:
-        `dict`: `saved`, and for each other key of the original what it means now: where pruning changed the value, the new one,
-        else the original one as it was written.
+        `dict`: `saved`, and for each key of the original what it means now: where pruning changed the value, the new one, else
+        the original one as it was written, for versions have names of their own for values, too.
     """
     now, merged = config.to_dict(), dict(saved)
     for key, value in original.items():
@@ -83,8 +84,10 @@ def with_original_keys(
         part = getattr(config, key, None)
         if isinstance(value, dict) and hasattr(part, "to_dict") and isinstance(before.get(key), dict):
             merged[key] = with_original_keys(saved.get(key, {}), value, part, before[key])
+        elif name not in now or now[name] == before.get(name):
+            merged[key] = value
         elif key not in saved:
-            merged[key] = now[name] if name in now and now[name] != before.get(name) else value
+            merged[key] = now[name]
     return dict(sorted(merged.items()))
 
 

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_heapr import HeaprPruner
+from optimum_heapr.checkpoints.originals import with_original_keys
 from optimum_heapr.checkpoints.saving import apply_streaming
 from tests.helpers import tiny_model, tiny_tokenizer
 from tests.surgery.stock_models import layout_plan, random_plan
@@ -102,6 +103,18 @@ def test_a_stock_configuration_keeps_the_old_keys(layout, source, tmp_path):
 def test_what_pruning_or_loading_changed_has_the_new_value_under_the_old_key(source, tmp_path):
     (folder, _) = both_ways(source, tmp_path, "uniform", dtype="bfloat16")
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_values_keep_the_names_that_the_original_gives_them():
+    """transformers 4 calls layers `mamba` and `attention`, and refuses the `linear_attention` that 5 writes in their place."""
+    original = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "intermediate_size": 16}
+    config = AutoConfig.for_model("granitemoehybrid", **original)
+    before = config.to_dict()
+    assert before["layer_types"] != original["layer_types"], "this version writes what it read: take another family"
+    config.intermediate_size = 8
+    merged = with_original_keys(config.to_diff_dict(), original, config, before)
+    assert {name: merged[name] for name in original} == {**original, "intermediate_size": 8}
+    assert type(config).from_dict(merged).to_dict() == config.to_dict()
 
 
 def test_a_variable_configuration_has_no_keys_of_another_version(source, tmp_path):

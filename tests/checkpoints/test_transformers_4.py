@@ -60,6 +60,15 @@ MODELS = {
     "deepseek_v3": LATENT,
     "deepseek_v3 with YaRN": {**LATENT, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "glm4_moe": {"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "head_dim": 16},
+    "granitemoehybrid": {
+        **{
+            "num_local_experts": 6,
+            "intermediate_size": 32,
+            "shared_intermediate_size": 24,
+            "layer_types": ["mamba", "attention"],
+        },
+        **{"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1},
+    },
 }
 
 MAKE = """
