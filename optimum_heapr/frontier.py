@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .evaluation.metric import mean_with_error
-from .evaluation.perplexity import window_losses
+from .evaluation.perplexity import evaluation_windows, source_name, window_losses
+from .experts import find_expert_blocks
 from .planning.errors import UnreachableRatio
 from .planning.plan import PruningPlan
 from .planning.size import planned_sizes
 from .surgery.masking import masked
 from .utils.errors import HeaprError
 from .utils.logging import get_logger
+from .utils.placement import place
+from .utils.positions import warn_of_positions
 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .calibration.statistics import AtomicStatistics
     from .configuration import HeaprConfig
@@ -166,6 +170,58 @@ def _between(places: list[tuple[float, float]], value: float) -> float:
     above = min((place for place in places if place[0] >= value), default=max(places))
     share = 0.0 if above[0] == below[0] else (value - below[0]) / (above[0] - below[0])
     return below[1] + share * (above[1] - below[1])
+
+
+def smallest_within(points: Sequence[FrontierPoint], max_loss_increase: float) -> FrontierPoint | None:
+    """The smallest model whose loss rises by no more than that, if there is one.
+
+    What counts is what was measured, with one standard error on top, or else the calibrated estimate.
+
+    Args:
+        points (`Sequence[FrontierPoint]`): of a frontier that was measured.
+        max_loss_increase (`float`): nats a token.
+    """
+    losses = [
+        (point, point.calibrated if point.measured is None else point.measured + point.error) for point in points
+    ]
+    within = [point for point, loss in losses if loss is not None and loss <= max_loss_increase]
+    return min(within, key=lambda point: point.parameters, default=None)
+
+
+def text_measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    statistics: AtomicStatistics,
+    config: HeaprConfig,
+    text: Dataset | str,
+    windows: int = 24,
+    window_length: int = 512,
+) -> Measure:
+    """[`loss_measure`] on windows of some text, once it is known that this model and the statistics serve.
+
+    Args:
+        model (`PreTrainedModel`): unpruned, in memory.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model.
+        statistics (`AtomicStatistics`): what plans are made from, and compensated with.
+        config (`HeaprConfig`): `compensate` is used.
+        text (`Dataset` or `str`): as for [`~optimum_heapr.evaluation.perplexity.evaluate_perplexity`].
+        windows, window_length (`int`): how many, and tokens in each.
+
+    Raises:
+        HeaprError: if the model is another one, the text cannot be read, or compensation needs more than there is.
+    """
+    statistics.check_model(model, find_expert_blocks(model))
+    if config.compensates_blocks:
+        raise HeaprError(
+            "compensation_scope='block': a frontier measures without it, or with the scope 'expert'; max_loss_increase measures it"
+        )
+    if config.compensates_experts:
+        for path, block in statistics.blocks.items():
+            block.check_grams(path, "compensate=True", gradients=False)
+    found = evaluation_windows(tokenizer, text, window_length, windows)
+    place(model)
+    warn_of_positions(model, found)
+    return loss_measure(model, found, source_name(text), statistics)
 
 
 def loss_measure(

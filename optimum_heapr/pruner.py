@@ -20,12 +20,13 @@ from .checkpoints.loaded import LoadedModel
 from .checkpoints.stages import load_stages
 from .configuration import HeaprConfig
 from .experts import BROKEN_OFF, find_expert_blocks
+from .frontier import FrontierPoint, frontier, text_measure
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
 from .report.content import without_measurements
 from .surgery.feasibility import check_feasible
-from .text.samples import load_calibration_data
+from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
 from .utils.files import replace_folder
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from .recovery.configuration import RecoveryConfig
     from .recovery.report import RecoveryReport
-    from .text.samples import CalibrationData
 
 
 class HeaprPruner:
@@ -58,8 +58,7 @@ class HeaprPruner:
     ```python
     from optimum_heapr import HeaprConfig, HeaprPruner
 
-    config = HeaprConfig(ratio=0.25, dataset="demo", num_samples=16, seq_length=256)
-    pruner = HeaprPruner.from_pretrained("demo", config=config)
+    pruner = HeaprPruner.from_pretrained("demo", HeaprConfig(dataset="demo", num_samples=16, seq_length=256))
     model = pruner.prune()
     ```
     """
@@ -94,9 +93,8 @@ class HeaprPruner:
         activation_memory: int | str | None = None,
         **model_options: Any,
     ) -> HeaprPruner:
-        """Loads a model and its tokenizer, and statistics that were measured before: without a `dataset`, those beside it.
-
-        Of a model that was pruned already, the base model that its card names is loaded then.
+        """Loads a model and its tokenizer, and statistics that were measured before: without a `dataset`, those beside it, and of
+        a model that was pruned already the base model that its card names.
 
         Args:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
@@ -168,12 +166,19 @@ class HeaprPruner:
         Raises:
             HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
         """
-        statistics = self.statistics if statistics is None else load_statistics(statistics)
-        if statistics is None:
-            raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
-        statistics.check_model(self.model, find_expert_blocks(self.model))
-        config = self.config.replace(**changes)
+        statistics, config = self._stages.measured(statistics, self.statistics), self.config.replace(**changes)
         return plan_for(self.model, self.tokenizer, statistics, config, self.calibration_data)
+
+    def frontier(self, measure: Dataset | str | None = None, **options: Any) -> list[FrontierPoint]:
+        """Size and loss of many plans, as [`~optimum_heapr.frontier.frontier`] with these `options`; nothing is cut.
+
+        Args:
+            measure (`Dataset` or `str`, *optional*): text to measure a few of them on, which corrects the estimates of all.
+        """
+        of_model = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
+        return frontier(
+            *of_model[2:], measure=None if measure is None else text_measure(*of_model, measure), **options
+        )
 
     def apply(
         self,
@@ -182,9 +187,8 @@ class HeaprPruner:
         measure: bool = False,
         prompts: Sequence[str] | None = None,
     ) -> PreTrainedModel:
-        """Cuts the model in place and returns it; `self.report` then says what that did.
-
-        With `memory="streaming"` or `"offload"` the plan is checked, and [`~HeaprPruner.save_pretrained`] cuts the checkpoint.
+        """Cuts the model in place and returns it; `self.report` then says what that did. With `memory="streaming"` or `"offload"`
+        the plan is only checked here, and [`~HeaprPruner.save_pretrained`] cuts the checkpoint.
 
         Args:
             plan (`PruningPlan` or `str`): what stays.
@@ -266,9 +270,8 @@ class HeaprPruner:
         Raises:
             HeaprError: if nothing was pruned yet, the folder cannot be written or is not empty, or the Hub refuses.
         """
-        plan = self._pruned_by()
+        folder, plan = Path(folder), self._pruned_by()
         push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
-        folder = Path(folder)
         with replace_folder(folder, overwrite) as temporary:
             self._stages.save(temporary, plan, self.tokenizer, self.report, results, **save_options)
             if self.statistics is not None:
@@ -282,10 +285,7 @@ class HeaprPruner:
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Uploads what [`~HeaprPruner.save_pretrained`] writes to the repository `NAME` or `OWNER/NAME`, in one commit.
 
-        It takes the options of that and of [`~optimum_heapr.hub.push.push_folder`], e.g. `private`.
-
-        Raises:
-            HeaprError: if nothing was pruned yet, or the Hub refuses; then the repository holds what it held before.
+        Takes the options of that and of [`~optimum_heapr.hub.push.push_folder`]. If the Hub refuses, nothing has changed there.
         """
         push_options, save_options = split_push_options(options)
         with tempfile.TemporaryDirectory() as folder:

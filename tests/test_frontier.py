@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from optimum_heapr import HeaprConfig, HeaprError
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.frontier import _spread, frontier, loss_measure
+from optimum_heapr.frontier import _spread, frontier, loss_measure, smallest_within
 from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.planning.size import planned_sizes
 from tests.helpers import calibration_data, tiny_model
@@ -102,3 +102,31 @@ def test_refusals(statistics):
         frontier(statistics, HeaprConfig(), criteria=["heap"])
     with pytest.raises(HeaprError, match="none can be had"):
         frontier(statistics, HeaprConfig(width_multiple=12), (0.01,))
+
+
+def test_the_smallest_model_within_a_budget(statistics):
+    points = frontier(statistics, HeaprConfig(), RATIOS, measure=lambda plan: (plan.ratio, 0.05), points=3)
+    chosen = smallest_within(points, 0.52)
+    assert chosen.ratio == pytest.approx(0.4, abs=0.01), "half of it costs 0.5 and an error of 0.05"
+    assert smallest_within(points, 1e-9) is None
+
+
+def test_the_pruner_has_it_too(statistics, monkeypatch):
+    from datasets import Dataset
+
+    pruner = HeaprPruner(tiny_model(), config=HeaprConfig(criterion="obs"))
+    with pytest.raises(HeaprError, match="nothing was measured yet"):
+        pruner.frontier()
+    pruner.statistics = statistics
+    points = pruner.frontier(ratios=RATIOS, layouts=["variable", "padded"])
+    assert points == frontier(statistics, HeaprConfig(criterion="obs"), RATIOS, layouts=["variable", "padded"])
+    text = Dataset.from_dict({"input_ids": [sample.tolist() for sample in calibration_data(16, 16, 16).samples]})
+    points = pruner.frontier(text, ratios=RATIOS, points=2)
+    windows = calibration_data(16, 16, 16).samples
+    expected = loss_measure(tiny_model(), windows)(
+        PruningPlan.build(statistics, HeaprConfig(criterion="obs", ratio=0.7))
+    )
+    assert (points[-1].measured, points[-1].error) == pytest.approx(expected, abs=1e-5)
+    pruner.config = HeaprConfig(compensate=True, compensation_scope="block")
+    with pytest.raises(HeaprError, match="compensation_scope='block': a frontier measures without it"):
+        pruner.frontier(text)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.runner import calibrate
 from ..calibration.state import StateFile
 from ..criteria.obs import store_removal_curves
+from ..experts import find_expert_blocks
 from ..hub.base_model import BaseModel
+from ..hub.statistics import load_statistics
 from ..report.content import build_report
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_plan
@@ -89,6 +91,24 @@ class LoadedModel:
         if config.criterion == "obs":
             store_removal_curves(statistics, config.ridge)
         return statistics
+
+    def measured(
+        self, statistics: AtomicStatistics | str | os.PathLike | None, otherwise: AtomicStatistics | None
+    ) -> AtomicStatistics:
+        """Statistics from wherever they are, if they are of this model.
+
+        Args:
+            statistics (`AtomicStatistics` or `str`, *optional*): those that were asked for.
+            otherwise (`AtomicStatistics`, *optional*): those that were measured, if none were.
+
+        Raises:
+            HeaprError: if there are none, they cannot be read, or they are of another model.
+        """
+        found = otherwise if statistics is None else load_statistics(statistics)
+        if found is None:
+            raise HeaprError("statistics=None: nothing was measured yet; call calibrate() or name a statistics file")
+        found.check_model(self.model, find_expert_blocks(self.model))
+        return found
 
     def check(self, plan: PruningPlan) -> None:
         """Refuses a plan of another model.

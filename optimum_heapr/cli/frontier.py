@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..configuration import GOALS
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
+from .checks import check_output_is_not_input
 from .options import PLANNING_OPTIONS, add_config_options, config_from, number
 
 
@@ -32,6 +33,10 @@ class FrontierCommand(HeaprSubcommand):
         )
         parser.add_argument("--criteria", nargs="+", metavar="NAME", help="criteria to compare (default: --criterion)")
         parser.add_argument("--layouts", nargs="+", metavar="NAME", help="layouts to compare (default: --layout)")
+        parser.add_argument(
+            "-o", "--output", metavar="DIR", help="write frontier.json there, and the chart as SVG: loss against size"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote there")
         parser.add_argument("--json", action="store_true", help="print the points as JSON")
         measuring = parser.add_argument_group(
             "Measuring some of the points, which corrects the estimates of the others"
@@ -48,6 +53,12 @@ class FrontierCommand(HeaprSubcommand):
         measuring.add_argument(
             "--window-length", type=int, default=512, help="tokens in a window (default: %(default)s)"
         )
+        measuring.add_argument(
+            "--max-loss-increase",
+            type=number,
+            metavar="NATS",
+            help="choose the smallest model that costs no more, and mark it",
+        )
         measuring.add_argument("--points", type=int, default=5, help="measured of each curve (default: %(default)s)")
         names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
@@ -55,34 +66,49 @@ class FrontierCommand(HeaprSubcommand):
     def execute(self) -> None:
         import json
 
+        from ..utils.files import check_output_folder, replace_folder, write_json
+
         args = self.args
         config = config_from(args)
         if (args.measure is None) != (args.model is None):
             raise HeaprError(
                 f"measure={args.measure!r}, model={args.model!r}: --measure and --model go together; give both, or neither"
             )
+        if args.max_loss_increase is not None and args.measure is None:
+            raise HeaprError(
+                f"max_loss_increase={args.max_loss_increase}: is chosen by what was measured; add --measure and --model"
+            )
         ratios = ratios_of(args.ratios)
-        from ..frontier import frontier
+        if args.output:
+            check_output_is_not_input(args.output, args.statistics, args.model, args.measure, args.config)
+            check_output_folder(args.output, args.overwrite)
+        from ..checkpoints.loading import load_model
+        from ..frontier import frontier, smallest_within, text_measure
         from ..hub.statistics import load_statistics
+        from ..report.frontier_chart import frontier_charts
 
         statistics = load_statistics(args.statistics)
-        measure = None if args.measure is None else self._measure(statistics)
+        measure = None
+        if args.measure is not None:
+            model, tokenizer = load_model(args.model)
+            windows = args.windows, args.window_length
+            measure = text_measure(model, tokenizer, statistics, config, args.measure, *windows)
         points = frontier(statistics, config, ratios, args.criteria, args.layouts, measure, args.points)
-        print(json.dumps([point.to_dict() for point in points], indent=2) if args.json else frontier_text(points))
-
-    def _measure(self, statistics):
-        from ..checkpoints.loading import load_model
-        from ..evaluation.perplexity import evaluation_windows
-        from ..experts import find_expert_blocks
-        from ..frontier import loss_measure
-        from ..utils.placement import place
-
-        args = self.args
-        model, tokenizer = load_model(args.model)
-        statistics.check_model(model, find_expert_blocks(model))
-        windows = evaluation_windows(tokenizer, args.measure, args.window_length, args.windows)
-        place(model)
-        return loss_measure(model, windows, args.measure, statistics)
+        chosen = None if args.max_loss_increase is None else smallest_within(points, args.max_loss_increase)
+        written = [point.to_dict() for point in points]
+        if args.output:
+            with replace_folder(args.output, args.overwrite) as folder:
+                write_json(folder / "frontier.json", written)
+                for name, chart in frontier_charts(written, chosen and chosen.to_dict()).items():
+                    (folder / f"{name}.svg").write_text(chart, encoding="utf-8")
+        print(json.dumps(written, indent=2) if args.json else frontier_text(points))
+        if args.json:
+            return
+        if args.max_loss_increase is not None:
+            what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed" if chosen else "none"
+            print(f"chosen for a loss increase of at most {args.max_loss_increase}: {what}")
+        if args.output:
+            print(f"Frontier written to {args.output}")
 
 
 def ratios_of(text: str) -> list[float]:

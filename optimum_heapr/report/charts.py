@@ -105,7 +105,7 @@ def importance_histogram(report: dict[str, Any]) -> str:
             canvas.rectangle(x, cut, step - 0.6, bottom - cut, hatched, INK)
         if kept:
             canvas.rectangle(x, cut - height * kept / most, step - 0.6, height * kept / most, DARK)
-    for value, label in _ticks(edges[0], edges[-1], is_log):
+    for value, label in ticks(edges[0], edges[-1], is_log):
         canvas.line(x_of(value), bottom, x_of(value), bottom + 4, INK)
         canvas.write(x_of(value), bottom + 18, label, "middle")
     scale = "log scale" if is_log else "linear scale"
@@ -256,7 +256,8 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float, is_log: bool) -> list[tuple[float, str]]:
+def ticks(low: float, high: float, is_log: bool) -> list[tuple[float, str]]:
+    """Places of an axis that get a label, and these: six at equal distances, or powers of ten."""
     if not is_log:
         return [(low + (high - low) * i / 5, f"{low + (high - low) * i / 5:.3g}") for i in range(6)]
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)

@@ -34,11 +34,28 @@ def test_measured(inputs, run):
     assert all(point["calibrated"] is not None for point in points)
 
 
+def test_a_chart_and_the_chosen_point(inputs, run, tmp_path):
+    text = inputs.calibration[inputs.calibration.index("--dataset") + 1]
+    flags = ["-m", inputs.model, "--measure", text, "--windows", 2, "--window-length", 16, "--points", 2]
+    output = tmp_path / "frontier"
+    asked = ["frontier", "-s", inputs.statistics, "--ratios", "0.2,0.4,0.6", *flags, "-o", output]
+    result = run(*asked, "--max-loss-increase", 50)
+    assert result.status == 0, result.error
+    assert "chosen for a loss increase of at most 50: heapr, variable, 59.7% removed" in result.output
+    assert len(json.loads((output / "frontier.json").read_text())) == 3
+    assert "chosen: heapr" in (output / "frontier.svg").read_text()
+    assert run(*asked).status == 2, "what is there is not replaced unasked"
+    result = run(*asked, "--max-loss-increase", -50, "--overwrite")
+    assert result.status == 0 and "at most -50: none" in result.output, "what was measured is not lost"
+    assert "chosen" not in (output / "frontier.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--ratios", "half"], "ratios='half': must be FIRST:LAST:STEP"),
         (["--measure", "demo"], "--measure and --model go together"),
+        (["--max-loss-increase", 0.1], "is chosen by what was measured; add --measure"),
         (["--criteria", "heap"], "must be one of"),
     ],
 )
