@@ -66,6 +66,9 @@ class HeaprConfig(Options):
         allocation (`str`, *optional*, defaults to `"global"`):
             Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
             of each layer, `uniform` leaves every expert of the model the same width.
+        num_experts (`int` or `str`, *optional*):
+            With the layout `uniform`, how many experts each layer keeps: the others, those that cost least over all of their
+            tokens, go from its router, and at the same size those that stay are wider.
         width_multiple (`int`, *optional*, defaults to 1):
             Widths are multiples of this; the groups of atomic experts are chosen by importance.
         min_width (`int`, *optional*, defaults to 0):
@@ -101,8 +104,7 @@ class HeaprConfig(Options):
             Join documents and cut them into samples of equal length; if off, a document is a sample, cut off after
             `seq_length` tokens, and its padding is left out of every statistic.
         dataset_streaming (`bool`, *optional*, defaults to `False`):
-            Read files and datasets on the Hub only as far as the samples need them, in place of whole. Documents are then
-            shuffled within a buffer of 1000.
+            Read files and datasets on the Hub only as far as needed; documents are then shuffled in a buffer of 1000.
         num_samples (`int`, *optional*, defaults to 128):
             Calibration samples.
         seq_length (`int`, *optional*, defaults to 2048):
@@ -138,18 +140,13 @@ class HeaprConfig(Options):
     )
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
     compensation_scope: str = option(
-        "expert",
-        "what makes up for it: the same expert, or the whole block, from the calibration text",
-        COMPENSATION_SCOPES,
+        "expert", "what makes up for it: the same expert, or the whole block, from the text", COMPENSATION_SCOPES
     )
-    ridge: float = option(
-        0.01, "least regularization of obs and of compensation, relative to the mean squared activation"
-    )
+    ridge: float = option(0.01, "least regularization of obs and compensation, relative to mean squared activation")
     allocation: str = option(
-        "global",
-        "rank over the whole model, remove the same share of each layer, or one width everywhere",
-        ALLOCATIONS,
+        "global", "rank over the whole model, the same share of each layer, or one width everywhere", ALLOCATIONS
     )
+    num_experts: str | None = option(None, "layout uniform: experts kept in each router, wider at the same size")
     width_multiple: int = option(1, "widths are multiples of this, chosen by importance")
     min_width: int = option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = option(False, "keep the experts that no calibration token reached as they are")
@@ -182,8 +179,9 @@ class HeaprConfig(Options):
     seed: int = option(0, "seed of the choice of samples and of the random criterion")
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_size, int) and not isinstance(self.target_size, bool):
-            self.target_size = str(self.target_size)
+        for name in ("target_size", "num_experts"):
+            if type(getattr(self, name)) is int:
+                setattr(self, name, str(getattr(self, name)))
         if isinstance(self.protect, (list, tuple)) and all(isinstance(pattern, str) for pattern in self.protect):
             self.protect = " ".join(self.protect)
         super().__post_init__()
@@ -202,6 +200,10 @@ class HeaprConfig(Options):
             self.check_least("eval_samples", 2)  # windows to measure on, and their spread
         if self.protect is not None and not self.protect.split():
             raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
+        if self.num_experts is not None and not (self.num_experts.isdecimal() and int(self.num_experts) > 0):
+            raise HeaprError(f"num_experts={self.num_experts!r}: must be a number of experts; leave it out for all")
+        if self.num_experts is not None and self.layout != "uniform":
+            raise HeaprError(f"num_experts={self.num_experts}: needs layout='uniform', not layout={self.layout!r}")
         if self.compensation_scope == "block" and not self.compensate:
             raise HeaprError(
                 "compensation_scope='block': set compensate=True (--compensate) too, or leave the scope out"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .sizing import describe_routing
 from .utils.errors import HeaprError
 
 
@@ -51,8 +52,9 @@ def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict
     }
 
 
-def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, int]:
-    """Bytes of all weights, tied ones once, and of one atomic expert, in the dtypes in which they are loaded.
+def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, Any]:
+    """Bytes of all weights, tied ones once, and of one atomic expert, in the dtypes in which they are loaded, and `routing`: what
+    [`~optimum_heapr.sizing.describe_routing`] says.
 
     Not part of what identifies a model: the same one may be loaded in another dtype.
     """
@@ -61,6 +63,7 @@ def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, i
     return {
         "num_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "bytes_per_atomic_expert": (3 * first.hidden_size + biases) * first.module.down_proj.element_size(),
+        "routing": describe_routing(model, blocks),
     }
 
 

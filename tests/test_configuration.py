@@ -37,12 +37,13 @@ OTHER = {
     "compensate": True,
     "compensation_scope": "block",
     "ridge": 0.5,
-    "allocation": "layer",
+    "allocation": "uniform",
+    "num_experts": "24",
     "width_multiple": 8,
     "min_width": 2,
     "protect_unreached": True,
     "protect": "model.layers.0.* model.layers.1.*:3,7",
-    "layout": "padded",
+    "layout": "uniform",
     "align_for": "gguf",
     "tensor_parallel": 2,
     "statistics": "gram",
@@ -232,6 +233,14 @@ def test_the_uniform_layout_implies_its_allocation_and_refuses_others():
     assert HeaprConfig(layout="uniform").allocation == "uniform"
     assert HeaprConfig(layout="uniform", allocation="uniform").allocation == "uniform"
     refused("allocation='layer': layout='uniform' needs allocation='uniform'", layout="uniform", allocation="layer")
+
+
+def test_experts_go_from_the_router_of_the_stock_layout_alone():
+    config = HeaprConfig(layout="uniform", num_experts=24)
+    assert (config.num_experts, config.allocation) == ("24", "uniform")
+    refused("num_experts=24: needs layout='uniform', not layout='variable'", num_experts=24)
+    for wrong in (0, -3, "many", "1.5"):
+        refused(f"num_experts='{wrong}': must be a number of experts", layout="uniform", num_experts=wrong)
 
 
 def test_statistics_that_are_not_enough_are_refused():

@@ -37,7 +37,6 @@ from ..surgery.apply import check_compensation, compensate_block, cut_model
 from ..surgery.fitted import FittedFiles
 from ..surgery.layer_by_layer import compensate_together
 from ..surgery.selection import packed_rows, padded_expert, set_rows
-from ..surgery.stock import stock_width, zero_pad
 from ..utils.logging import progress
 from ..utils.placement import default_device
 from ..utils.tensor_files import write_tensors
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from ..calibration.statistics import AtomicStatistics
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
+    from ..surgery.stock import StockLayout
     from ..text.samples import CalibrationData
 
 
@@ -94,8 +94,9 @@ def stream_plan(
             fitted = FittedFiles(Path(work) / "fitted")
             layers = StreamedModel(skeleton, source, default_device())
             compensate_together(layers, data, plan, Path(work), fitted.keep, activation_memory)
-        cut_model(skeleton, plan, source.blocks)
-        _write(skeleton, TargetCheckpoint(skeleton, source, plan, statistics, fitted), folder, max_shard_size)
+        layout = cut_model(skeleton, plan, source.blocks)
+        target = TargetCheckpoint(skeleton, source, plan, layout, statistics, fitted)
+        _write(skeleton, target, folder, max_shard_size)
 
 
 def _write(skeleton: PreTrainedModel, target: TargetCheckpoint, folder: Path, max_shard_size: int | str) -> None:
@@ -121,6 +122,7 @@ class TargetCheckpoint:
         skeleton (`PreTrainedModel`): the pruned model without storage.
         source (`SourceCheckpoint`): what it is made from.
         plan (`PruningPlan`): what stays.
+        layout (`StockLayout`, *optional*): how the original architecture holds that; `None` for variable widths.
         statistics (`AtomicStatistics`, *optional*): what compensation within experts needs.
         fitted (`FittedFiles`, *optional*): what compensation over blocks gave.
 
@@ -133,11 +135,12 @@ class TargetCheckpoint:
         skeleton: PreTrainedModel,
         source: SourceCheckpoint,
         plan: PruningPlan,
+        layout: StockLayout | None,
         statistics: AtomicStatistics | None = None,
         fitted: FittedFiles | None = None,
     ):
-        self.source, self.plan, self.statistics, self.fitted = source, plan, statistics, fitted
-        self.width = None if plan.config.layout == "variable" else stock_width(plan)
+        self.source, self.plan, self.layout, self.statistics, self.fitted = source, plan, layout, statistics, fitted
+        self.routed = plan.routed
         self.blocks = {f"{block.path}.{name}": (block, name) for block in source.blocks for name in _PARAMETERS}
         state = skeleton.state_dict()
         for name in skeleton._keys_to_ignore_on_save or ():
@@ -168,7 +171,7 @@ class TargetCheckpoint:
             yield self._unit(parameter, expert, name)
 
     def _find_origins(self, skeleton: PreTrainedModel) -> dict[str, tuple[str, list[int | None]]]:
-        """By name of a tensor: the parameter it is made from, and of which experts."""
+        """By name of a tensor: the parameter it is made from, and of which experts of the pruned model."""
         origins: dict[str, tuple[str, list[int | None]]] = {}
         for parameter, tensor in self.state.items():
             if parameter not in self.source.stored:
@@ -181,7 +184,7 @@ class TargetCheckpoint:
                 elif index:
                     origins[name] = (parameter, [int(index[0])])
                 else:
-                    origins[name] = (parameter, list(range(self.blocks[parameter][0].num_experts)))
+                    origins[name] = (parameter, list(range(len(self.routed[self.blocks[parameter][0].path]))))
         if set(origins) != set(self.tensors):
             different = sorted(set(origins) ^ set(self.tensors))[0]
             raise not_streamable(skeleton, f"{different} is made of several parameters")
@@ -202,10 +205,11 @@ class TargetCheckpoint:
             tensor = self.fitted.shared(parameter) if self.fitted else None
             if tensor is None:
                 tensor = self.source.parameter(parameter)
-            if tensor.shape != self.state[parameter].shape:
-                tensor = zero_pad(tensor, self.state[parameter].shape)
+            if self.layout is not None:
+                tensor = self.layout.resized(parameter, tensor, self.plan)
             return self._revert(parameter, tensor, StandIn({parameter: tensor.shape}))
         block, name = self.blocks[parameter]
+        number, expert = expert, self.routed[block.path][expert]  # in the pruned model, and in the unpruned one
         alone = self.source.expert(block, expert, [name])
         kept = self.plan.kept[block.path][expert]
         if name == "down_proj" and self.plan.config.compensate:
@@ -214,12 +218,12 @@ class TargetCheckpoint:
                 set_rows(alone, [kept], [self.fitted.rows(block.path, expert)])
             else:
                 self._compensate(alone, expert, kept)
-        if self.width is None:
+        if self.layout is None:
             tensor = packed_rows(alone, name, 0, kept)
         else:
-            tensor = padded_expert(alone, name, 0, kept, self.width).unsqueeze(0)
+            tensor = padded_expert(alone, name, 0, kept, self.layout.width).unsqueeze(0)
         made = self._revert(parameter, tensor, StandIn({parameter: tensor.shape}, {block.path: [len(kept)]}))
-        return {_EXPERT.sub(str(expert), key): value for key, value in made.items()}
+        return {_EXPERT.sub(str(number), key): value for key, value in made.items()}
 
     def _compensate(self, alone: ExpertBlock, expert: int, kept: torch.Tensor) -> None:
         statistics = self.statistics.blocks[alone.path].of_experts([expert])

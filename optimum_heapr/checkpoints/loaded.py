@@ -138,9 +138,9 @@ class LoadedModel:
             tokenizer, prompts = measured
             place(self.model)  # saved statistics do not need it there
             workload = Workload.of(plan.config, tokenizer, data, prompts)
-        base, before = self.base, observe(self.model, plan, workload)
+        base, before = self.base, observe(self.model, plan.tokens, workload)
         apply_plan(self.model, plan, statistics, data)
-        return build_report(plan, base.name, before, observe(self.model, plan, workload), workload)
+        return build_report(plan, base.name, before, observe(self.model, plan.routed_tokens, workload), workload)
 
     def save(
         self,

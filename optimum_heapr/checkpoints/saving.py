@@ -88,11 +88,11 @@ def write_streaming(
     skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
     base = BaseModel.of(skeleton, hub_options_in(model_options))
-    before = observe(skeleton, plan)
+    before = observe(skeleton, plan.tokens)
     if plan.config.compensates_blocks and data is None:
         data = load_calibration_data(plan.config, tokenizer)
     stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory)
-    report = build_report(plan, base.name, before, observe(skeleton, plan))
+    report = build_report(plan, base.name, before, observe(skeleton, plan.routed_tokens))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
 
 

@@ -38,12 +38,14 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def plan_table(plan: PruningPlan) -> str:
     """Kept widths of each layer, then the totals."""
     rows = []
-    for path, widths in plan.widths.items():
-        total = len(widths) * plan.original_width[path]
+    for path, widths in plan.routed_widths.items():
+        experts = len(plan.kept[path])
+        total = experts * plan.original_width[path]
         rows.append(
             [
                 path,
-                len(widths),
+                experts,
+                *([len(widths)] if plan.dropped else []),
                 plan.original_width[path],
                 f"{sum(widths) / total:.1%}",
                 min(widths),
@@ -54,7 +56,8 @@ def plan_table(plan: PruningPlan) -> str:
                 f"{plan.loss_increase[path]:.5f}",
             ]
         )
-    header = ["block", "experts", "width", "kept", "min", "median", "max", "empty", "unreached", "est. loss +"]
+    header = ["block", "experts", *(["in router"] if plan.dropped else []), "width", "kept", "min", "median", "max"]
+    header += ["empty", "unreached", "est. loss +"]
     config, (goal, asked) = plan.config, plan.config.goal
     multiple = effective_multiple(config, list(plan.original_width.values()))
     return "\n".join(

@@ -46,12 +46,30 @@ def importance(
     Raises:
         HeaprError: if there is no such criterion, or it needs statistics that were not measured.
     """
-    if criterion not in CRITERIA:
-        hint = did_you_mean(criterion, CRITERIA)
-        raise HeaprError(f"criterion={criterion!r}: must be one of {', '.join(CRITERIA)}{hint}")
-    chosen = CRITERIA[criterion](seed, reduction, ridge)
+    chosen = _chosen(criterion, seed, reduction, ridge)
     scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
     return ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
 
 
-__all__ = ["CRITERIA", "Criterion", "importance"]
+def expert_importance(
+    statistics: AtomicStatistics, criterion: str = "heapr", seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+) -> dict[str, torch.Tensor]:
+    """Importance of whole experts by block, [E] in float64: that of their atomic experts, over all of their tokens.
+
+    Args: as for [`importance`].
+
+    Raises:
+        HeaprError: as there.
+    """
+    chosen = _chosen(criterion, seed, reduction, ridge)
+    return {path: chosen.expert_score(path, block).double() for path, block in statistics.blocks.items()}
+
+
+def _chosen(criterion: str, seed: int, reduction: str, ridge: float) -> Criterion:
+    if criterion not in CRITERIA:
+        hint = did_you_mean(criterion, CRITERIA)
+        raise HeaprError(f"criterion={criterion!r}: must be one of {', '.join(CRITERIA)}{hint}")
+    return CRITERIA[criterion](seed, reduction, ridge)
+
+
+__all__ = ["CRITERIA", "Criterion", "expert_importance", "importance"]

@@ -37,6 +37,12 @@ class Criterion(ABC):
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
         """Importance of each atomic expert of the block at module path `path`, [E, I]; higher is kept."""
 
+    def expert_score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        """Importance of each whole expert, [E]: that of its atomic experts added up and, where it is one a token, times the tokens."""
+        by_token = type(self)(self.seed, "mean", self.ridge)
+        score = by_token.score(path, block).double().sum(1)
+        return score * block.token_count if self.needs_tokens else score
+
     def reduced(self, mean: torch.Tensor, block: BlockStatistics) -> torch.Tensor:
         """A cost for each routed token, [E, I], as it is or, for `reduction="total"`, times the expert's tokens."""
         return mean * block.token_count.unsqueeze(1) if self.reduction == "total" else mean

@@ -40,6 +40,10 @@ class Obs(Criterion):
         found = removal_curves(path, block, self.ridge)
         return scores_of_order(found.order, found.cost)
 
+    def expert_score(self, path: str, block: BlockStatistics) -> torch.Tensor:
+        """The costs of all steps of an expert, which are sums over its tokens."""
+        return removal_curves(path, block, self.ridge).cost.sum(1)
+
 
 def removal_curves(path: str, block: BlockStatistics, ridge: float = 0.01) -> Elimination:
     """In which order to remove the atomic experts of each expert, and the cost of each step, [E, I].

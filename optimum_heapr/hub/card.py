@@ -197,12 +197,13 @@ def _python(code: str) -> str:
 
 
 def _layers(plan: PruningPlan) -> str:
-    rows = ["| block | experts | width before | kept | narrowest | widest | empty | unreached |"]
-    rows += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for path, widths in plan.widths.items():
-        width, unreached = plan.original_width[path], len(plan.unreached.get(path, []))
-        share = sum(widths) / (len(widths) * width)
-        counts = (len(widths), width, f"{share:.1%}", min(widths), max(widths), widths.count(0), unreached)
+    in_router = [" in the router |", "---:|"] if plan.dropped else ["", ""]
+    rows = [f"| block | experts |{in_router[0]} width before | kept | narrowest | widest | empty | unreached |"]
+    rows += [f"|---|---:|{in_router[1]}---:|---:|---:|---:|---:|---:|"]
+    for path, widths in plan.routed_widths.items():
+        experts, width, unreached = len(plan.kept[path]), plan.original_width[path], len(plan.unreached.get(path, []))
+        counts = [experts, *([len(widths)] if plan.dropped else []), width, f"{sum(widths) / (experts * width):.1%}"]
+        counts += [min(widths), max(widths), widths.count(0), unreached]
         rows.append(f"| `{path}` | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(rows) + (
         "\n\n`kept`: share of the atomic experts of the layer that stay. `unreached`: experts that no calibration token "
@@ -256,6 +257,11 @@ def _limits(plan: PruningPlan, was_measured: bool, left_out: str | None) -> str:
     if unreached:
         fate = "stayed as they were" if plan.config.protect_unreached else "were ranked without having been measured"
         lines.append(f"No calibration token reached {unreached} experts; they {fate}.")
+    if plan.dropped:
+        count, experts = len(next(iter(plan.dropped.values()))), len(next(iter(plan.kept.values())))
+        lines.append(
+            f"{count} of the {experts} routed experts of each layer went from its router; their tokens go to the others."
+        )
     if plan.config.compensate:
         lines.append(
             "What stays of the down projections was changed by least squares to make up for what was removed."

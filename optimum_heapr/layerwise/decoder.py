@@ -49,6 +49,7 @@ class Decoder:
     Attributes:
         path (`str`): module path of the list of layers.
         layers (`torch.nn.ModuleList`): the decoder layers.
+        blocks (`list[ExpertBlock]`): its expert blocks.
         first (`int`): the first layer with routed experts; nothing below it needs a backward.
 
     Raises:
@@ -56,7 +57,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[ExpertBlock]):
-        self.model = model
+        self.model, self.blocks = model, blocks
         self.path, self.layers = decoder_layers(model, blocks)
         self._blocks = [
             [block for block in blocks if block.path.startswith(f"{self.path}.{index}.")]

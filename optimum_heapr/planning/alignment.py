@@ -56,27 +56,28 @@ def effective_multiple(config: HeaprConfig, widths: list[int]) -> int:
     return multiple
 
 
-def check_uniform_width(config: HeaprConfig, width: int) -> None:
-    """Refuses a ratio whose uniform width breaks the rule of the runtime that was asked for.
+def uniform_width(config: HeaprConfig, width: int, share: float = 1.0) -> int:
+    """The one width of all experts that comes nearest to the ratio, before it is rounded to a multiple.
 
     Args:
         config (`HeaprConfig`): what was asked for.
         width (`int`): atomic experts of one expert of the unpruned model.
+        share (`float`): of the experts that stay in the router.
 
     Raises:
-        HeaprError: naming the nearest ratios that keep the rule.
+        HeaprError: if a runtime's rule was asked for that the width breaks, naming the nearest ratios that keep it.
     """
     multiple = effective_multiple(config, [width])
-    kept = round((1 - config.ratio) * width)
+    kept = round((1 - config.ratio) * width / share)
     if not is_aligned_for_runtime(config) or (kept and kept % multiple == 0):
-        return
+        return kept
     below = kept // multiple * multiple
     nearest = [candidate for candidate in (below, below + multiple) if 0 < candidate < width]
-    hint = " or ".join(f"{candidate} ({1 - candidate / width:.3f})" for candidate in nearest)
+    hint = " or ".join(f"{candidate} ({1 - share * candidate / width:.3f})" for candidate in nearest)
     raise UnreachableRatio(
         f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple}; "
         + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel"),
-        *(1 - candidate / width for candidate in nearest),
+        *(1 - share * candidate / width for candidate in nearest),
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..utils.errors import HeaprError
-from .alignment import check_uniform_width, effective_multiple
+from .alignment import effective_multiple, uniform_width
 from .errors import UnreachableRatio
 from .goal import Goal
 from .protection import protected_experts
@@ -31,7 +31,11 @@ _ROUNDING = 1e-6  # of a count that was a share, in double precision; far less t
 
 
 def allocate(
-    scores: dict[str, torch.Tensor], config: HeaprConfig, unreached: dict[str, list[int]], goal: Goal | None = None
+    scores: dict[str, torch.Tensor],
+    config: HeaprConfig,
+    unreached: dict[str, list[int]],
+    goal: Goal | None = None,
+    dropped: dict[str, list[int]] | None = None,
 ) -> Kept:
     """Chooses what stays.
 
@@ -40,6 +44,7 @@ def allocate(
         config (`HeaprConfig`): all but its calibration part is used.
         unreached (`dict[str, list[int]]`): experts that no calibration token reached, by block.
         goal (`Goal`, *optional*): how much goes; by default the ratio of the config.
+        dropped (`dict[str, list[int]]`, *optional*): experts that keep nothing, by block; the allocation is `uniform` then.
 
     Returns:
         `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. What a ratio asks for
@@ -60,8 +65,10 @@ def allocate(
         whole = protected.get(path, []) + (unreached.get(path, []) if config.protect_unreached else [])
         ranked[path] = _RankedBlock.rank(score, config, whole)
     if config.allocation == "uniform":
-        for block in ranked.values():
-            block.keep_groups(_uniform_groups(block, config, goal))
+        for path, block in ranked.items():
+            gone = (dropped or {}).get(path, [])
+            block.keep_groups(_uniform_groups(block, config, goal, len(gone)))
+            block.stays[gone] = False
     elif config.allocation == "layer":
         cut = [block for path, block in ranked.items() if len(protected.get(path, [])) < len(block.value)]
         for block in cut:
@@ -174,15 +181,28 @@ def _threshold(
     return float(threshold), int((value == threshold).sum())
 
 
-def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal) -> int:
-    """The same number of groups for every expert: the fewest that hold the width nearest to a ratio, the most within a bound."""
+def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal, dropped: int) -> int:
+    """The same number of groups for every expert that stays: the fewest that hold the width nearest to a ratio, the most within
+    a bound."""
     groups, width, multiple = len(block.size), int(block.size.sum()), config.width_multiple
+    experts = len(block.value)
+    share = 1 - dropped / experts
     if goal.is_bound:
-        keep = math.floor((1 - goal.ratio) * width + _ROUNDING) // multiple
+        wanted = math.floor((1 - goal.ratio) * width / share + _ROUNDING)
+        keep = wanted // multiple
     else:
-        check_uniform_width(config, width)
-        keep = -(-round((1 - goal.ratio) * width) // multiple)
+        wanted = uniform_width(config, width, share)
+        keep = -(-wanted // multiple)
+    if dropped and wanted > width and not goal.is_bound:
+        least = math.ceil((1 - goal.ratio) * experts)
+        raise UnreachableRatio(
+            f"num_experts={experts - dropped}: {goal.asked} leaves {wanted} atomic experts for each, and they have {width}; "
+            f"keep at least {least} experts, or remove more",
+            1 - share,
+        )
     if keep * multiple >= width:
+        if dropped:
+            return groups
         below = (groups - 1) * multiple
         hint = f"the smallest possible ratio is {1 - below / width:.4f}" if below else "lower width_multiple"
         raise UnreachableRatio(
@@ -191,7 +211,7 @@ def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal) -> int
         )
     if keep == 0:
         least = min(multiple, width) if goal.is_bound else 1
-        largest = 1 - least / width
+        largest = 1 - share * least / width
         raise UnreachableRatio(
             f"{goal.asked}: leaves fewer than {least} of {width} atomic experts; the largest ratio is {largest:.4f}",
             largest,
@@ -199,7 +219,7 @@ def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal) -> int
     if keep * multiple < config.min_width:
         raise UnreachableRatio(
             f"min_width={config.min_width}: {goal.asked} leaves width {keep * multiple}; lower one",
-            1 - -(-config.min_width // multiple) * multiple / width,
+            1 - -(-config.min_width // multiple) * multiple * share / width,
         )
     return keep
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
 from ..utils.sizes import parse_size
+from .dropping import saved_by_dropping
 from .protection import protected_experts
 
 
@@ -77,10 +78,11 @@ class Goal:
 
 
 def _sizes(config: HeaprConfig, statistics: AtomicStatistics) -> tuple[int, int, int, str]:
-    """What the model has, what one atomic expert has, what may be left, and the unit of these."""
+    """What the model has, but for rows that go with dropped experts, what one atomic expert has, what may be left, and the unit."""
     if config.target_size is None:
         model = statistics.fingerprint["model"]
-        return model["num_parameters"], model["parameters_per_atomic_expert"], config.target_parameters, ""
+        whole = model["num_parameters"] - saved_by_dropping(statistics, config, "parameters")
+        return whole, model["parameters_per_atomic_expert"], config.target_parameters, ""
     storage = statistics.fingerprint.get("storage")
     if storage is None:
         raise HeaprError(
@@ -88,4 +90,5 @@ def _sizes(config: HeaprConfig, statistics: AtomicStatistics) -> tuple[int, int,
             "again, or use target_parameters"
         )
     target = parse_size("target_size", config.target_size)
-    return storage["num_bytes"], storage["bytes_per_atomic_expert"], target, " bytes"
+    whole = storage["num_bytes"] - saved_by_dropping(statistics, config, "bytes")
+    return whole, storage["bytes_per_atomic_expert"], target, " bytes"

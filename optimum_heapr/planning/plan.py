@@ -19,6 +19,7 @@ from ..utils.public import public_data
 from ..utils.values import TensorValue
 from .allocation import allocate
 from .distribution import importance_distribution
+from .dropping import dropped_experts
 from .estimate import estimated_loss_increase
 from .goal import Goal
 
@@ -45,10 +46,13 @@ class PruningPlan(TensorValue):
             routed output of the block, for each the same; empty until it is applied with it.
         data (`dict`): fingerprint of the calibration text, if there was any.
         tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
-        storage (`dict`): bytes of the model's weights, and of one atomic expert, in the dtype of the calibration.
+        storage (`dict`): bytes of the model's weights, and of one atomic expert, in the dtype of the calibration, and under
+            `routing` what `optimum_heapr.sizing.describe_routing` says.
         importance (`dict`): histogram of the scores; see [`~optimum_heapr.planning.distribution.importance_distribution`].
         search (`list[dict]`): for `max_loss_increase`, each `ratio` that was measured on the way, the `increase` of the loss in
             nats a token, and its standard `error`.
+        dropped (`dict[str, list[int]]`): experts that go from the router, by block path, ascending, of each block as many. They
+            keep nothing; an expert that keeps nothing and is not among them stays in the router, and gives nothing.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -63,12 +67,14 @@ class PruningPlan(TensorValue):
     storage: dict[str, int] = field(default_factory=dict)
     importance: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        widths = [width for experts in self.widths.values() for width in experts]
+        widths = [width for experts in self.routed_widths.values() for width in experts]
+        gone = f"{sum(map(len, self.dropped.values()))} experts go from the router, " if self.dropped else ""
         return (
             f"PruningPlan({self.model.get('model_type')}: {self.removed:,} of {self.total:,} atomic experts go "
-            f"({self.ratio:.2%}), widths {min(widths)} to {max(widths)}, criterion {self.config.criterion}, layout "
+            f"({self.ratio:.2%}), {gone}widths {min(widths)} to {max(widths)}, criterion {self.config.criterion}, layout "
             f"{self.config.layout}, estimated loss increase {self.estimated_loss_increase:.5f} nats a token)"
         )
 
@@ -84,7 +90,8 @@ class PruningPlan(TensorValue):
         if config.criterion == "obs":
             store_removal_curves(statistics, config.ridge)  # scores, estimate and the next plan are look-ups then
         scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
-        kept = allocate(scores, config, statistics.unreached, goal)
+        dropped = dropped_experts(statistics, config)
+        kept = allocate(scores, config, statistics.unreached, goal, dropped)
         return cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
@@ -99,12 +106,34 @@ class PruningPlan(TensorValue):
             tokens={path: block.token_count.tolist() for path, block in statistics.blocks.items()},
             storage=statistics.fingerprint.get("storage", {}),
             importance=importance_distribution(scores, kept),
+            dropped=dropped,
         )
 
     @property
     def widths(self) -> dict[str, list[int]]:
         """Kept atomic experts of each expert, by block path."""
         return {path: [len(indices) for indices in experts] for path, experts in self.kept.items()}
+
+    @property
+    def routed(self) -> dict[str, list[int]]:
+        """Experts that stay in the router, by block path, ascending: their places are their numbers in the pruned model."""
+        gone = {path: set(self.dropped.get(path, ())) for path in self.kept}
+        return {
+            path: [expert for expert in range(len(experts)) if expert not in gone[path]]
+            for path, experts in self.kept.items()
+        }
+
+    @property
+    def routed_widths(self) -> dict[str, list[int]]:
+        """Kept atomic experts of each expert that stays in the router, by block path."""
+        widths = self.widths
+        return {path: [widths[path][expert] for expert in experts] for path, experts in self.routed.items()}
+
+    @property
+    def routed_tokens(self) -> dict[str, list[int]]:
+        """Calibration tokens that each expert got that stays in the router, by block path."""
+        routed = self.routed
+        return {path: [counts[expert] for expert in routed[path]] for path, counts in self.tokens.items()}
 
     @property
     def total(self) -> int:
@@ -124,7 +153,10 @@ class PruningPlan(TensorValue):
     @property
     def parameter_ratio(self) -> float:
         """Share of all parameters of the model that goes."""
-        return self.removed * self.model["parameters_per_atomic_expert"] / self.model["num_parameters"]
+        gone = self.removed * self.model["parameters_per_atomic_expert"]
+        if self.dropped:
+            gone += len(next(iter(self.dropped.values()))) * self.storage["routing"]["parameters"]
+        return gone / self.model["num_parameters"]
 
     @property
     def estimated_loss_increase(self) -> float:
@@ -158,6 +190,7 @@ class PruningPlan(TensorValue):
             "storage": self.storage,
             "importance": self.importance,
             "search": self.search,
+            "dropped": self.dropped,
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -191,6 +224,7 @@ class PruningPlan(TensorValue):
                 storage=document.get("storage", {}),
                 importance=document.get("importance", {}),
                 search=document.get("search", []),
+                dropped=document.get("dropped", {}),
             )
             plan.check()
         except (KeyError, RuntimeError, TypeError) as error:
@@ -199,11 +233,25 @@ class PruningPlan(TensorValue):
         return plan
 
     def check(self) -> None:
-        """Refuses indices outside the width, out of order or twice.
+        """Refuses indices outside the width, out of order or twice, and experts that go from the router and are not empty.
 
         Raises:
             HeaprError: naming block, expert and the allowed range.
         """
+        if self.dropped and (set(self.dropped) != set(self.kept) or len(set(map(len, self.dropped.values()))) > 1):
+            raise HeaprError("plan: each block must drop the same number of experts from its router; plan again")
+        for path, numbers in self.dropped.items():
+            experts = self.kept[path]
+            if sorted(set(numbers)) != numbers or not all(0 <= number < len(experts) for number in numbers):
+                raise HeaprError(
+                    f"plan: the experts {numbers} that {path} drops must rise within [0, {len(experts)}); plan again"
+                )
+            filled = next((number for number in numbers if len(experts[number])), None)
+            if filled is not None or len(numbers) == len(experts):
+                raise HeaprError(
+                    f"plan: {path} drops expert {numbers[0] if filled is None else filled}, and must keep an expert, and nothing "
+                    "of those that it drops; plan again"
+                )
         for path, experts in self.kept.items():
             width = self.original_width[path]
             for expert, indices in enumerate(experts):

@@ -30,22 +30,27 @@ class PlannedSize:
 def planned_sizes(plan: PruningPlan) -> tuple[PlannedSize, PlannedSize]:
     """Sizes before and after; zeros that stock layouts add, to experts or shared experts, are not counted."""
     unpruned = {path: [width] * len(plan.kept[path]) for path, width in plan.original_width.items()}
-    return _size(plan, unpruned), _size(plan, plan.widths)
+    dropped = len(next(iter(plan.dropped.values()), ()))
+    return _size(plan, unpruned, plan.tokens), _size(plan, plan.routed_widths, plan.routed_tokens, dropped)
 
 
-def _size(plan: PruningPlan, widths: dict[str, list[int]]) -> PlannedSize:
+def _size(
+    plan: PruningPlan, widths: dict[str, list[int]], tokens: dict[str, list[int]], dropped: int = 0
+) -> PlannedSize:
     each, top_k = plan.model["parameters_per_atomic_expert"], plan.model.get("experts_per_token")
+    saved = plan.storage["routing"] if dropped else {"parameters": 0, "bytes": 0}
     removed = plan.total - sum(map(sum, widths.values()))
-    parameters = plan.model["num_parameters"] - removed * each
+    parameters = plan.model["num_parameters"] - removed * each - dropped * saved["parameters"]
     active = None
     if top_k is not None:
         unused = 0.0
         for path, experts in widths.items():
-            tokens = plan.tokens.get(path) or [1] * len(experts)
-            used = sum(count * width for count, width in zip(tokens, experts)) / (sum(tokens) or 1)
+            counts = tokens.get(path) or [1] * len(experts)
+            used = sum(count * width for count, width in zip(counts, experts, strict=True)) / (sum(counts) or 1)
             unused += sum(experts) - top_k * used
         active = round(parameters - each * unused)
     num_bytes = None
     if plan.storage:
-        num_bytes = plan.storage["num_bytes"] - removed * plan.storage["bytes_per_atomic_expert"]
+        gone = removed * plan.storage["bytes_per_atomic_expert"] + dropped * saved["bytes"]
+        num_bytes = plan.storage["num_bytes"] - gone
     return PlannedSize(parameters, active, num_bytes)

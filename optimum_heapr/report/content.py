@@ -93,6 +93,7 @@ def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
         "path": path,
         "width": plan.original_width[path],
         "widths": plan.widths[path],
+        **({"dropped": plan.dropped[path]} if plan.dropped else {}),
         "tokens": plan.tokens.get(path),
         "unreached": plan.unreached.get(path, []),
         "estimated_loss_increase": plan.loss_increase[path],

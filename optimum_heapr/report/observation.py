@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..configuration import HeaprConfig
-    from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
 
 
@@ -109,15 +108,15 @@ class Observation:
     left_out: str | None = None
 
 
-def observe(model: PreTrainedModel, plan: PruningPlan, workload: Workload | None = None) -> Observation:
-    """Looks at a model, before or after it was cut by `plan`. What cannot be measured is said to be, and stops nothing.
+def observe(model: PreTrainedModel, tokens: dict[str, list[int]], workload: Workload | None = None) -> Observation:
+    """Looks at a model, before or after it was cut. What cannot be measured is said to be, and stops nothing.
 
     Args:
         model (`PreTrainedModel`): with storage, if there is a workload.
-        plan (`PruningPlan`): says how often each expert is used.
+        tokens (`dict[str, list[int]]`): calibration tokens that each of its experts got, by block path.
         workload (`Workload`, *optional*): what to measure on; without it only sizes are taken.
     """
-    seen = Observation(ModelSize.of(model, plan.tokens), left_out=getattr(model, "left_out", None))
+    seen = Observation(ModelSize.of(model, tokens), left_out=getattr(model, "left_out", None))
     if workload is None:
         return seen
     for name, look in (("loss", _see_loss), ("speed", _see_speed), ("completions", _see_completions)):

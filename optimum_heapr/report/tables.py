@@ -90,9 +90,11 @@ def layers(report: dict[str, Any]) -> Table:
     """What is left of each layer."""
     rows = []
     for name, block in zip(layer_names([block["path"] for block in report["blocks"]]), report["blocks"]):
-        widths, total = block["widths"], block["width"] * len(block["widths"])
+        dropped, total = block.get("dropped", []), block["width"] * len(block["widths"])
+        widths = [width for expert, width in enumerate(block["widths"]) if expert not in dropped]
         rows.append(
-            [name, str(len(widths)), str(block["width"]), f"{sum(widths) / total:.1%}", str(min(widths))]
+            [name, str(len(block["widths"])), *([str(len(widths))] if dropped else [])]
+            + [str(block["width"]), f"{sum(widths) / total:.1%}", str(min(widths))]
             + [f"{stats.median(widths):g}", str(max(widths)), str(widths.count(0)), str(len(block["unreached"]))]
             + [f"{block['estimated_loss_increase']:.5f}"]
         )
@@ -103,18 +105,13 @@ def layers(report: dict[str, Any]) -> Table:
     if "measured" in loss:
         increase, error = loss["measured"]["increase"], loss["measured"]["increase_standard_error"]
         notes.append(f"Measured increase: {signed(increase)} ± {error:.4f} on {measured_on(report)}.")
-    header = [
-        "layer",
-        "experts",
-        "width",
-        "kept",
-        "narrowest",
-        "median",
-        "widest",
-        "empty",
-        "unreached",
-        "est. loss +",
-    ]
+    in_router = ["in the router"] if any(block.get("dropped") for block in report["blocks"]) else []
+    header = ["layer", "experts", *in_router, "width", "kept", "narrowest", "median", "widest", "empty", "unreached"]
+    header.append("est. loss +")
+    if in_router:
+        notes.append(
+            "Experts that went from the router are in the report file by their numbers; tokens go to the others."
+        )
     return Table("What was removed where", header, rows, notes)
 
 

@@ -22,7 +22,7 @@ from .compensation import compensate_experts
 from .feasibility import check_family
 from .layer_by_layer import compensate_together
 from .selection import cut_block, set_rows
-from .stock import cut_to_stock, find_stock_layout, stock_width
+from .stock import StockLayout, cut_to_stock, stock_layout
 
 
 if TYPE_CHECKING:
@@ -108,14 +108,16 @@ def _compensate_together(
         compensate_together(Decoder(model, blocks), data, plan, Path(folder), take_over)
 
 
-def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
+def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> StockLayout | None:
     """What [`apply_plan`] does once the plan is known to fit; on a model without storage it changes shapes alone."""
+    layout = None
     if plan.config.layout == "variable":
         _cut_to_variable(model, plan, blocks)
     else:
-        cut_to_stock(model, plan, blocks)
+        layout = cut_to_stock(model, plan, blocks)
     model.config.heapr_config = plan.config.public().to_dict()
     _forget_origin(model)
+    return layout
 
 
 def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
@@ -157,7 +159,7 @@ def check_plan(model: torch.nn.Module, plan: PruningPlan) -> list[ExpertBlock]:
     if plan.config.layout == "variable":
         check_family(model)
     else:
-        find_stock_layout(model, blocks, stock_width(plan))  # a refusal must come before the first change
+        stock_layout(model, blocks, plan)  # a refusal must come before the first change
     return blocks
 
 

@@ -94,7 +94,8 @@ class BlockFit:
     """What is to be made up for in one block, and by what; arguments as for [`fit_block`].
 
     Attributes:
-        target (`torch.Tensor`): what the removed atomic experts did, [tokens, d]; may be changed before it is solved.
+        target (`torch.Tensor`): what the block gave and what stays of it does not give, where fewer experts are routed to under
+            the new routing, [tokens, d]; may be changed before it is solved.
         energy (`float`): squared output of all routed experts, summed over tokens.
         parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
     """
@@ -110,19 +111,26 @@ class BlockFit:
         self.parts: dict[int | str, Part] = {}
         shared = dict(inputs.shared_activations())
         always_on = sum(activations.shape[1] for activations in shared.values())
+        rerouting = inputs.rerouting()
+        new_index, new_weight = (index, weight) if rerouting is None else rerouting
         # Some routers name an expert that is none, for tokens that get fewer.
-        counts = torch.bincount(index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
+        counts = torch.bincount(new_index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
         met = sum(count * len(indices) for count, indices in zip(counts, kept)) / max(len(hidden), 1)  # by a token
         for expert, indices in enumerate(kept):
-            tokens, slot = torch.where(index == expert)
-            if len(tokens) == 0:
-                continue
-            activations = activations_of(block, expert, hidden[tokens]) * weight[tokens, slot, None]
             is_kept = torch.zeros(block.width, dtype=torch.bool, device=hidden.device)
             is_kept[indices.to(hidden.device)] = True
-            exact, down = activations.to(dtype), block.down_rows(expert).to(dtype)
+            down = block.down_rows(expert).to(dtype)
+            tokens, share, activations = _routed_to(block, expert, hidden, index, weight)
+            exact = activations.to(dtype)
             output.index_add_(0, tokens, exact @ down)
-            self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
+            if rerouting is None:
+                self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
+            else:
+                bias = block.module.down_proj_bias[expert] if block.module.has_bias else down.new_zeros(())
+                self.target.index_add_(0, tokens, exact @ down + share * bias)
+                tokens, share, activations = _routed_to(block, expert, hidden, new_index, new_weight)
+                exact = activations.to(dtype)
+                self.target.index_add_(0, tokens, exact[:, is_kept] @ down[is_kept] + share * bias, alpha=-1)
             energy = float(exact.square().mean(1).sum())
             if len(indices) and energy > 0:
                 least = met / len(tokens) + always_on / len(hidden)
@@ -158,6 +166,15 @@ class BlockFit:
                 weight = self._inputs.shared[name].down_proj.weight
                 shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
         return FittedBlock(rows, shared, before, error)
+
+
+def _routed_to(
+    block: ExpertBlock, expert: int, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens that an expert gets, [n], their router weights, [n, 1], and its activations with these in, [n, I]."""
+    tokens, slot = torch.where(index == expert)
+    share = weight[tokens, slot, None]
+    return tokens, share, activations_of(block, expert, hidden[tokens]) * share
 
 
 def activations_of(block: ExpertBlock, expert: int, hidden: torch.Tensor) -> torch.Tensor:

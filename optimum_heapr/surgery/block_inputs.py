@@ -34,12 +34,15 @@ class BlockInputs:
 
     Attributes:
         counts (`torch.Tensor`): which tokens of the next call count, bool [tokens].
+        is_rerouted (`bool`): whether the calls from now on are the same as before, but for how tokens are routed in the pruned model.
     """
 
     def __init__(self, shared: dict[str, torch.nn.Module]):
         self.shared = shared
         self.counts: torch.Tensor
+        self.is_rerouted = False
         self._routing: list[tuple[torch.Tensor, ...]] = []
+        self._rerouting: list[tuple[torch.Tensor, ...]] = []
         self._activations: dict[str, list[torch.Tensor]] = {name: [] for name in shared}
         self._call: dict[str, torch.Tensor] = {}
 
@@ -47,6 +50,13 @@ class BlockInputs:
         """Hidden states [tokens, d], experts of each token [tokens, K], and their router weights [tokens, K]."""
         hidden, index, weight = (torch.cat(parts) for parts in zip(*self._routing))
         return hidden, index, weight
+
+    def rerouting(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Experts and weights as of [`routing`], in the pruned model; `None` if its routers are those of the unpruned one."""
+        if not self._rerouting:
+            return None
+        index, weight = (torch.cat(parts) for parts in zip(*self._rerouting))
+        return index, weight
 
     def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
         """By path of the shared expert: its activations, scale in, [tokens, I]."""
@@ -69,7 +79,11 @@ class BlockInputs:
             *(named[name] for name in ("hidden_states", "top_k_index", "top_k_weights") if name in named),
         )
         counts = self.counts = self.counts.to(inputs[0].device)
-        self._routing.append(tuple(tensor.flatten(0, -2)[counts] for tensor in inputs))
+        hidden, *routing = (tensor.flatten(0, -2)[counts] for tensor in inputs)
+        if self.is_rerouted:
+            self._rerouting.append(tuple(routing))
+        else:
+            self._routing.append((hidden, *routing))
 
     def _keeps(self, name: str):
         """A hook on what a module returns, or before it on what it is given."""
@@ -81,7 +95,7 @@ class BlockInputs:
 
     def _added_up(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         output = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
-        for name in list(self.shared):
+        for name in () if self.is_rerouted else list(self.shared):
             scale = _scale(output, self._call["routed"], self._call.get(name))
             if scale is None:
                 del self.shared[name]

@@ -12,6 +12,7 @@ from ..experts import find_expert_blocks, model_name
 from ..fingerprint import model_fingerprint, storage_of
 from ..planning.alignment import effective_multiple
 from ..planning.allocation import allocate
+from ..planning.dropping import dropped_experts
 from ..planning.errors import UnreachableRatio
 from ..planning.goal import Goal
 from ..utils.errors import HeaprError
@@ -41,7 +42,8 @@ def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
     if config.compensates_blocks:
         check_block_memory(model, blocks, config)
     if config.layout == "uniform":
-        find_stock_layout(model, blocks, max(blocks[0].width // 2, 1))  # any width but the present one
+        experts = None if config.num_experts is None else int(config.num_experts)
+        find_stock_layout(model, blocks, max(blocks[0].width // 2, 1), experts)  # any width but the present one
     if config.layout == "variable":
         check_family(model)
 
@@ -54,6 +56,7 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
     )
     searched = config.max_loss_increase is not None
     config = config.replace(ratio=0.5) if searched else config
+    dropped = dropped_experts(statistics, config, {block.path: torch.zeros(block.num_experts) for block in blocks})
     goal = Goal.of(config, statistics)
     multiple = effective_multiple(config, [block.width for block in blocks])
     # Where widths differ, groups that are cut short may go first: with real scores they might.
@@ -62,7 +65,7 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
         for block in blocks
     }
     try:
-        allocate(scores, config, {}, goal)
+        allocate(scores, config, {}, goal, dropped)
     except UnreachableRatio as error:
         if not (searched and error.nearest):  # a search finds its ratio
             raise

@@ -11,11 +11,13 @@ import torch
 
 from ..calibration.tap import switched_experts
 from ..layerwise.activations import ActivationStore
+from ..layerwise.decoder import replaced_forwards
 from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .block_compensation import fit_block
-from .block_inputs import watched_blocks
+from .block_inputs import BlockInputs, watched_blocks
+from .rerouting import Rerouting
 
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def compensate_together(
     walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
     with decoder.rest():
         walk.capture(batches)
+    rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     for number in progress(range(last + 1), desc="Compensating", unit="layer"):
         blocks = decoder.blocks_of(number)
@@ -72,6 +75,8 @@ def compensate_together(
                     for inputs in watched.values():
                         inputs.counts = batch["attention_mask"].bool().flatten()
                     walk.forward(number, layer, index)
+                if rerouting is not None:
+                    _reroute(rerouting, walk, number, layer, watched)
             walk.drop("hidden", number)
             for block in blocks:
                 fitted = fit_block(block, watched.pop(block.path), plan.kept[block.path], plan.config.ridge)
@@ -79,3 +84,19 @@ def compensate_together(
                 plan.compensation[block.path] = [errors] * block.num_experts
                 keep(block, fitted)
     walk.drop("hidden", last + 1)
+
+
+def _reroute(
+    rerouting: Rerouting, walk: LayerWalk, number: int, layer: torch.nn.Module, watched: dict[str, BlockInputs]
+) -> None:
+    """Shows to `watched` how the pruned model routes the tokens of a layer. What its experts would give is left out."""
+    blocks = walk.decoder.blocks_of(number)
+
+    def nothing(index: int) -> Callable:
+        return lambda hidden, *inputs, **named: torch.zeros_like(hidden)
+
+    with rerouting.active(blocks), replaced_forwards([block.module for block in blocks], nothing):
+        for index, batch in walk.batches.items():
+            for inputs in watched.values():
+                inputs.is_rerouted, inputs.counts = True, batch["attention_mask"].bool().flatten()
+            walk.call(number, layer, walk.hidden(number, index), index)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from .apply import check_compensation, check_plan, compensate_model
+from .rerouting import Rerouting
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def masked(
     statistics: AtomicStatistics | None = None,
     data: CalibrationData | None = None,
 ) -> Iterator[None]:
-    """Until the block ends, the down projections of what the plan removes are zero; then they are as before, bit for bit.
+    """Until the block ends, the down projections of what the plan removes are zero, and routers do not know the experts that it
+    drops; then they are as before, bit for bit.
 
     The output is that of the pruned model, for every layout, and with the compensation that the plan asks for. Memory is
     needed for a copy of the columns of the down projections that are zeroed, a third of what the plan removes, or with
@@ -46,6 +48,7 @@ def masked(
     """
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics, data)
+    rerouting = Rerouting.of(model, blocks, plan)
     before: list[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]] = []
 
     def keep(weight: torch.Tensor, rows: torch.Tensor | slice) -> None:
@@ -65,7 +68,8 @@ def masked(
                 if not plan.config.compensate:
                     keep(rows, gone)
                 rows[gone] = 0
-        yield
+        with nullcontext() if rerouting is None else rerouting.active(blocks):
+            yield
     finally:
         for weight, rows, values in reversed(before):
             weight[rows] = values

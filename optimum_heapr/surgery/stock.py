@@ -2,19 +2,17 @@
 """Stock layouts: pruned models of the original architecture, which load wherever the unpruned model loads.
 
 * `uniform`: every expert keeps the same number of atomic experts, and the one field of the configuration that sets the
-  width of experts is lowered.
+  width of experts is lowered. Experts may go from the router, as many of each layer; then that of their number is, too.
 * `padded`: experts keep different numbers and are zero-padded to the widest, which is exact but saves little or nothing.
 
-There is no table of families here. Which field sets the width, and what else it sets, is found by building the model
-from a changed configuration on the meta device and looking at the shapes. Shared experts are often sized
+There is no table of families here: [`~optimum_heapr.sizing`] finds out which field sets what. Shared experts are often sized
 `width * number of shared experts`: they are zero-padded to a multiple of the new width and the number is raised, which
 leaves their function as it is. Anything else that would change its shape is a reason to refuse.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +21,15 @@ from torch import nn
 from ..experts import MLP_PROJECTIONS, is_gated_mlp, model_name
 from ..planning.alignment import padded_width
 from ..planning.size import planned_sizes
+from ..sizing import (
+    ExpertRows,
+    build,
+    changed_tensors,
+    experts_config,
+    fields_with_value,
+    find_routing,
+    has_expert_shapes,
+)
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, with_paths
 from ..utils.sizes import parse_size
@@ -30,7 +37,7 @@ from .selection import padded_expert
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
@@ -48,44 +55,58 @@ class StockLayout:
         fields (`dict[str, int]`): new values of the configuration's fields.
         skeleton (`PreTrainedModel`): the pruned model without storage.
         padded (`list[str]`): parameters of shared experts that are zero-padded.
+        rows (`dict[str, ExpertRows]`): parameters and buffers of routers that lose the entries of dropped experts.
     """
 
     width: int
     fields: dict[str, int]
     skeleton: PreTrainedModel
     padded: list[str] = field(default_factory=list)
+    rows: dict[str, ExpertRows] = field(default_factory=dict)
+
+    def resized(self, name: str, tensor: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
+        """A parameter or buffer that is no routed expert's, as the pruned model has it."""
+        if name in self.rows:
+            return self.rows[name].select(tensor, plan.routed[self.rows[name].block])
+        return zero_pad(tensor, self.skeleton.get_parameter(name).shape) if name in self.padded else tensor
 
 
 @torch.no_grad()
-def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertBlock]) -> None:
-    """Cuts `model` in place; its class stays and its configuration gets a smaller width.
+def cut_to_stock(model: PreTrainedModel, plan: PruningPlan, blocks: list[ExpertBlock]) -> StockLayout:
+    """Cuts `model` in place; its class stays, and its configuration gets a smaller width, and fewer experts if some are dropped.
 
     Raises:
         HeaprError: if the plan's widths differ with layout `uniform`, or the architecture cannot hold the width.
     """
-    layout = find_stock_layout(model, blocks, stock_width(plan))
+    layout = stock_layout(model, blocks, plan)
     warn_of_zeros(layout.skeleton, plan)
     for block in with_paths(blocks, desc="Pruning", unit="layer"):
+        experts = plan.routed[block.path]
         for name, parameter in list(block.module.named_parameters(recurse=False)):
             made = None
-            for expert, indices in enumerate(plan.kept[block.path]):
-                padded = padded_expert(block, name, expert, indices, layout.width)
+            for place, expert in enumerate(experts):
+                padded = padded_expert(block, name, expert, plan.kept[block.path][expert], layout.width)
                 if made is None:
-                    made = padded.new_empty(block.num_experts, *padded.shape)
-                made[expert] = padded
-            _replace(block.module, name, made, parameter)
-    for path in layout.padded:
+                    made = padded.new_empty(len(experts), *padded.shape)
+                made[place] = padded
+            _replace(block.module, name, made)
+    for path in [*layout.padded, *layout.rows]:
         owner, _, name = path.rpartition(".")
-        parameter = model.get_parameter(path)
-        padded = zero_pad(parameter, layout.skeleton.get_parameter(path).shape)
-        _replace(model.get_submodule(owner), name, padded, parameter)
+        module = model.get_submodule(owner)
+        _replace(module, name, layout.resized(path, getattr(module, name), plan))
     for path, module in layout.skeleton.named_modules():
         _copy_sizes(module, model.get_submodule(path))
-    config = _experts_config(model, blocks)
+    config = experts_config(model, blocks)
     for name, value in layout.fields.items():
         setattr(config, name, value)
     if not type(model).__module__.startswith("transformers."):
         _take_code_along(model)
+    return layout
+
+
+def stock_layout(model: PreTrainedModel, blocks: list[ExpertBlock], plan: PruningPlan) -> StockLayout:
+    """How the model's own architecture holds what a plan leaves; see [`find_stock_layout`]."""
+    return find_stock_layout(model, blocks, stock_width(plan), len(next(iter(plan.routed.values()))))
 
 
 def stock_width(plan: PruningPlan) -> int:
@@ -94,7 +115,7 @@ def stock_width(plan: PruningPlan) -> int:
     Raises:
         HeaprError: if there is none.
     """
-    widths = {width for experts in plan.widths.values() for width in experts}
+    widths = {width for experts in plan.routed_widths.values() for width in experts}
     if plan.config.layout == "uniform" and len(widths) > 1:
         raise HeaprError(
             f"layout='uniform': the plan keeps widths from {min(widths)} to {max(widths)}; plan with "
@@ -105,25 +126,33 @@ def stock_width(plan: PruningPlan) -> int:
     return padded_width(max(widths), plan.config, list(plan.original_width.values()))
 
 
-def find_stock_layout(model: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> StockLayout:
+def find_stock_layout(
+    model: PreTrainedModel, blocks: list[ExpertBlock], width: int, experts: int | None = None
+) -> StockLayout:
     """The configuration under which the model's own architecture has experts of `width` and is otherwise the same.
 
     Args:
         model (`PreTrainedModel`): the unpruned model; its weights are not read.
         blocks (`list[ExpertBlock]`): its expert blocks.
         width (`int`): atomic experts of every expert of the result.
+        experts (`int`, *optional*): experts of every layer of the result, if not those that there are.
 
     Raises:
-        HeaprError: if no single field of the configuration sets the width, or that field sets something else as well.
+        HeaprError: if no single field of the configuration sets the width, or the number, or that field sets something else as well.
     """
+    layout = _narrower(model, blocks, width)
+    return layout if experts in (None, blocks[0].num_experts) else _with_fewer(model, blocks, layout, experts)
+
+
+def _narrower(model: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> StockLayout:
     originals = {block.width for block in blocks}
     if originals == {width}:
-        return StockLayout(width, {}, _build(model, blocks, {}))
-    config = _experts_config(model, blocks)
-    fields = [] if len(originals) > 1 else _fields_with_value(config, blocks[0].width)
+        return StockLayout(width, {}, build(model, blocks, {}))
+    config = experts_config(model, blocks)
+    fields = [] if len(originals) > 1 else fields_with_value(config, blocks[0].width)
     for name in fields:
-        skeleton = _build(model, blocks, {name: width})
-        if skeleton is not None and _has_expert_width(skeleton, blocks, width):
+        skeleton = build(model, blocks, {name: width})
+        if skeleton is not None and has_expert_shapes(skeleton, blocks, width):
             return _with_shared_experts(model, blocks, StockLayout(width, {name: width}, skeleton), name)
     raise HeaprError(
         f"model={model_name(model)!r}: no single field of {type(config).__name__} sets the width of all experts "
@@ -159,6 +188,21 @@ def warn_of_zeros(skeleton: PreTrainedModel, plan: PruningPlan) -> None:
         )
 
 
+def _with_fewer(model: PreTrainedModel, blocks: list[ExpertBlock], layout: StockLayout, experts: int) -> StockLayout:
+    routing = find_routing(model, blocks)
+    fields = {**layout.fields, routing.field: experts}
+    skeleton = build(model, blocks, fields)
+    if skeleton is None or not has_expert_shapes(skeleton, blocks, layout.width, experts):
+        strange = ["its experts"]
+    else:
+        strange = sorted(set(changed_tensors(model, blocks, skeleton)) - {*layout.padded, *routing.rows})
+    if strange:
+        raise HeaprError(
+            f"model={model_name(model)!r}: {routing.field}={experts} does not suit {strange[0]}; ask for another num_experts"
+        )
+    return replace(layout, fields=fields, skeleton=skeleton, rows=routing.rows)
+
+
 def zero_pad(tensor: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """`tensor` at the start of a tensor of zeros of `shape`, which is nowhere smaller."""
     padded = tensor.new_zeros(shape)
@@ -170,17 +214,17 @@ def _with_shared_experts(
     model: PreTrainedModel, blocks: list[ExpertBlock], layout: StockLayout, field: str
 ) -> StockLayout:
     """Raises the number of shared experts where their size follows the width of the routed ones."""
-    changed = _changed_parameters(model, blocks, layout.skeleton)
+    changed = changed_tensors(model, blocks, layout.skeleton)
     if not changed:
         return layout
     stranger = next((path for path in changed if not _is_of_gated_mlp(model, path)), None)
     count = None if stranger else _count(model, changed[0], blocks[0].width)
     if count:
-        config = _experts_config(model, blocks)
+        config = experts_config(model, blocks)
         raised = -(-count * blocks[0].width // layout.width)
-        for name in _fields_with_value(config, count):
+        for name in fields_with_value(config, count):
             fields = {**layout.fields, name: raised}
-            skeleton = _build(model, blocks, fields)
+            skeleton = build(model, blocks, fields)
             if skeleton is not None and _holds(model, blocks, skeleton, changed, layout.width, raised):
                 logger.info("shared experts are zero-padded from %s to %s: %s=%d", count, raised, name, raised)
                 return StockLayout(layout.width, fields, skeleton, changed)
@@ -200,9 +244,9 @@ def _holds(
     count: int,
 ) -> bool:
     """Whether shared experts grew to `count` times `width` and nothing else changed."""
-    if not _has_expert_width(skeleton, blocks, width):
+    if not has_expert_shapes(skeleton, blocks, width):
         return False
-    if not set(_changed_parameters(model, blocks, skeleton)) <= set(changed):
+    if not set(changed_tensors(model, blocks, skeleton)) <= set(changed):
         return False
     for path in changed:
         before, after = model.get_parameter(path).shape, skeleton.get_parameter(path).shape
@@ -210,14 +254,6 @@ def _holds(
         if after[axis] != count * width or before[:axis] + before[axis + 1 :] != after[:axis] + after[axis + 1 :]:
             return False
     return True
-
-
-def _changed_parameters(model: PreTrainedModel, blocks: list[ExpertBlock], skeleton: PreTrainedModel) -> list[str]:
-    """Parameters and buffers outside the expert blocks whose shape differs, or that only one of the two has."""
-    own = tuple(f"{block.path}." for block in blocks)
-    before = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own)}
-    after = {name: tensor.shape for name, tensor in skeleton.state_dict().items() if not name.startswith(own)}
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 def _is_of_gated_mlp(model: PreTrainedModel, path: str) -> bool:
@@ -240,47 +276,6 @@ def _width_axis(path: str, dimensions: int) -> int:
     return 1 if dimensions == 2 and ".down_proj." in path else 0
 
 
-def _has_expert_width(skeleton: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> bool:
-    """Whether the expert blocks of `skeleton` differ from `blocks` in their width alone, which is `width`."""
-    for block in blocks:
-        try:
-            module = skeleton.get_submodule(block.path)
-        except AttributeError:
-            return False
-        wanted = (width, block.hidden_size) if module.is_transposed else (block.hidden_size, width)
-        if tuple(module.down_proj.shape) != (block.num_experts, *wanted):
-            return False
-    return True
-
-
-def _fields_with_value(config: PreTrainedConfig, value: int) -> list[str]:
-    """Fields of a configuration that hold this integer, those that speak of experts first."""
-    names = [name for name, held in vars(config).items() if type(held) is int and held == value and name[0] != "_"]
-    return sorted(names, key=lambda name: not any(word in name for word in ("moe", "expert", "intermediate")))
-
-
-def _build(model: PreTrainedModel, blocks: list[ExpertBlock], fields: dict[str, int]) -> PreTrainedModel | None:
-    """The model's class made from a changed configuration, without storage; `None` if it cannot be made."""
-    # The sub-configuration of the experts must be changed inside the copy of the whole.
-    config, experts_config = copy.deepcopy((model.config, _experts_config(model, blocks)))
-    try:
-        for name, value in fields.items():
-            setattr(experts_config, name, value)
-        with torch.device("meta"):
-            return type(model)(config)
-    except Exception:  # the field means something else: sizes of an attention that no longer divide, and so on
-        if not fields:
-            raise
-        return None
-
-
-def _experts_config(model: PreTrainedModel, blocks: list[ExpertBlock]) -> PreTrainedConfig:
-    """The part of the model's configuration that its experts are made from."""
-    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
-    own = getattr(blocks[0].module, "config", None)
-    return next((part for part in parts if part is own), model.config.get_text_config())
-
-
 def _copy_sizes(source: nn.Module, target: nn.Module) -> None:
     """Takes over the sizes that modules keep as attributes, such as `in_features`."""
     for name, value in vars(source).items():
@@ -296,5 +291,9 @@ def _take_code_along(model: PreTrainedModel) -> None:
     type(model).register_for_auto_class(auto_class_name(type(model.config)))
 
 
-def _replace(module: nn.Module, name: str, tensor: torch.Tensor, old: nn.Parameter) -> None:
-    setattr(module, name, nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad))
+def _replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of a parameter or a buffer."""
+    old = getattr(module, name)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor.contiguous(), requires_grad=old.requires_grad)
+    setattr(module, name, tensor)

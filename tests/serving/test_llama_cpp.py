@@ -101,8 +101,8 @@ def test_padded_shared_experts_generate_the_same_tokens(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRAINED.is_dir(), reason=f"no trained model at {TRAINED}; name its parent in HEAPR_SHARED")
-@pytest.mark.parametrize("ratio", [0.25, 0.5])
-def test_trained_model_generates_the_same_tokens(ratio, tmp_path):
+@pytest.mark.parametrize("ratio, experts", [(0.25, 32), (0.5, 32), (0.5, 24)])
+def test_trained_model_generates_the_same_tokens(ratio, experts, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_heapr import HeaprConfig
@@ -110,6 +110,7 @@ def test_trained_model_generates_the_same_tokens(ratio, tmp_path):
     config = HeaprConfig(
         ratio=ratio,
         layout="uniform",
+        num_experts=experts,
         dataset=str(SHARED / "data" / "calibration.jsonl"),
         num_samples=8,
         seq_length=128,
@@ -119,7 +120,7 @@ def test_trained_model_generates_the_same_tokens(ratio, tmp_path):
     pruner.save_pretrained(tmp_path / "pruned")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     assert type(model).__name__ == "Qwen3MoeForCausalLM"
-    assert model.config.moe_intermediate_size == 96 * (1 - ratio)
+    assert (model.config.num_experts, model.config.moe_intermediate_size) == (experts, 96 * (1 - ratio) * 32 / experts)
     texts = ("The river rises in the", "def read_file(path):\n", "In 1905 the", "A database index is")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned")
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
