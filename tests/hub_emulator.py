@@ -10,11 +10,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -93,6 +95,28 @@ class Hub:
     def __exit__(self, *_: Any) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def hold(self, name: str, folder: Path) -> None:
+        """A public repository with the files of a folder."""
+        files = {
+            path.relative_to(folder).as_posix(): File(path.read_bytes(), path.suffix in LARGE)
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        self.repositories[name] = Repository(False, {"main": [Commit("initial commit", {}), Commit("upload", files)]})
+
+    def environment(self, home: os.PathLike, token: str | None = WRITER) -> dict[str, str]:
+        """Of a process that knows no other Hub, with a cache of its own: the client reads it when it is imported."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        return environment | {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            **({"HF_TOKEN": token} if token else {}),
+        }
 
 
 class Handler(BaseHTTPRequestHandler):

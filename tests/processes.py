@@ -109,7 +109,7 @@ def environment(**more: str) -> dict[str, str]:
     """Of a process that works on the CPU with others."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
-    return {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **more}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **more}
 
 
 def free_port() -> int:

@@ -2,12 +2,10 @@
 """A Hub on this machine, and fresh processes that know no other: the client reads its settings when it is imported."""
 
 import json
-import os
 
 import pytest
 
 from tests import processes
-from tests.helpers import repository
 from tests.hub_emulator import WRITER, Hub
 
 
@@ -42,18 +40,8 @@ def run_python(hub, tmp_path_factory):
 
     def run_python(code: str, *arguments, token: str | None = WRITER, package: bool = True):
         home = tmp_path_factory.mktemp("home")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(repository()),
-            **({"HF_TOKEN": token} if token else {}),
-        }
         code = ("" if package else WITHOUT_PACKAGE) + PRELUDE + code
-        done = processes.run_python(code, *arguments, env=environment, cwd=home)
+        done = processes.run_python(code, *arguments, env=hub.environment(home, token), cwd=home)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.rpartition("ANSWER ")[2].splitlines()[0])
 

@@ -1,0 +1,79 @@
+# Licensed under the Apache License, Version 2.0
+"""Runs the snippets of a page, as a reader would: in one folder, in one namespace, in the order of the page."""
+
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+
+from optimum_heapr.configuration import HeaprConfig
+from optimum_heapr.demo import demo_texts
+from tests.docs.commands import Commands
+from tests.docs.pages import ROOT, here, page_name, recipe_here, snippets
+
+
+# Files that pages take to be there.
+TEXTS = ("text.jsonl", "code.jsonl", "calibration.jsonl")
+TASK = """
+task: here
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+ROWS = [{"question": "A list can be", "choices": [" changed", " eaten"], "answer": answer} for answer in (0, 1)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_page(page: Path, folder: Path, environments: Collection[str] = ()) -> None:
+    """
+    Runs the snippets of a page in the working directory.
+
+    Args:
+        page (`Path`): the page.
+        folder (`Path`): the working directory, empty.
+        environments (`Collection[str]`): what this one is; snippets that need another are left out.
+    """
+    for recipe in page.parent.glob("*.yaml"):  # a page of recipes is read beside them
+        (folder / recipe.name).write_text(recipe_here(recipe.read_text(encoding="utf-8")))
+    for name in TEXTS:
+        write_rows(folder / name, [{"text": text} for text in demo_texts("calibration")[:40]])
+    tasks = folder / "tasks-here"
+    tasks.mkdir()
+    write_rows(tasks / "rows.jsonl", ROWS)
+    (tasks / "here.yaml").write_text(TASK.replace("FOLDER", str(tasks)))
+    namespace: dict = {"__name__": "__main__"}
+    with Commands() as commands:
+        for snippet in snippets(page):
+            if snippet.environment not in (None, *environments):
+                continue
+            if snippet.kind == "python":
+                exec(compile(here(snippet.code), page_name(page), "exec"), namespace)
+            elif snippet.kind == "bash":
+                commands.run(snippet.code)
+            elif snippet.kind == "yaml":
+                name = re.match(r"# (\S+\.yaml)\n", snippet.code)
+                (folder / name[1]).write_text(recipe_here(snippet.code))
+                HeaprConfig.from_file(folder / name[1])
+
+
+def pages_run(*names: str) -> Callable:
+    """A test that runs pages, for a module to hold: the modules share the pages, and the processes of the suite the modules."""
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)  # a page is many commands
+    @pytest.mark.parametrize("name", names)
+    def test_snippets_run(name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        run_page(ROOT / name, tmp_path)
+
+    return test_snippets_run
