@@ -9,6 +9,8 @@ is no table of model classes here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from .utils.errors import HeaprError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -171,3 +174,32 @@ def _gate_and_up(stacked: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
 def stack_gate_and_up(gate_and_up: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
     """[2, I, …] -> [2I, …] as stored: all gate rows then all up rows, or interleaved one by one."""
     return (gate_and_up if is_concatenated else gate_and_up.transpose(0, 1)).flatten(0, 1)
+
+
+# How experts in the stock storage are computed
+
+
+def suits_grouped_kernel(weight: torch.Tensor) -> bool:
+    """Whether torch's grouped product takes a weight, [experts, rows, columns]: it wants rows of whole 16 bytes, and knows no
+    float64."""
+    rows_fit = all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    return rows_fit and weight.dtype.itemsize < 8
+
+
+@contextmanager
+def experts_of_any_width(model: PreTrainedModel) -> Iterator[None]:
+    """Until the block ends, experts run as `eager` where the `grouped_mm` of transformers, its default, refuses their width.
+
+    Experts of variable widths have a forward of their own, which takes any.
+    """
+    blocks = (dict(module.named_parameters(recurse=False)) for module in model.modules())
+    weights = [block["down_proj"] for block in blocks if {"gate_up_proj", "down_proj"} <= block.keys()]
+    if all(suits_grouped_kernel(weight) for weight in weights if weight.dim() == 3):
+        yield
+        return
+    previous = model.get_experts_implementation()
+    model.set_experts_implementation({part: "eager" if way == "grouped_mm" else way for part, way in previous.items()})
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(previous)

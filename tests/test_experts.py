@@ -5,9 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from optimum_heapr.experts import find_expert_blocks, model_name, refusal_reason, stack_gate_and_up
+from optimum_heapr.experts import (
+    experts_of_any_width,
+    find_expert_blocks,
+    model_name,
+    refusal_reason,
+    stack_gate_and_up,
+)
 from optimum_heapr.utils.errors import HeaprError
-from tests.helpers import tiny_model
+from tests.helpers import random_ids, tiny_model
 
 
 FAMILIES = ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2"]
@@ -175,3 +181,31 @@ def test_an_ungated_family_is_refused():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(HeaprError, match="NemotronHExperts.*its experts have no gate projection"):
         find_expert_blocks(model)
+
+
+# Widths that transformers' default refuses
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "given", "used"),
+    [
+        (torch.float32, 12, "grouped_mm", "grouped_mm"),
+        (torch.float32, 9, "grouped_mm", "eager"),
+        (torch.float32, 9, "batched_mm", "batched_mm"),  # which takes any
+        (torch.bfloat16, 12, "grouped_mm", "eager"),
+        (torch.bfloat16, 16, "grouped_mm", "grouped_mm"),
+        (torch.float64, 16, "grouped_mm", "eager"),
+    ],
+)
+def test_experts_run_in_a_way_that_takes_their_width(dtype, width, given, used):
+    model, ids = tiny_model(dtype=dtype, moe_intermediate_size=width), random_ids(1, 20)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.set_experts_implementation(given)
+        with experts_of_any_width(model):
+            assert model.config._experts_implementation == used
+            found = model(input_ids=ids).logits
+    assert model.config._experts_implementation == given
+    # Roundings of two layers, of logits of about 1; experts' order of summing differs between the ways.
+    torch.testing.assert_close(found, expected, atol=64 * torch.finfo(dtype).eps, rtol=0)

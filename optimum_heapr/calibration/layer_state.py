@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from .statistics import BlockStatistics
 
 BLOCK_FORMAT = "heapr_block"
 PROGRESS_NAME = "progress.json"
+_WRITTEN = (".safetensors", ".tmp")  # beside it: statistics, layer inputs, and what a kill leaves of either
 
 logger = get_logger(__name__)
 
@@ -67,7 +67,14 @@ class StateFolder:
                 f"state={str(self.path)!r}: was saved by a calibration that is not streaming; go on with --memory plain or "
                 "offload, or delete the file to begin anew"
             )
-        if self.path.exists() and not resume and not self._was_removed():
+        if not self.path.exists() or self._was_removed():
+            return
+        if not (self.path / PROGRESS_NAME).is_file():
+            raise HeaprError(
+                f"state={str(self.path)!r}: is a folder that no calibration wrote, and would be deleted at the end; name another, "
+                "or delete it"
+            )
+        if not resume:
             raise HeaprError(
                 f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
                 "delete the folder to begin anew"
@@ -79,9 +86,19 @@ class StateFolder:
 
     def remove(self) -> None:
         """Deletes the folder, once the statistics are safe."""
-        # First what says how far it came: without it, what else a kill leaves here is begun anew.
-        (self.path / PROGRESS_NAME).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.path.is_dir():
+            return
+        # First what says how far it came: after that, what else a kill leaves here is begun anew.
+        write_json(self.path / PROGRESS_NAME, {"run": None})
+        for entry in self.path.iterdir():
+            if entry.name.endswith(_WRITTEN):
+                entry.unlink()
+        (self.path / PROGRESS_NAME).unlink()
+        try:
+            self.path.rmdir()
+        except OSError:
+            if not self._was_removed():
+                logger.warning("%s was left: it holds files that no calibration wrote", self.path)
 
 
 class LayerState:
@@ -112,9 +129,11 @@ class LayerState:
         """
         self._run = json.loads(json.dumps(run))
         if not (self.resumable and self._file.is_file()):
-            return LayerProgress()
+            return self._begun()
         try:
             document = json.loads(self._file.read_text(encoding="utf-8"))
+            if document["run"] is None:  # it was being removed
+                return self._begun()
             found = differences(document["run"], self._run)
             progress = LayerProgress(**document["progress"])
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -132,6 +151,12 @@ class LayerState:
             progress.backward,
             self.folder,
         )
+        return progress
+
+    def _begun(self) -> LayerProgress:
+        """Nothing yet; the folder is marked as one of a calibration, which alone are deleted."""
+        progress = LayerProgress()
+        self.save(progress)
         return progress
 
     def save(self, progress: LayerProgress) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
-from ..experts import model_name
+from ..experts import model_name, suits_grouped_kernel
 from ..utils.errors import HeaprError
 from .accumulator import BlockAccumulator, RoutedRows
 
@@ -63,12 +63,6 @@ def _looped_linear(
     return output if bias is None else output + bias
 
 
-def _suits_grouped_kernel(weight: torch.Tensor) -> bool:
-    """The grouped kernel of torch knows no float64, and wants rows of whole 16 bytes."""
-    rows_fit = all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-    return rows_fit and weight.dtype != torch.float64
-
-
 def calibration_experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -92,7 +86,7 @@ def calibration_experts_forward(
     routed = None
 
     rows = hidden_states[order // top_k]
-    linear = _grouped_linear if _suits_grouped_kernel(self.down_proj) else _looped_linear
+    linear = _grouped_linear if suits_grouped_kernel(self.down_proj) else _looped_linear
     gate_up = linear(
         rows, self.gate_up_proj, offsets, bias_of(getattr(self, "gate_up_proj_bias", None)), self.is_transposed
     )

@@ -37,14 +37,14 @@ def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = 
 
 
 def check_output_is_not_input(output: str, *inputs: str | None) -> None:
-    """Refuses an output whose replacement would take an input away.
+    """Refuses an output whose replacement would take an input away, or that would become part of one.
 
     Args:
         output (`str`): file or folder to be written.
         inputs (`str`, *optional*): what the command reads: paths, or names on the Hub.
 
     Raises:
-        HeaprError: if an input is the output, or a file or folder inside it.
+        HeaprError: if an input is the output, a file or folder inside it, or a folder around it.
     """
     place = Path(output).resolve()
     for name in filter(None, inputs):
@@ -52,3 +52,5 @@ def check_output_is_not_input(output: str, *inputs: str | None) -> None:
         if place == source or (source.exists() and place in source.parents):
             what = "is" if place == source else "holds"
             raise HeaprError(f"output={output!r}: {what} the input {name!r}; name another place")
+        if source.is_dir() and source in place.parents:
+            raise HeaprError(f"output={output!r}: lies inside the input {name!r}; name a place outside")

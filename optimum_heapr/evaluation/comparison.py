@@ -15,7 +15,7 @@ from ..demo import DEMO_MODEL
 from ..utils.errors import HeaprError
 from ..utils.positions import positions_of, warn_of_positions
 from .metric import TokenPerplexity, mean_with_error
-from .perplexity import evaluation_windows, window_losses
+from .perplexity import evaluation_mode, evaluation_windows, window_losses
 from .size import ModelSize, routing_counts
 from .speed import measure_speed
 from .storage import StoredWeights
@@ -123,7 +123,7 @@ class Comparison:
             raise HeaprError(
                 f"prompt_length={length}: {dataset!r} has less text than that; lower it, or name more text"
             )
-        with routing_counts(model) as tokens, torch.no_grad():
+        with routing_counts(model) as tokens, evaluation_mode(model), torch.no_grad():
             device = model.get_input_embeddings().weight.device
             model(input_ids=windows[0].unsqueeze(0).to(device), use_cache=False)
         size = ModelSize.of(model, tokens)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..experts import experts_of_any_width
 from ..text.documents import token_rows, tokenized_documents, usable_columns
 from ..text.protocols import PROTOCOLS
 from ..text.samples import packed
@@ -142,11 +143,12 @@ def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor], sourc
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout until the block ends; then every module is in the mode that it was in."""
+    """No dropout until the block ends, and experts run whatever their width; then every module is in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with experts_of_any_width(model):
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import HeaprError, did_you_mean
+from .perplexity import evaluation_mode
 
 
 if TYPE_CHECKING:
@@ -87,16 +88,17 @@ def evaluate_tasks(
         logging.ERROR
     )  # it warns that the model was handed over, as it is meant to be
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size),
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=chat_template,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
+        with evaluation_mode(model):
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size),
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=chat_template,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
     except (OSError, ValueError, ImportError) as error:  # no network, no such dataset, a package that a task needs
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise HeaprError(f"tasks={names}: cannot be run ({reason})") from error

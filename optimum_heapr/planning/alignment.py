@@ -17,12 +17,15 @@ import math
 from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from .errors import UnreachableRatio
 
 
 if TYPE_CHECKING:
     from ..configuration import HeaprConfig
 
+
+logger = get_logger(__name__)
 
 PRESETS = {"none": 1, "vllm": 128, "gguf": 256, "fp8": 128}
 STOCK_MULTIPLE = 8  # elements in 16 bytes of bfloat16
@@ -78,6 +81,36 @@ def uniform_width(config: HeaprConfig, width: int, share: float = 1.0) -> int:
         f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple}; "
         + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel"),
         *(1 - share * candidate / width for candidate in nearest),
+    )
+
+
+def warn_of_stock_widths(config: HeaprConfig, kept: list[int], widths: list[int], itemsize: int) -> None:
+    """Says so where a stock layout has experts that transformers refuses to run as it does by default, and which would do.
+
+    Args:
+        config (`HeaprConfig`): what was asked for.
+        kept (`list[int]`): the widths that experts keep.
+        widths (`list[int]`): those of the unpruned model.
+        itemsize (`int`): bytes of a weight.
+    """
+    if config.layout == "variable":
+        return
+    stored = {padded_width(max(kept), config, widths)} if config.layout == "padded" else set(kept)
+    step = max(16 // itemsize, 1)  # elements in 16 bytes
+    broken = sorted(width for width in stored if width % step)
+    if not broken:
+        return
+    below = broken[0] // step * step
+    fitting = [
+        f"{width} (ratio {1 - width / min(widths):.3f})" for width in (below, below + step) if 0 < width < min(widths)
+    ]
+    logger.warning(
+        "layout=%r: the grouped_mm of transformers, its default, refuses experts of width %d, which is no multiple of %d; "
+        "%sload the result with experts_implementation='eager'",
+        config.layout,
+        broken[0],
+        step,
+        f"plan for {' or '.join(fitting)} with width_multiple={step}, or " if fitting else "",
     )
 
 

@@ -17,6 +17,7 @@ from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError
 from ..utils.public import public_data
 from ..utils.values import TensorValue
+from .alignment import warn_of_stock_widths
 from .allocation import allocate
 from .distribution import importance_distribution
 from .dropping import dropped_experts
@@ -92,7 +93,7 @@ class PruningPlan(TensorValue):
         scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
         dropped = dropped_experts(statistics, config)
         kept = allocate(scores, config, statistics.unreached, goal, dropped)
-        return cls(
+        plan = cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
             config=config,
@@ -108,6 +109,10 @@ class PruningPlan(TensorValue):
             importance=importance_distribution(scores, kept),
             dropped=dropped,
         )
+        each = plan.model["parameters_per_atomic_expert"]
+        itemsize = plan.storage.get("bytes_per_atomic_expert", 2 * each) // each
+        warn_of_stock_widths(config, sum(plan.widths.values(), []), list(plan.original_width.values()), itemsize)
+        return plan
 
     @property
     def widths(self) -> dict[str, list[int]]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..experts import experts_of_any_width
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import has_accelerator, place
 from ..utils.public import public_name
 from .adapter import check_pruned, identity_of, interpolate, known_warnings_of_peft
 from .data import RecoveryData
-from .placement import experts_of_any_width
 from .report import RecoveryReport
 from .targets import adapter_config
 from .teacher import held_out_loss
@@ -100,7 +101,10 @@ def recover(
     identity = identity_of(model)
     folder.begin({"model": identity, "config": config.to_dict(), "data": _fingerprints(data)})
 
-    with experts_of_any_width(model):
+    running = [model] if teacher is None or teacher.model is None else [model, teacher.model]
+    with ExitStack() as stack:
+        for each in running:
+            stack.enter_context(experts_of_any_width(each))
         start, stage = held_out_loss(place(model), data), _stage_of(model)
         peft_model = _with_adapter(model, config, saved_at)
         began = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints.loading import load_model
-from ..experts import model_name
+from ..experts import experts_of_any_width, model_name
 from ..surgery.apply import apply_plan
 from ..utils.errors import HeaprError
 from ..utils.files import replace_file, write_json
@@ -197,12 +197,13 @@ class TeacherCache:
         device = teacher.get_input_embeddings().weight.device
         rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         own = [index for index in range(rank, len(self.samples), processes) if not self.path(index).is_file()]
-        for index in progress(own, desc="Teacher", unit="sample"):
-            logits = teacher(input_ids=self.samples[index].to(device).unsqueeze(0), use_cache=False).logits[0]
-            output = TeacherOutput.of(logits, self.config.temperature, self.config.top_k_logits)
-            tensors = {**vars(output), "indices": output.indices.int()}
-            with replace_file(self.path(index)) as temporary:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        with experts_of_any_width(teacher):
+            for index in progress(own, desc="Teacher", unit="sample"):
+                logits = teacher(input_ids=self.samples[index].to(device).unsqueeze(0), use_cache=False).logits[0]
+                output = TeacherOutput.of(logits, self.config.temperature, self.config.top_k_logits)
+                tensors = {**vars(output), "indices": output.indices.int()}
+                with replace_file(self.path(index)) as temporary:
+                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
     def __getitem__(self, index: int) -> TeacherOutput:
         from safetensors.torch import load_file

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .companions import FOLDER
 from .errors import HeaprError
 from .logging import get_logger
+from .manifest import foreign_file, write_manifest
 
 
 try:
@@ -26,9 +26,6 @@ except ImportError:  # Windows
     fcntl = None
 
 logger = get_logger(__name__)
-
-MANIFEST = f"{FOLDER}/files.json"
-"""In a folder that this package wrote: names of the files that it wrote there. Only these are replaced."""
 
 
 @contextmanager
@@ -58,7 +55,7 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
 
     Raises:
         HeaprError: if `path` exists and is not an empty folder and `overwrite` is off, holds files that were not written
-            this way, or cannot be written.
+            this way or were changed since, or cannot be written.
     """
     path = Path(path)
     check_output_folder(path, overwrite)
@@ -68,7 +65,7 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
             try:
                 os.chmod(temporary, 0o777 & ~_current_umask())
                 yield temporary
-                _write_manifest(temporary)
+                write_manifest(temporary)
                 for file in temporary.rglob("*"):
                     if file.is_file():
                         _flush_to_disk(file)
@@ -195,48 +192,21 @@ def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Non
     """Refuses an output that would be lost or mixed up, before any work is done for it.
 
     Raises:
-        HeaprError: if `path` is a file, a non-empty folder without `overwrite` or with files that this package did not write,
+        HeaprError: if `path` is a file, a non-empty folder without `overwrite` or with files that this package did not write
+            or that were changed since,
             or below a folder without write access.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HeaprError(f"output={str(path)!r}: is a file; name a folder")
-    if path.is_dir() and (foreign := _foreign_file(path)):
+    if path.is_dir() and (foreign := foreign_file(path)):
         raise HeaprError(
-            f"output={str(path)!r}: folder is not empty, and holds {foreign!r}, which this package has no record of writing; "
-            "move that away or name another folder"
+            f"output={str(path)!r}: folder is not empty, and holds {foreign[0]!r}, {foreign[1]}; move that away or name another "
+            "folder"
         )
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise HeaprError(f"output={str(path)!r}: folder is not empty; name another or pass --overwrite")
     _check_writable(path)
-
-
-def _write_manifest(folder: Path) -> None:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    (folder / MANIFEST).parent.mkdir(exist_ok=True)
-    (folder / MANIFEST).write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _foreign_file(folder: Path) -> str | None:
-    """The first file below a folder, or link, or folder that cannot be looked into, that its manifest does not name."""
-    try:
-        known = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError):  # none, or no list: nothing is known to be ours
-        known = set()
-    try:
-        for place, folders, files in os.walk(folder, onerror=_raise):
-            folders.sort()
-            links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-            names = [Path(place, name).relative_to(folder).as_posix() for name in sorted([*files, *links])]
-            if foreign := next((name for name in names if name not in known), None):
-                return foreign
-    except OSError as error:
-        return Path(error.filename).relative_to(folder).as_posix()
-    return None
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def check_output_file(path: str | os.PathLike, overwrite: bool = False) -> None:

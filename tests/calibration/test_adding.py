@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from optimum_heapr.calibration import adding, streaming
-from optimum_heapr.calibration.layer_state import LayerState, StateFolder
+from optimum_heapr.calibration.layer_state import LayerProgress, LayerState, StateFolder
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.streamed import StreamedCheckpoint
@@ -197,8 +197,41 @@ def test_a_sum_in_the_place_of_a_part_is_refused(work, kill_at):
 def test_removal_begins_with_what_says_how_far_it_came(tmp_path, monkeypatch):
     folder = StateFolder(tmp_path / "state")
     folder.path.mkdir()
-    for name in ("progress.json", "a.block.safetensors"):
+    LayerState(folder.path, resumable=True).begin({"seed": 1})
+    LayerState(folder.path, resumable=True).save(LayerProgress(forward=2))
+    (folder.path / "a.block.safetensors").write_text("")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(folder.path), "unlink", raise_interrupt)
+        folder.remove()
+    assert (folder.path / "a.block.safetensors").exists()
+    again = StateFolder(folder.path, resume=True)
+    assert LayerState(again.path, resumable=True).begin({"seed": 2}) == LayerProgress(), "begun anew"
+    again.remove()
+    assert not folder.path.exists()
+
+
+def raise_interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_no_calibration_wrote_is_not_taken_for_a_state(tmp_path, resume):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("weights")
+    with pytest.raises(
+        HeaprError, match="mine': is a folder that no calibration wrote, and would be deleted at the end"
+    ):
+        StateFolder(tmp_path / "mine", resume=resume)
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "weights"
+
+
+def test_what_was_put_beside_a_state_stays(tmp_path, heapr_log):
+    folder = StateFolder(tmp_path / "state")
+    folder.remove()  # there is none yet
+    folder.path.mkdir()
+    LayerState(folder.path, resumable=True).begin({})
+    for name in ("a.block.safetensors", "notes.txt"):
         (folder.path / name).write_text("")
-    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)  # killed here
     folder.remove()
-    assert [path.name for path in folder.path.iterdir()] == ["a.block.safetensors"]
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+    assert "holds files that no calibration wrote" in heapr_log.text

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from optimum_heapr.utils.companions import CARD_NAME, CONFIG_NAME, FOLDER, OWN_NAMES
-from optimum_heapr.utils.files import MANIFEST
+from optimum_heapr.utils.manifest import MANIFEST
 from tests.helpers import SENTENCES, random_ids, tiny_model, tiny_tokenizer
 
 

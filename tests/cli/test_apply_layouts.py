@@ -63,3 +63,21 @@ def test_impossible_alignment_exits_with_two_and_one_line(run, inputs, tmp_path)
     result = run(*plan, "--ratio", "0.4", "--tensor-parallel", "4")
     assert result.status == 2 and "not a multiple of 4; nearest: " in result.error
     assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_a_width_that_transformers_refuses_is_said_and_measured_all_the_same(run, inputs, tmp_path, heapr_log):
+    """Width 9 of 12: no rows of whole 16 bytes, which its default wants."""
+    flags = ("--layout", "uniform", "--ratio", "0.25", "--eval-samples", "2", *inputs.calibration)
+    result = run("prune", "-m", inputs.model, "-o", tmp_path / "odd", *flags)
+    assert result.status == 0, result.error
+    assert "refuses experts of width 9, which is no multiple of 4; plan for 8 (ratio 0.333)" in heapr_log.text
+    report = json.loads((tmp_path / "odd" / "heapr" / "report.json").read_text())
+    assert {"measured"} <= report["loss"].keys() and {"speed", "samples"} <= report.keys()
+    text = ("--dataset", inputs.tokens, "--seq-length", "16")
+    speed = ("--speed", "--prompt-length", "8", "--new-tokens", "2", "--repetitions", "1")
+    result = run("evaluate", "-m", tmp_path / "odd", *text, *speed)
+    assert result.status == 0, result.error
+    training = ("--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2", "--num-samples", "8")
+    teacher = ("--teacher", tmp_path / "odd", "--distillation-weight", "1")
+    result = run("recover", "-m", tmp_path / "odd", "-o", tmp_path / "adapter", *text, *training, *teacher)
+    assert result.status == 0, result.error

@@ -171,3 +171,11 @@ def test_the_harness_alone_runs_a_pruned_checkpoint(folder, pruned, tmp_path):
     done = run_python(PLAIN, pruned[0], folder, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.rpartition("FOUND ")[2]) == pytest.approx(accuracy(pruned[1]))
+
+
+def test_experts_of_any_width_are_evaluated(folder):
+    """`grouped_mm` of transformers takes no rows of 9 numbers."""
+    model = tiny_model(moe_intermediate_size=9)
+    for task in ("tiny_choice", "tiny_generation"):
+        (row,) = evaluate_tasks(model, tiny_tokenizer(), [task], folder)
+        assert row["documents"] == 5

@@ -7,7 +7,9 @@ import torch
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.planning.alignment import effective_multiple, padded_width
 from optimum_heapr.planning.allocation import allocate
+from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.utils.errors import HeaprError
+from tests.helpers import random_statistics
 
 
 def widths_of(width: int, experts: int = 3, **options) -> list[int]:
@@ -100,3 +102,51 @@ def test_padded_width(widest, options, width):
 def test_unknown_values_are_refused(options):
     with pytest.raises(HeaprError, match=next(iter(options))):
         HeaprConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "itemsize", "expected"),
+    [
+        (
+            {"layout": "uniform", "ratio": 0.25},
+            12,
+            4,
+            "experts of width 9, which is no multiple of 4; plan for 8 (ratio 0.333) with",
+        ),
+        (
+            {"layout": "uniform", "ratio": 0.25},
+            12,
+            2,
+            "experts of width 9, which is no multiple of 8; plan for 8 (ratio 0.333) with",
+        ),
+        (
+            {"layout": "uniform", "ratio": 0.5},
+            50,
+            2,
+            "width 25, which is no multiple of 8; plan for 24 (ratio 0.520) or 32 (ratio 0.360)",
+        ),
+        (
+            {"layout": "uniform", "ratio": 0.5},
+            6,
+            2,
+            "width 3, which is no multiple of 8; load the result with experts_implem",
+        ),
+        (
+            {"layout": "padded", "allocation": "uniform", "ratio": 0.25},
+            12,
+            4,
+            "experts of width 9, which is no multiple of 4",
+        ),
+        ({"layout": "uniform", "ratio": 1 / 3}, 12, 2, None),
+        ({"layout": "uniform", "ratio": 0.5}, 16, 2, None),
+        ({"layout": "variable", "allocation": "uniform", "ratio": 0.25}, 12, 2, None),
+    ],
+)
+def test_a_width_that_transformers_refuses_to_run_is_said_with_those_it_takes(
+    options, width, itemsize, expected, heapr_log
+):
+    statistics = random_statistics(width=width)
+    statistics.fingerprint["storage"] = {"num_bytes": 10_000 * itemsize, "bytes_per_atomic_expert": 96 * itemsize}
+    PruningPlan.build(statistics, HeaprConfig(**options))
+    said = {message for message in heapr_log.messages if "grouped_mm" in message}
+    assert len(said) == (expected is not None) and all(expected in message for message in said)

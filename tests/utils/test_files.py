@@ -18,13 +18,13 @@ from optimum_heapr.utils import files
 from optimum_heapr.utils.artefacts import artefact_format, check_output_artefact, read_artefact, write_artefact
 from optimum_heapr.utils.errors import HeaprError
 from optimum_heapr.utils.files import (
-    MANIFEST,
     check_output_file,
     check_output_folder,
     replace_file,
     replace_folder,
     write_json,
 )
+from optimum_heapr.utils.manifest import MANIFEST
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried in a forked child")
@@ -353,6 +353,37 @@ def test_a_link_that_somebody_else_put_into_a_folder_is_not_removed(tmp_path):
     (folder / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(HeaprError, match="holds 'link'"):
         check_output_folder(folder, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "sub/more", "model.safetensors"])
+def test_what_was_changed_since_is_not_replaced(tmp_path, name):
+    files = {"README.md": "card", "sub__more": "old", "model.safetensors": "weights"}
+    folder = written_folder(tmp_path / "out", **files)
+    check_output_folder(folder, overwrite=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(
+        HeaprError, match=f"holds '{name}', which was changed after this package wrote it; move that away"
+    ):
+        check_output_folder(folder, overwrite=True)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_large_file_is_looked_into_all_over(tmp_path):
+    with replace_folder(tmp_path / "out") as temporary:
+        (temporary / "model.safetensors").write_bytes(bytes(20 * 2**20))
+    check_output_folder(tmp_path / "out", overwrite=True)
+    weights = bytearray(20 * 2**20)
+    weights[::4096] = b"1" * len(weights[::4096])  # trained: of the same size
+    (tmp_path / "out" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(HeaprError, match="holds 'model.safetensors', which was changed"):
+        check_output_folder(tmp_path / "out", overwrite=True)
+
+
+def test_a_record_of_names_alone_is_read(tmp_path):
+    folder = written_folder(tmp_path / "out", weights="old")
+    (folder / MANIFEST).write_text('["weights"]')
+    (folder / "weights").write_text("new")
+    check_output_folder(folder, overwrite=True)
 
 
 @pytest.mark.parametrize("record", [None, "{torn", "3", "[[1]]", "[" * 100_000], ids=repr)
