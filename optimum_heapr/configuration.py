@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .utils.companions import CONFIG_NAME
-from .utils.errors import HeaprError
+from .utils.errors import HeaprError, reason_of
 from .utils.files import write_json
 from .utils.options import Options, only_one, option
 from .utils.sizes import parse_size
@@ -99,7 +99,7 @@ class HeaprConfig(Options):
             Split of the dataset.
         text_column (`str`, *optional*, defaults to `"text"`):
             Column that holds the text, when the dataset has neither `messages` nor `input_ids`. Without that column, too,
-            `prompt` and `response` or `instruction` and `output` are joined.
+            `prompt` and `completion`, `prompt` and `response`, or `instruction` and `output` are joined.
         packing (`bool`, *optional*, defaults to `True`):
             Join documents and cut them into samples of equal length; if off, a document is a sample, cut off after
             `seq_length` tokens, and its padding is left out of every statistic.
@@ -286,8 +286,9 @@ class HeaprConfig(Options):
         try:
             saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise HeaprError(f"model={str(model)!r}: has no config.json that can be read ({reason})") from error
+            raise HeaprError(
+                f"model={str(model)!r}: has no config.json that can be read ({reason_of(error)})"
+            ) from error
         if saved.get("heapr_config") is None:
             raise HeaprError(f"model={str(model)!r}: config.json has no heapr_config; name a model that was pruned")
         return cls.from_artefact(saved["heapr_config"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Columns that hold dialogues, and pairs of columns that hold the two sides of one with one turn.
 _DIALOGUES = ("messages", "conversations", "conversation")
-_PAIRS = (("prompt", "response"), ("instruction", "output"))
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 
 # What ShareGPT, whose messages have `from` and `value`, calls the roles of chat templates.
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -73,7 +73,7 @@ def tokenized_documents(
 
     A document is a row's dialogue, rendered by the chat template, or its text. Dialogues are `messages` or `conversations`,
     with `role` and `content` or, as in ShareGPT, `from` and `value`, or one turn in two columns (`prompt` and `response`,
-    `instruction` and `output`). The rows are those of `order`, or, of a stream, all as they come.
+    `instruction` and `output`). `prompt` and `completion` are what they are to TRL: messages, or text that goes on. The rows are those of `order`, or, of a stream, all as they come.
 
     Raises:
         HeaprError: if there is no tokenizer, no such column, no chat template for dialogues, or a row that cannot be read or
@@ -89,6 +89,8 @@ def tokenized_documents(
     for place, row in enumerate(rows_of(rows, source, order)):
         try:
             document = read(row)
+            if not isinstance(document, str) and tokenizer.chat_template is None and _holds_messages(row):
+                raise _UnreadableError("holds messages but the tokenizer has no chat template; use text")
             ids = _encoded(document, tokenizer) if document else []
         except _UnreadableError as error:
             where = f"row {place} of the stream" if order is None else f"row {_number_of(rows, order[place])}"
@@ -124,8 +126,12 @@ def _reader_of(
     pair = next((pair for pair in _PAIRS if set(pair) <= set(columns)), None)
     if pair is not None and text_column not in columns:
 
-        def turn(row: dict[str, Any]) -> list[dict[str, str]]:
+        def turn(row: dict[str, Any]) -> str | list[dict[str, Any]]:
+            if _holds_messages(row):
+                return [message for column in pair for message in _messages(row.get(column), column)]
             prompt, response = (_text(row, column) for column in pair)
+            if pair[1] == "completion":
+                return prompt + response
             if pair[0] == "instruction" and "input" in columns and (context := _text(row, "input")):
                 prompt = f"{prompt}\n{context}"
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -133,8 +139,17 @@ def _reader_of(
 
         return turn
     if text_column not in columns:
-        raise HeaprError(f"text_column={text_column!r}: {source!r} has columns {', '.join(columns)}; name one of them")
+        pairs = ", ".join(" and ".join(pair) for pair in _PAIRS)
+        raise HeaprError(
+            f"text_column={text_column!r}: {source!r} has columns {', '.join(columns)}; name one of them that holds text, or "
+            f"use {', '.join(_DIALOGUES[:2])}, {pairs}"
+        )
     return lambda row: _text(row, text_column)
+
+
+def _holds_messages(row: dict[str, Any]) -> bool:
+    """Whether a row with the two sides of a dialogue in two columns holds them as messages."""
+    return any(isinstance(row.get(column), list) for pair in _PAIRS for column in pair)
 
 
 def _text(row: dict[str, Any], column: str) -> str:

@@ -50,6 +50,52 @@ def test_every_form_of_a_dialogue_renders_the_same(column, value, streaming, tmp
         assert tokenizer.decode(sample) == RENDERED + tokenizer.eos_token
 
 
+# What TRL trains on
+
+USER, ASSISTANT = STANDARD
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"prompt": [USER], "completion": [ASSISTANT]}, RENDERED),
+    ({"prompt": "The quick", "completion": " fox."}, "The quick fox."),
+    ({"prompt": "The quick", "completion": " fox.", "label": True}, "The quick fox."),
+    ({"prompt": "", "completion": "The quick fox."}, "The quick fox."),
+    ({"prompt": "The quick fox?", "response": "The lazy dog."}, RENDERED),
+    ({"prompt": [USER], "response": [ASSISTANT]}, RENDERED),
+    ({"instruction": "The quick fox?", "output": "The lazy dog."}, RENDERED),
+], ids=str)  # fmt: skip
+def test_two_columns_are_one_document(row, expected, streaming, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [row, row])
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    for sample in load_calibration_data(config(path, dataset_streaming=streaming), tokenizer).samples:
+        assert tokenizer.decode(sample) == expected + tokenizer.eos_token
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has columns prompt, chosen, rejected; name one of them that holds text"),
+    ({"chosen": STANDARD, "rejected": STANDARD}, "has columns chosen, rejected; name one of them that holds text, or use mess"),
+    ({"prompt": "The quick fox?"}, "has columns prompt; name one of them"),
+    ({"prompt": [USER], "completion": "The lazy dog."}, "'completion' holds str; it takes lists of messages with 'role'"),
+    ({"prompt": ["a"], "completion": ["b"]}, "'prompt' holds str; it takes lists of messages with 'role'"),
+], ids=str)  # fmt: skip
+def test_two_columns_that_cannot_be_read_are_refused(row, message, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [row, row])
+    with pytest.raises(HeaprError, match=message) as error:
+        load_calibration_data(config(path), tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+    assert "\n" not in str(error.value)
+
+
+def test_messages_in_two_columns_need_a_chat_template_and_text_does_not(tmp_path):
+    tokenizer = tiny_tokenizer()
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": [USER], "completion": [ASSISTANT]}] * 2)
+    with pytest.raises(HeaprError, match="row .*holds messages but the tokenizer has no chat template; use text"):
+        load_calibration_data(config(path), tokenizer)
+    path = jsonl(tmp_path / "text.jsonl", [{"prompt": "The quick", "completion": " fox."}] * 2)
+    for sample in load_calibration_data(config(path), tokenizer).samples:
+        assert tokenizer.decode(sample) == "The quick fox." + tokenizer.eos_token
+
+
 @pytest.mark.parametrize("beside", ["text", "messages"])
 def test_a_column_of_dialogues_that_is_named_goes_before_others(beside, tmp_path):
     path = jsonl(tmp_path / "chat.jsonl", [{"conversations": SHAREGPT, beside: None}] * 2)
@@ -122,7 +168,7 @@ def test_rows_that_are_no_token_ids_are_refused(ids, tmp_path):
 def test_another_encoding_is_the_cause_that_is_named(suffix, head, streaming, tmp_path):
     path = tmp_path / f"latin.{suffix}"
     path.write_bytes((head % "café naïve" + "\n").encode("latin-1"))
-    with pytest.raises(HeaprError, match=r"cannot be loaded \(UnicodeDecodeError: .*\); save it as UTF-8"):
+    with pytest.raises(HeaprError, match=r"cannot be loaded \(it is not UTF-8 text\); save it as UTF-8"):
         load_calibration_data(config(path, dataset_streaming=streaming), tiny_tokenizer())
 
 
@@ -131,7 +177,5 @@ def test_the_cause_is_named_and_not_that_something_happened(tmp_path, monkeypatc
     path = tmp_path / "nulls.jsonl"
     path.write_text('{"text": null}\n' * 700_000 + '{"text": "hello"}\n')
     for streaming in (False, True):
-        with pytest.raises(
-            HeaprError, match=r"cannot be loaded \(TypeError: Couldn't cast array of type string to null"
-        ):
+        with pytest.raises(HeaprError, match=r"cannot be loaded \(Couldn't cast array of type string to null"):
             load_calibration_data(config(path, dataset_streaming=streaming), tiny_tokenizer())

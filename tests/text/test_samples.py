@@ -320,7 +320,11 @@ def test_a_broken_file_is_refused(tmp_path, tokenizer, name):
 
 def test_a_missing_column_is_refused_naming_those_there_are(tokenizer):
     rows = datasets.Dataset.from_dict({"body": TEXTS, "title": TEXTS})
-    refused("text_column='text': 'Dataset' has columns body, title; name one of them", rows, tokenizer)
+    refused(
+        "text_column='text': 'Dataset' has columns body, title; name one of them that holds text, or use messages",
+        rows,
+        tokenizer,
+    )
     refused("text_column='words': .* has columns body, title", rows, tokenizer, text_column="words")
 
 

@@ -135,7 +135,7 @@ def test_a_dataset_on_the_hub_is_opened_as_a_stream(monkeypatch, tokenizer):
     [
         ("", "is empty"),
         ('{"text": "a b c d"}\n' * 3 + '{"text": \n' * 2, r"cannot be loaded \(.*\)"),
-        ('{"title": "a", "body": "b"}\n', "has columns title, body; name one of them"),
+        ('{"title": "a", "body": "b"}\n', "has columns title, body; name one of them that holds text"),
         ('{"text": 1}\n', "'text' holds int, not text"),
     ],
 )
