@@ -135,7 +135,9 @@ def plan_for(
         HeaprError: if it cannot be reached, or there is no such text.
     """
     if config.max_loss_increase is None:
-        return PruningPlan.build(statistics, config)
+        plan = PruningPlan.build(statistics, config)
+        plan.warn_of_widths()
+        return plan
     check_in_memory(config, find_expert_blocks(model)[0].module.down_proj.device.type != "meta")
     goal, count = f"max_loss_increase={config.max_loss_increase}", config.eval_samples
     needs_text = config.compensates_blocks or config.eval_dataset is None
@@ -159,7 +161,9 @@ def plan_for(
         )
     place(model)
     warn_of_positions(model, windows)
-    return largest_cut(statistics, config, loss_measure(model, windows, source, statistics, data))
+    plan = largest_cut(statistics, config, loss_measure(model, windows, source, statistics, data))
+    plan.warn_of_widths()
+    return plan
 
 
 def _share(budget: float, low: _End, high: _End) -> float:

@@ -25,6 +25,7 @@ from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
 from .report.content import without_measurements
+from .report.observation import check_prompts
 from .surgery.feasibility import check_feasible
 from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
@@ -201,6 +202,7 @@ class HeaprPruner:
         """
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
         statistics = self.statistics if statistics is None else load_statistics(statistics)
+        check_prompts(prompts, self.tokenizer, measure)
         self._stages.check(plan)  # before minutes are spent on it
         if plan.config.compensates_blocks and self.calibration_data is None:
             self.calibration_data = load_calibration_data(plan.config, self.tokenizer)
@@ -216,6 +218,7 @@ class HeaprPruner:
             changes: options of `HeaprConfig` that differ from `self.config`.
         """
         config = self.config.replace(**changes)
+        check_prompts(prompts, self.tokenizer)
         self.check(config)
         if self.statistics is None:
             self.calibrate(config, keep_grams=config.compensates_experts)
@@ -294,7 +297,5 @@ class HeaprPruner:
 
     def _pruned_by(self) -> PruningPlan:
         if self.applied_plan is None:
-            raise HeaprError(
-                getattr(self.model, BROKEN_OFF, "model: was not pruned yet; call prune() or apply() first")
-            )
+            raise HeaprError(getattr(self.model, BROKEN_OFF, "model: was not pruned yet; call prune() or apply()"))
         return self.applied_plan

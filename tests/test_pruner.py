@@ -232,7 +232,7 @@ def test_nothing_to_save_before_pruning(tmp_path):
     pruner = make()
     pruner.calibrate(tokens())
     pruner.plan()
-    with pytest.raises(HeaprError, match=r"not pruned yet; call prune\(\) or apply\(\) first"):
+    with pytest.raises(HeaprError, match=r"not pruned yet; call prune\(\) or apply\(\)"):
         pruner.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -256,9 +256,14 @@ def test_save_refuses_a_filled_folder(tmp_path):
     pruner.save_pretrained(tmp_path)
     with pytest.raises(HeaprError, match="not empty; name another"):
         pruner.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("old")
+    written = (tmp_path / "config.json").stat().st_mtime_ns
     assert pruner.save_pretrained(tmp_path, overwrite=True) == tmp_path
-    assert (tmp_path / "config.json").read_text() != "old"
+    assert (tmp_path / "config.json").stat().st_mtime_ns > written
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(card + "mine")
+    with pytest.raises(HeaprError, match="holds 'README.md', which was changed after this package wrote it"):
+        pruner.save_pretrained(tmp_path, overwrite=True)
+    (tmp_path / "README.md").write_text(card)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(HeaprError, match="holds 'notes.txt', which this package has no record of writing"):
         pruner.save_pretrained(tmp_path, overwrite=True)

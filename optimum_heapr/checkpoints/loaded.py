@@ -18,6 +18,7 @@ from ..report.content import build_report
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_plan
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from ..utils.placement import place
 from ..utils.sizes import parse_size
 from .saving import save_companions
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from ..configuration import HeaprConfig
     from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
+
+
+logger = get_logger(__name__)
 
 
 class LoadedModel:
@@ -138,6 +142,12 @@ class LoadedModel:
             tokenizer, prompts = measured
             place(self.model)  # saved statistics do not need it there
             workload = Workload.of(plan.config, tokenizer, data, prompts)
+            if workload is None and prompts is not None:
+                logger.warning(
+                    "prompts are not completed, as nothing is measured: name an eval_dataset, or calibrate on text that has "
+                    "some left over (eval_samples=%d)",
+                    plan.config.eval_samples,
+                )
         base, before = self.base, observe(self.model, plan.tokens, workload)
         apply_plan(self.model, plan, statistics, data)
         return build_report(plan, base.name, before, observe(self.model, plan.routed_tokens, workload), workload)

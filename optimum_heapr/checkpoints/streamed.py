@@ -13,6 +13,7 @@ from ..criteria.obs import store_removal_curve
 from ..experts import find_expert_blocks
 from ..surgery.apply import check_compensation
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from ..utils.temporary import TemporaryFolder
 from .loaded import LoadedModel
 from .loading import source_of
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ..hub.base_model import BaseModel
     from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
+
+
+logger = get_logger(__name__)
 
 
 class OffloadedModel(LoadedModel):
@@ -89,6 +93,8 @@ class OffloadedModel(LoadedModel):
             HeaprError: if the plan asks for compensation without the statistics or the text for it.
         """
         check_compensation(plan, statistics, data)
+        if measured is not None and measured[1] is not None:
+            logger.warning("prompts are not completed, as nothing is measured: the weights are not in memory")
         self._statistics, self._data = statistics, data
 
     def save(

@@ -32,9 +32,9 @@ class HeaprSubcommand(BaseOptimumCLICommand):
         except HeaprError as error:
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             state = f"{getattr(self.args, 'output', None)}.state"
-            left = "nothing half-written was left behind"
+            left = str(error) or "nothing half-written was left behind"
             if hasattr(self.args, "resume") and os.path.exists(state):
                 left = f"{state} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)

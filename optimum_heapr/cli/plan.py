@@ -40,6 +40,7 @@ class PlanCommand(HeaprSubcommand):
         from .tables import plan_table
 
         plan = PruningPlan.build(load_statistics(self.args.statistics), config)
+        plan.warn_of_widths()
         print(plan_table(plan))
         if not self.args.dry_run:
             plan.save(self.args.output)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from ..utils.errors import HeaprError
 from .apply import add_output_options, check_push, push, save_options_from
 from .base import HeaprSubcommand
@@ -15,7 +17,15 @@ from .options import (
     add_model_options,
     config_from,
 )
-from .running import add_memory_options, add_state_options, chosen_memory, end_processes, state_from
+from .running import (
+    add_memory_options,
+    add_state_options,
+    chosen_memory,
+    end_processes,
+    kept_path,
+    kept_statistics,
+    state_from,
+)
 
 
 class PruneCommand(HeaprSubcommand):
@@ -67,10 +77,13 @@ class PruneCommand(HeaprSubcommand):
                 self.args.save_statistics, self.args.statistics, self.args.config, *source_names(config)
             )
             check_output_artefact(self.args.save_statistics, self.args.overwrite)
+        # A state that is saved holds what is measured as well.
+        saved = self.args.statistics or self.args.save_statistics or self.args.save_every or self.args.resume
+        kept = None if self.args.dry_run or saved else kept_path(self.args.output)
         storing = save_options_from(self.args)
         from ..calibration.processes import check_launcher
         from ..pruner import HeaprPruner
-        from ..report.observation import prompt_ids
+        from ..report.observation import check_prompts
         from ..utils.logging import is_main_process
         from .tables import compensation_lines, measured_lines, plan_table
 
@@ -90,9 +103,11 @@ class PruneCommand(HeaprSubcommand):
             state, saving = state_from(self.args, options["memory"])
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
-            if self.args.prompt:
-                prompt_ids(self.args.prompt, pruner.tokenizer)
-            if pruner.statistics is None:
+            check_prompts(self.args.prompt, pruner.tokenizer)
+            measures = pruner.statistics is None
+            if measures and self.args.dry_run and not self.args.save_statistics:
+                print("A dry run keeps no statistics; --save-statistics FILE does", flush=True)
+            if measures:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)
             if self.args.save_statistics and is_main_process():
                 pruner.statistics.save(self.args.save_statistics)
@@ -106,13 +121,15 @@ class PruneCommand(HeaprSubcommand):
                 return
             if pruner.statistics.cost is not None:
                 print(pruner.statistics.cost)
-            plan = pruner.plan()
-            print(plan_table(plan))
-            if self.args.dry_run:
-                del pruner
-                return
-            pruner.apply(plan, measure=True, prompts=self.args.prompt)
-            pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
+            keeps = kept is not None and measures
+            with kept_statistics(pruner.statistics, kept, config.compensates_experts) if keeps else nullcontext():
+                plan = pruner.plan()
+                print(plan_table(plan))
+                if self.args.dry_run:
+                    del pruner
+                    return
+                pruner.apply(plan, measure=True, prompts=self.args.prompt)
+                pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
             report = pruner.report
             del pruner  # before the files that the matrices of its statistics may be mapped from
         if state is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import MEMORY, HeaprConfig
 from ..utils.errors import HeaprError
+from ..utils.logging import get_logger
 from .options import model_options_from
 
 
 if TYPE_CHECKING:
     from ..calibration.layer_state import StateFolder
     from ..calibration.state import StateFile
+    from ..calibration.statistics import AtomicStatistics
+
+
+logger = get_logger(__name__)
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +104,49 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
         yield {"memory": memory, "activation_memory": budget, **placed, **options}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_path(output: str) -> Path:
+    """Where [`kept_statistics`] are, until the output is safe.
+
+    Raises:
+        HeaprError: if a run that failed left some there.
+    """
+    path = Path(f"{os.path.normpath(output)}.statistics.safetensors")
+    if path.exists():
+        raise HeaprError(
+            f"statistics={str(path)!r}: a run that failed after calibrating left them; pass -s {path} to go on from them, or "
+            "delete the file to calibrate anew"
+        )
+    return path
+
+
+@contextmanager
+def kept_statistics(statistics: AtomicStatistics, path: Path, grams: bool) -> Iterator[None]:
+    """Keeps what was measured in a file until the block ends, so that nothing that fails in it takes that along.
+
+    Args:
+        statistics (`AtomicStatistics`): of a calibration that has just ended.
+        path (`Path`): the file, which goes again if the block ends well.
+        grams (`bool`): whether what comes next needs the matrices.
+    """
+    try:
+        statistics.save(path, grams=grams)
+    except (HeaprError, OSError) as error:
+        logger.warning("The statistics are kept in memory alone until the output is written (%s)", error)
+        yield
+        return
+    left = f"what was measured is in {path}, and -s {path} goes on from that"
+    try:
+        yield
+    except HeaprError as error:
+        raise HeaprError(f"{error}; {left}") from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(left) from error
+    except BaseException:
+        print(left, file=sys.stderr)
+        raise
+    path.unlink()
 
 
 def end_processes(state: StateFile | StateFolder | None = None) -> None:

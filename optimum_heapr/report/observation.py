@@ -158,18 +158,44 @@ def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torc
     return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
 
 
+def check_prompts(
+    prompts: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase | None, measured: bool = True
+) -> None:
+    """Refuses, before anything is spent, prompts that cannot be completed.
+
+    Raises:
+        HeaprError: as [`prompt_ids`], or if nothing is to be measured.
+    """
+    if prompts is not None:
+        prompt_ids(prompts, tokenizer)
+        if not measured:
+            raise HeaprError(
+                "prompts: are completed where the model is measured; pass measure=True, or leave them out"
+            )
+
+
 def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[torch.Tensor]:
     """Token ids of texts to go on from.
 
     Raises:
-        HeaprError: if there is no tokenizer, or one of them has no tokens.
+        HeaprError: if they are no list of texts, there is no tokenizer, or one of them is empty.
     """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise HeaprError(
+            f"prompts={prompts!r}: is of type {type(prompts).__name__}; pass a list of texts, such as ['Once upon']"
+        )
+    if not prompts:
+        raise HeaprError(f"prompts={prompts!r}: has none; leave it out for beginnings of the text that is measured on")
     if tokenizer is None:
         raise HeaprError("prompts: the model has no tokenizer to read them with; leave them out")
     return [_prompt_ids(text, tokenizer) for text in prompts]
 
 
 def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    if not isinstance(text, str):
+        raise HeaprError(f"prompts: {text!r} is of type {type(text).__name__}; each is a text")
+    if not text.strip():  # a chat template would make tokens of it
+        raise HeaprError(f"prompts: {text!r} has no tokens; write something to go on from")
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

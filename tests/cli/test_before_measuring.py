@@ -55,6 +55,8 @@ def test_statistics_are_kept_as_soon_as_they_are_measured(run, inputs, tmp_path,
     assert list(tmp_path.iterdir()) == [kept] and AtomicStatistics.load(kept).has_grams
     assert run(*command, "--dry-run").status == 2, "they are not written over"
 
+    assert "A dry run keeps no statistics; --save-statistics FILE does" in run(*command[:-2], "--dry-run").output
+
     kept.unlink()
     monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.apply", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -63,3 +65,39 @@ def test_statistics_are_kept_as_soon_as_they_are_measured(run, inputs, tmp_path,
     assert list(tmp_path.iterdir()) == [kept]
     result = run("prune", "-m", inputs.model, "-s", kept, "-o", tmp_path / "out", *more)
     assert result.status == 0, result.error
+
+
+@pytest.mark.parametrize("more", [[], ["--criterion", "obs", "--compensate"]], ids=["heapr", "obs"])
+def test_what_fails_after_measuring_leaves_the_statistics(more, run, inputs, tmp_path, monkeypatch):
+    """Beside the output, by a name of their own, until that is written; the message says so in its one line."""
+    command = ["prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, *more]
+    kept = tmp_path / "out.statistics.safetensors"
+
+    def fails(*_, **__):
+        raise HeaprError("output: the disk is full")
+
+    monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.save_pretrained", fails)
+    result = run(*command)
+    assert result.status == 2 and result.error.count("\n") == 1
+    assert f"the disk is full; what was measured is in {kept}, and -s {kept} goes on from that" in result.error
+    assert list(tmp_path.iterdir()) == [kept]
+    monkeypatch.undo()
+
+    result = run(*command)
+    assert result.status == 2 and f"a run that failed after calibrating left them; pass -s {kept}" in result.error
+    result = run("prune", "-m", inputs.model, "-o", tmp_path / "out", "-s", kept, *more)
+    assert result.status == 0, result.error
+    kept.unlink()
+    assert run(*command[:4], tmp_path / "again", *command[5:]).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"], "gone when the output is there"
+
+
+def test_a_disk_too_full_for_the_statistics_stops_nothing(run, inputs, tmp_path, monkeypatch, heapr_log):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("optimum_heapr.calibration.statistics.AtomicStatistics.save", full)
+    monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.apply", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
+    assert "The statistics are kept in memory alone" in heapr_log.text and not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from optimum_heapr import AtomicStatistics
 from optimum_heapr.utils.files import replace_folder
 from tests.cli.conftest import listing
 from tests.processes import start_python
@@ -61,6 +62,11 @@ def test_ctrl_c_in_prune(moment, old, run, inputs, tmp_path, monkeypatch):
     calls = interrupted_after(monkeypatch, *MOMENTS[moment])
     result = run("prune", "-m", inputs.model, "-o", output, "--overwrite", *inputs.calibration)
     assert calls, "the function was never reached"
+    kept = tmp_path / "out.statistics.safetensors"  # what was measured, from then on
+    if moment not in ("loading", "calibrating"):
+        assert f"interrupted; what was measured is in {kept}, and -s {kept} goes on" in result.error
+        AtomicStatistics.load(kept)
+        kept.unlink()
     if moment == "putting in place":  # the new output is there by then
         assert listing(output).keys() == listing(inputs.pruned).keys()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -109,6 +109,36 @@ def test_another_text_and_other_prompts(tmp_path):
     assert [sample["prompt"] for sample in pruner.report["samples"]] == ["A router"]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([""], "prompts: '' has no tokens; write something to go on from"),
+        (["A dog", " "], "prompts: ' ' has no tokens"),
+        ([], "prompts=\\[\\]: has none; leave it out for beginnings of the text"),
+        ("A dog", "prompts='A dog': is of type str; pass a list of texts"),
+        (3, "prompts=3: is of type int; pass a list of texts"),
+        ([3], "prompts: 3 is of type int; each is a text"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_completed_are_refused_before_calibration(prompts, message, monkeypatch):
+    pruner = pruner_of()
+    monkeypatch.setattr(type(pruner), "calibrate", lambda *arguments, **options: pytest.fail("was calibrated"))
+    for tokenizer in (pruner.tokenizer, tiny_tokenizer(chat_template=CHAT_TEMPLATE)):
+        pruner.tokenizer = tokenizer
+        with pytest.raises(HeaprError, match=message):
+            pruner.prune(prompts=prompts)
+
+
+def test_prompts_that_are_not_completed_are_said_or_refused(heapr_log):
+    pruner = pruner_of(eval_samples=0)
+    pruner.calibrate(Dataset.from_dict({"input_ids": random_ids(9, 24).tolist()}))
+    with pytest.raises(HeaprError, match="prompts: are completed where the model is measured; pass measure=True"):
+        pruner.apply(pruner.plan(), prompts=["A dog"])
+    pruner.prune(prompts=["A dog"])
+    assert "prompts are not completed, as nothing is measured" in heapr_log.text
+
+
 def test_prompts_are_rendered_by_the_chat_template():
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
     pruner = measured_pruner()
