@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
 from optimum_heapr import HeaprConfig, HeaprPruner, RecoveryConfig
+from tests.helpers import tiny_model
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -61,3 +64,35 @@ def test_the_recipes_of_the_demonstration_run():
         )
         assert report.steps == 2 and {before, after} <= set(report.stages)
         before = "recovered before" if report.improved else before
+
+
+# What is small, of the family that a folder is for; the demonstration runs above as it is.
+MODEL_TYPES = {
+    "deepseek-moe-16b-base": "deepseek",
+    "moe-a": "qwen3_moe",
+    "qwen1.5-moe-a2.7b-chat": "qwen2_moe",
+    "qwen2-57b-a14b": "qwen2_moe",
+    "qwen3-30b-a3b": "qwen3_moe",
+}
+
+
+@pytest.mark.parametrize("folder", MODEL_TYPES)
+def test_the_recipes_for_a_model_run_on_a_small_one_of_its_family(folder):
+    """Two steps, in the dtypes that they name; bfloat16 weights meet every alignment that a kernel asks for."""
+    rows = Dataset.from_dict({"input_ids": [[(3 * row + k) % 40 for k in range(16)] for row in range(16)]})
+    for path in sorted((RECIPES / folder).glob("prune_*.yaml")):
+        model, teacher = (tiny_model(MODEL_TYPES[folder], dtype=torch.bfloat16) for _ in range(2))
+        config = HeaprConfig.from_file(path).replace(num_samples=8, seq_length=16, eval_samples=0)
+        pruner = HeaprPruner(model, config=config)
+        pruner.calibrate(rows)
+        pruner.prune()
+        assert pruner.applied_plan.ratio == pytest.approx(config.ratio, abs=0.01)
+    for path in sorted((RECIPES / folder).glob("recover_*.yaml")):
+        fewer = {"max_steps": 2, "eval_steps": 2, "num_samples": 16, "seq_length": 16}
+        config = RecoveryConfig.from_file(path).replace(**fewer)
+        report = pruner.recover(rows, config, teacher if config.distills else None)
+        assert report.steps == 2
+
+
+def test_every_folder_is_run():
+    assert {path.parent.name for path in PRUNING} == {"demo", *MODEL_TYPES}
