@@ -96,5 +96,5 @@ def test_refusals(options, expected, tmp_path):
     tiny_model().config.save_pretrained(tmp_path)
     with pytest.raises(HeaprError, match=expected):
         estimate(tmp_path, **options)
-    with pytest.raises(HeaprError, match="its configuration cannot be read"):
+    with pytest.raises(HeaprError, match="no such folder, and no name on the Hub"):
         estimate(tmp_path / "nothing")

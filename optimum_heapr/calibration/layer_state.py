@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.artefacts import read_artefact, write_artefact
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from ..utils.files import write_json
 from ..utils.logging import get_logger
 from .state import differences, state_path
@@ -138,7 +138,7 @@ class LayerState:
             progress = LayerProgress(**document["progress"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise HeaprError(
-                f"state={str(self.folder)!r}: is damaged ({error}); delete the folder to begin anew"
+                f"state={str(self.folder)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
             ) from error
         if found:
             raise HeaprError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.artefacts import read_artefact, write_artefact
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from ..utils.logging import get_logger
 
 
@@ -103,7 +103,7 @@ class StateFile:
             progress = Progress(**document["progress"])
         except (KeyError, RuntimeError, TypeError) as error:
             raise HeaprError(
-                f"state={str(self.path)!r}: is damaged ({error}); delete the file to begin anew"
+                f"state={str(self.path)!r}: is damaged ({reason_of(error)}); delete the file to begin anew"
             ) from error
         logger.warning("Going on after %d micro-batches, from %s", progress.batches, self.path)
         return progress

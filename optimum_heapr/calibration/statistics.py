@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..fingerprint import check_same_model, model_fingerprint
-from ..utils.artefacts import read_artefact, write_artefact
-from ..utils.errors import HeaprError
+from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
+from ..utils.errors import HeaprError, reason_of
 from ..utils.values import TensorValue
 
 
@@ -206,6 +206,9 @@ class AtomicStatistics(TensorValue):
         required = [part.name for part in fields(BlockStatistics) if part.default is MISSING]
         optional = [part.name for part in fields(BlockStatistics) if part.default is not MISSING]
         try:
+            check_parts(metadata, {"blocks": list, "fingerprint": dict})
+            check_parts(metadata["fingerprint"], {"model": dict, "data": dict})
+            check_parts(metadata["fingerprint"]["model"], MODEL_PARTS)
             blocks = {
                 block: BlockStatistics(
                     **{part: tensors[f"{block}.{part}"] for part in required},
@@ -214,11 +217,9 @@ class AtomicStatistics(TensorValue):
                 for block in metadata["blocks"]
             }
             statistics = cls(blocks, metadata["fingerprint"])
-            _ = statistics.fingerprint["model"], statistics.num_tokens  # what every later stage reads
-        except KeyError as error:
-            raise HeaprError(f"statistics={str(path)!r}: lacks {error}; calibrate again") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise HeaprError(f"statistics={str(path)!r}: is damaged ({error}); calibrate again") from error
+            _ = statistics.num_tokens  # what every later stage reads
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HeaprError(f"statistics={str(path)!r}: is damaged ({reason_of(error)}); calibrate again") from error
         statistics.check(path)
         return statistics
 

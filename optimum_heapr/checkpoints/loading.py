@@ -13,10 +13,10 @@ from ..configuration import MEMORY
 from ..experts import find_expert_blocks
 from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
-from ..utils.errors import HeaprError, did_you_mean
+from ..utils.errors import HeaprError, did_you_mean, reason_of
 from ..utils.logging import get_logger
 from ..utils.quantized import unquantized_loading
-from .origins import base_of_adapter, hub_options_in, place_of
+from .origins import base_of_adapter, hub_options_in, load_configuration, place_of
 
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load_model(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from ..modeling.modeling_heapr import auto_class_name
     from .skeleton import load_skeleton
@@ -105,7 +105,7 @@ def load_model(
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         base = base_of_adapter(path, hub_options)
-        config = AutoConfig.from_pretrained(base or path, **hub_options)
+        config = load_configuration(name, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
@@ -119,23 +119,25 @@ def load_model(
     except HeaprError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise HeaprError(
-            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            f"model={str(name)!r}: cannot be loaded ({reason_of(error)}); name a folder or a repository on the Hub that holds a "
             "causal language model"
         ) from error
     except (AssertionError, RuntimeError) as error:  # of PyTorch, about devices that are not there or are full
         if model_options.get("device_map") is None:
             raise
-        reason = " ".join(str(error).split())[:300]
         raise HeaprError(
-            f"device_map={model_options['device_map']!r}: the model cannot go there ({reason}); name devices that are there "
+            f"device_map={model_options['device_map']!r}: the model cannot go there ({reason_of(error)}); name devices that are there "
             "and have room, such as 'auto', or leave it out"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
     except (OSError, ValueError):
         tokenizer = None  # a model alone can still be calibrated on input_ids
+    except (LookupError, TypeError, AttributeError) as error:
+        raise HeaprError(
+            f"model={str(name)!r}: its tokenizer cannot be loaded ({reason_of(error)}); copy its files again"
+        ) from error
     if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
         tokenizer = None  # where a model comes without its files, transformers makes one that knows no text
     return model, tokenizer

@@ -8,7 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..demo import DEMO_MODEL, demo_model_path
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
+from .settings import check_settings
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def place_of(name: str | os.PathLike) -> str:
     """The folder of a model, or its name on the Hub.
 
     Raises:
-        HeaprError: if it can be neither.
+        HeaprError: if it can be neither, or the folder's settings are damaged.
     """
     path = str(demo_model_path()) if str(name) == DEMO_MODEL else str(name)
     if not os.path.isdir(path) and (path.startswith((".", "~", "/")) or path.count("/") > 1):
@@ -33,6 +34,8 @@ def place_of(name: str | os.PathLike) -> str:
             f"model={path!r}: no such folder, and no name on the Hub either; name a folder or a repository on the Hub that "
             "holds a causal language model"
         )
+    if os.path.isdir(path):
+        check_settings(path)
     return path
 
 
@@ -48,8 +51,8 @@ def base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
     if found is None:
         return None
     with open(found, encoding="utf-8") as file:
-        base = json.load(file)["base_model_name_or_path"]
-    if not base:
+        base = json.load(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
         raise HeaprError(
             f"model={path!r}: is an adapter of a model that was in memory, and does not say where that is; load that model, "
             "then the adapter with optimum_heapr.recovery.adapter.load_adapter"
@@ -79,9 +82,8 @@ def load_configuration(name: str | os.PathLike, **model_options: Any) -> PreTrai
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         return AutoConfig.from_pretrained(base_of_adapter(path, hub_options) or path, **hub_options)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HeaprError(
-            f"model={str(name)!r}: cannot be loaded ({reason}); name a folder or a repository on the Hub that holds a "
+            f"model={str(name)!r}: cannot be loaded ({reason_of(error)}); name a folder or a repository on the Hub that holds a "
             "causal language model"
         ) from error

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..demo import DEMO_MODEL, demo_model_path
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
+from .origins import place_of
 
 
 if TYPE_CHECKING:
@@ -34,17 +34,16 @@ def load_outline(name: str | os.PathLike, dtype: str = "auto", **hub_options: An
 
     from ..modeling.modeling_heapr import auto_class_name
 
-    path = str(demo_model_path()) if str(name) == DEMO_MODEL else os.fspath(name)
+    path = place_of(name)
     trust = {key: hub_options[key] for key in ("trust_remote_code",) if key in hub_options}
     try:
         config = AutoConfig.from_pretrained(path, **hub_options)
         chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             return getattr(transformers, auto_class_name(type(config))).from_config(config, dtype=chosen, **trust)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HeaprError(
-            f"model={str(name)!r}: its configuration cannot be read ({reason}); name a folder with a config.json, or a "
+            f"model={str(name)!r}: its configuration cannot be read ({reason_of(error)}); name a folder with a config.json, or a "
             "repository on the Hub"
         ) from error
 
@@ -57,7 +56,7 @@ def stored_bytes(name: str | os.PathLike, **hub_options: Any) -> int | None:
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-    path = str(demo_model_path()) if str(name) == DEMO_MODEL else os.fspath(name)
+    path = place_of(name)
     options = {key: value for key, value in hub_options.items() if key != "trust_remote_code"}
     try:
         index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)

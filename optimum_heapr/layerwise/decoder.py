@@ -125,7 +125,7 @@ class Decoder:
             except HeaprError:
                 raise
             except (TypeError, ValueError, IndexError) as error:  # its layers return something else
-                raise self._refusal(f"its layers hand on more than hidden states ({error})") from error
+                raise self._refusal("its layers hand on more than hidden states") from error
         if len(found) != len(self.layers):
             raise self._refusal(f"{len(found)} of {len(self.layers)} layers are called")
         return hidden_states[0].detach(), found, [tensor for _, tensor in tensors.values()]

@@ -12,9 +12,9 @@ import torch
 from ..configuration import HeaprConfig
 from ..criteria import importance
 from ..criteria.obs import store_removal_curves
-from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from ..utils.public import public_data
 from ..utils.values import TensorValue
 from .alignment import warn_of_stock_widths
@@ -93,7 +93,7 @@ class PruningPlan(TensorValue):
         scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
         dropped = dropped_experts(statistics, config)
         kept = allocate(scores, config, statistics.unreached, goal, dropped)
-        plan = cls(
+        return cls(
             kept=kept,
             original_width={path: block.width for path, block in statistics.blocks.items()},
             config=config,
@@ -109,10 +109,6 @@ class PruningPlan(TensorValue):
             importance=importance_distribution(scores, kept),
             dropped=dropped,
         )
-        each = plan.model["parameters_per_atomic_expert"]
-        itemsize = plan.storage.get("bytes_per_atomic_expert", 2 * each) // each
-        warn_of_stock_widths(config, sum(plan.widths.values(), []), list(plan.original_width.values()), itemsize)
-        return plan
 
     @property
     def widths(self) -> dict[str, list[int]]:
@@ -172,6 +168,12 @@ class PruningPlan(TensorValue):
         """
         return sum(self.loss_increase.values())
 
+    def warn_of_widths(self) -> None:
+        """Says so where the layout stores widths that transformers does not run as it does by default."""
+        each = self.model["parameters_per_atomic_expert"]
+        itemsize = self.storage.get("bytes_per_atomic_expert", 2 * each) // each
+        warn_of_stock_widths(self.config, sum(self.widths.values(), []), list(self.original_width.values()), itemsize)
+
     def public(self) -> PruningPlan:
         """A copy that names no place on this machine, for the folder of a model. Such a text is not found to be read again."""
         return replace(self, config=self.config.public(), data=public_data(self.data))
@@ -212,14 +214,21 @@ class PruningPlan(TensorValue):
         path = own_file(path, PLAN_NAME) if os.path.isdir(path) else path
         tensors, document = read_artefact(path, FORMAT)
         try:
-            kept = {
-                block: list(tensors[f"{block}.kept_indices"].long().split(tensors[f"{block}.widths"].tolist()))
-                for block in document["blocks"]
-            }
+            _check_document(document)
+            kept = {}
+            for block in document["blocks"]:
+                indices, widths = tensors[f"{block}.kept_indices"].long(), tensors[f"{block}.widths"].tolist()
+                if min(widths) < 0 or sum(widths) != len(indices):
+                    raise ValueError(f"{block} has {len(indices)} kept indices, and its widths ask for {sum(widths)}")
+                kept[block] = list(indices.split(widths))
+            try:
+                config = HeaprConfig.from_artefact(document["config"])
+            except HeaprError as error:
+                raise HeaprError(f"plan={str(path)!r}: its options are damaged ({error}); plan again") from error
             plan = cls(
                 kept=kept,
                 original_width=document["original_width"],
-                config=HeaprConfig.from_artefact(document["config"]),
+                config=config,
                 model=document["model"],
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
@@ -232,9 +241,12 @@ class PruningPlan(TensorValue):
                 dropped=document.get("dropped", {}),
             )
             plan.check()
-        except (KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise HeaprError(f"plan={str(path)!r}: its parts do not fit together ({reason}); plan again") from error
+        except HeaprError:
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise HeaprError(
+                f"plan={str(path)!r}: its parts do not fit together ({reason_of(error)}); plan again"
+            ) from error
         return plan
 
     def check(self) -> None:
@@ -282,3 +294,14 @@ class PruningPlan(TensorValue):
                     f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
                     "plan from statistics of this model"
                 )
+
+
+def _check_document(document: dict[str, Any]) -> None:
+    """Refuses one that lacks what later stages read, or has something else there, as [`check_parts`] does."""
+    needed = ("original_width", "config", "model", "loss_increase", "unreached")
+    check_parts(document, {"blocks": list, **dict.fromkeys(needed, dict)})
+    check_parts(document["model"], MODEL_PARTS)
+    check_parts(document["loss_increase"], dict.fromkeys(document["blocks"], (float, int)))
+    check_parts(document["original_width"], dict.fromkeys(document["blocks"], int))
+    newer = {name: dict for name in ("compensation", "data", "tokens", "storage", "importance") if name in document}
+    check_parts(document, newer)

@@ -32,7 +32,7 @@ def check_pruned(model: PreTrainedModel) -> None:
         HeaprError: if it was not pruned by this package, or is in float16.
     """
     name = model_name(model)
-    if getattr(model.config, "heapr_config", None) is None:
+    if not isinstance(getattr(model.config, "heapr_config", None), dict):
         raise HeaprError(f"model={name!r}: its config.json has no heapr_config; name a model that was pruned")
     if str(model.dtype) == "torch.float16":
         raise HeaprError(f"dtype=float16: training {name!r} in it overflows; use bfloat16 or float32")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.processes import start_processes
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from ..utils.files import write_json
 from ..utils.logging import get_logger, is_main_process
 
@@ -57,7 +57,12 @@ class RunFolder:
             if is_main_process():
                 write_json(about, run)
             return
-        found = json.loads(about.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(about.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise HeaprError(
+                f"state={str(self.path)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
+            ) from error
         for name in run:
             if found.get(name) != run[name]:
                 raise HeaprError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.companions import CHART_NAME, REPORT_NAME, REPORT_PAGE_NAME, REPORT_TEXT_NAME
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from ..utils.files import replace_file, write_json
 from .charts import kept_widths
 from .content import FORMAT, VERSION
@@ -40,8 +40,7 @@ def read_report(path: str | os.PathLike) -> dict[str, Any]:
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise HeaprError(f"report={str(path)!r}: cannot be read ({reason}); name a report.json") from error
+        raise HeaprError(f"report={str(path)!r}: cannot be read ({reason_of(error)}); name a report.json") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
         raise HeaprError(f"report={str(path)!r}: is no report of a pruning; name a report.json")
     if report.get("version") != VERSION:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import DEMO_MODEL, demo_texts
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, reason_of
 from .mixtures import Source
 
 
@@ -113,7 +113,8 @@ def _loading_errors(name: str | os.PathLike) -> Iterator[None]:
     except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         while error.__cause__ is not None:  # `datasets` only says that something happened
             error = error.__cause__
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        # A TypeError is one of Arrow's, which says what does not fit.
+        reason = " ".join(str(error).split())[:300] if isinstance(error, TypeError) else reason_of(error)
         hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({reason}){hint}") from error
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import HeaprError
+from .errors import HeaprError, reason_of
 from .files import check_output_file, replace_file
 
 
@@ -63,8 +63,26 @@ def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch
         raise
     except _damage() as error:
         raise HeaprError(
-            f"{what}={str(path)!r}: truncated or not a safetensors file ({error}); make it again"
+            f"{what}={str(path)!r}: truncated or not a safetensors file ({reason_of(error)}); make it again"
         ) from error
+
+
+MODEL_PARTS = {"num_parameters": int, "parameters_per_atomic_expert": int}
+"""What every stage reads of the fingerprint of a model."""
+
+
+def check_parts(document: Any, kinds: dict[str, type | tuple[type, ...]]) -> None:
+    """Refuses a mapping that lacks a part or has one of another type; what reads it says of which file.
+
+    Raises:
+        KeyError: if it lacks one.
+        ValueError: if it is no mapping, or a part is of another type.
+    """
+    if not isinstance(document, dict):
+        raise ValueError("it holds no mapping where one must be")
+    for name, kind in kinds.items():
+        if not isinstance(document[name], kind):
+            raise ValueError(f"its {name!r} is {json.dumps(document[name])[:60]}, which it cannot be")
 
 
 def _damage() -> tuple[type[Exception], ...]:
@@ -88,7 +106,7 @@ def artefact_format(path: str | os.PathLike) -> str | None:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format")
     except _damage() as error:
-        raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({error})") from error
+        raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({reason_of(error)})") from error
 
 
 def check_output_artefact(path: str | os.PathLike, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import HeaprError, did_you_mean
+from .errors import HeaprError, did_you_mean, reason_of
 from .public import public_name
 
 
@@ -145,12 +145,13 @@ def read_mapping(path: str | os.PathLike) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise HeaprError(f"config={str(path)!r}: cannot be read ({error}); name a YAML or JSON file") from error
+        raise HeaprError(
+            f"config={str(path)!r}: cannot be read ({reason_of(error)}); name a YAML or JSON file"
+        ) from error
     try:
         content = json.loads(text) if str(path).endswith(".json") else _with_numbers(yaml.safe_load(text))
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # yaml: ValueError for a date such as 2024-13-01
-        reason = " ".join(str(error).split())
-        raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason})") from error
+        raise HeaprError(f"config={str(path)!r}: cannot be parsed ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise HeaprError(f"config={str(path)!r}: must hold a mapping of option names to values, one a line")
     return content

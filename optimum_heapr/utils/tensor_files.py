@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from .errors import HeaprError
+from .errors import HeaprError, reason_of
 
 
 # In the order of the safetensors library, which writes tensors by falling position in it, then by name.
@@ -152,7 +152,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             for name, entry in header.items()
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise HeaprError(f"model={str(file)!r}: is not a safetensors file of known dtypes ({error})") from error
+        raise HeaprError(
+            f"model={str(file)!r}: is not a safetensors file of known dtypes ({reason_of(error)})"
+        ) from error
 
 
 def checkpoint_files(model: str, **hub_options: Any) -> list[str]:

@@ -147,6 +147,6 @@ def test_a_width_that_transformers_refuses_to_run_is_said_with_those_it_takes(
 ):
     statistics = random_statistics(width=width)
     statistics.fingerprint["storage"] = {"num_bytes": 10_000 * itemsize, "bytes_per_atomic_expert": 96 * itemsize}
-    PruningPlan.build(statistics, HeaprConfig(**options))
+    PruningPlan.build(statistics, HeaprConfig(**options)).warn_of_widths()
     said = {message for message in heapr_log.messages if "grouped_mm" in message}
     assert len(said) == (expected is not None) and all(expected in message for message in said)
