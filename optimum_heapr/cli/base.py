@@ -33,7 +33,9 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            state = f"{getattr(self.args, 'output', None)}.state"
+            from ..utils.files import beside
+
+            state = beside(getattr(self.args, "output", None) or "", ".state")
             left = str(error) or "nothing half-written was left behind"
             if hasattr(self.args, "resume") and os.path.exists(state):
                 left = f"{state} holds what was done, and --resume goes on from there"

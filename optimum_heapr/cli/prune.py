@@ -105,7 +105,7 @@ class PruneCommand(HeaprSubcommand):
             pruner.check()
             check_prompts(self.args.prompt, pruner.tokenizer)
             measures = pruner.statistics is None
-            if measures and self.args.dry_run and not self.args.save_statistics:
+            if measures and self.args.dry_run and not self.args.save_statistics and is_main_process():
                 print("A dry run keeps no statistics; --save-statistics FILE does", flush=True)
             if measures:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)

@@ -39,7 +39,7 @@ class RecoverCommand(HeaprSubcommand):
     def execute(self) -> None:
         from ..recovery.configuration import RecoveryConfig
         from ..recovery.state import RunFolder
-        from ..utils.files import check_output_folder
+        from ..utils.files import beside, check_output_folder
 
         args, config = self.args, config_from(self.args, RecoveryConfig)
         check_output_is_not_input(args.output, args.model, args.teacher, args.config, *source_names(config))
@@ -52,7 +52,7 @@ class RecoverCommand(HeaprSubcommand):
         from ..utils.logging import is_main_process
         from .tables import table
 
-        with RunFolder(f"{args.output}.state", args.resume) as folder:
+        with RunFolder(beside(args.output, ".state"), args.resume) as folder:
             report = self._recover(config, folder)
         end_processes()
         if is_main_process():

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import MEMORY, HeaprConfig
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
 from .options import model_options_from
 
 
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from ..calibration.layer_state import StateFolder
     from ..calibration.state import StateFile
     from ..calibration.statistics import AtomicStatistics
-
-
-logger = get_logger(__name__)
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +65,13 @@ def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | State
     """
     from ..calibration.layer_state import StateFolder
     from ..calibration.state import StateFile
+    from ..utils.files import beside
 
     if not (args.resume or args.save_every):
         return None, {}
     if args.output is None:
         raise HeaprError("output=None: --save-every and --resume use OUTPUT.state; name the output with -o")
-    path, saving = f"{args.output}.state", {"resume": args.resume, "save_every": args.save_every}
+    path, saving = beside(args.output, ".state"), {"resume": args.resume, "save_every": args.save_every}
     state = (StateFolder if memory == "streaming" else StateFile)(path, **saving)
     return state, {"state_path": path, "keep_state": True, **saving}
 
@@ -112,7 +109,9 @@ def kept_path(output: str) -> Path:
     Raises:
         HeaprError: if a run that failed left some there.
     """
-    path = Path(f"{os.path.normpath(output)}.statistics.safetensors")
+    from ..utils.files import beside
+
+    path = beside(output, ".statistics.safetensors")
     if path.exists():
         raise HeaprError(
             f"statistics={str(path)!r}: a run that failed after calibrating left them; pass -s {path} to go on from them, or "
@@ -130,10 +129,12 @@ def kept_statistics(statistics: AtomicStatistics, path: Path, grams: bool) -> It
         path (`Path`): the file, which goes again if the block ends well.
         grams (`bool`): whether what comes next needs the matrices.
     """
+    from ..utils.logging import get_logger
+
     try:
         statistics.save(path, grams=grams)
     except (HeaprError, OSError) as error:
-        logger.warning("The statistics are kept in memory alone until the output is written (%s)", error)
+        get_logger(__name__).warning("The statistics are kept in memory alone until the output is written (%s)", error)
         yield
         return
     left = f"what was measured is in {path}, and -s {path} goes on from that"

@@ -188,6 +188,12 @@ def _exchange(first: Path, second: Path) -> bool:
     return renameat2(at_current_folder, paths[0], at_current_folder, paths[1], rename_exchange) == 0
 
 
+def beside(path: str | os.PathLike, ending: str) -> Path:
+    """A place beside an output and named after it, also if the output is named `.` or with a slash at its end."""
+    path = os.path.normpath(path)
+    return Path(f"{os.path.abspath(path) if path in ('.', '..') else path}{ending}")
+
+
 def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Refuses an output that would be lost or mixed up, before any work is done for it.
 

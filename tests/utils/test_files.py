@@ -18,6 +18,7 @@ from optimum_heapr.utils import files
 from optimum_heapr.utils.artefacts import artefact_format, check_output_artefact, read_artefact, write_artefact
 from optimum_heapr.utils.errors import HeaprError
 from optimum_heapr.utils.files import (
+    beside,
     check_output_file,
     check_output_folder,
     replace_file,
@@ -384,6 +385,13 @@ def test_a_record_of_names_alone_is_read(tmp_path):
     (folder / MANIFEST).write_text('["weights"]')
     (folder / "weights").write_text("new")
     check_output_folder(folder, overwrite=True)
+
+
+@pytest.mark.parametrize("output", ["out", "out/", "./out", "."])
+def test_what_stands_beside_an_output_is_outside_it(output, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out" if output == "." else tmp_path)
+    assert beside(output, ".state").absolute() == tmp_path / "out.state"
 
 
 @pytest.mark.parametrize("record", [None, "{torn", "3", "[[1]]", "[" * 100_000], ids=repr)
