@@ -29,7 +29,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

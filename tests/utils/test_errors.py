@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from optimum_heapr.utils.errors import HeaprError, did_you_mean
+from optimum_heapr.utils.errors import HeaprError, did_you_mean, reason_of
 from optimum_heapr.utils.logging import get_logger, is_main_process, progress
 
 
@@ -27,6 +27,32 @@ def test_the_error_is_a_value_error_with_a_plain_message():
 )
 def test_the_nearest_name_is_suggested(value, hint):
     assert did_you_mean(value, iter(["ratio", "num_samples", "seq_length"])) == hint
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("document"), "it has no 'document'"),
+        (
+            TypeError("list indices must be integers or slices, not str"),
+            "something in it is not of the kind that it must be",
+        ),
+        (AttributeError("'list' object has no attribute 'get'"), "something in it is not of the kind that it must be"),
+        (IndexError("list index out of range"), "something in it is not of the kind that it must be"),
+        (RecursionError("maximum recursion depth exceeded"), "it is nested too deeply"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid continuation byte"), "it is not UTF-8 text"),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), "No such file or directory: a.json"),
+        (
+            OSError("nobody/nothing is not a local folder\nand not on the Hub"),
+            "nobody/nothing is not a local folder and not on the Hub",
+        ),
+        (StopIteration(), "it has no rows"),
+        (ValueError(), "ValueError"),
+    ],
+    ids=repr,
+)
+def test_what_is_the_matter_is_said_in_the_terms_of_whoever_has_the_file(error, reason):
+    assert reason_of(error) == reason
 
 
 def test_loggers_are_below_that_of_optimum():
