@@ -122,7 +122,7 @@ TEXTS = {
     "messages completed by text": (
         "x.jsonl",
         rows({"prompt": DIALOGUE, "completion": "b"}),
-        ["row 0", "no chat template"],
+        ["row 0", "'completion' holds str; it takes lists of messages"],
     ),
     "messages in two columns without a template": (
         "x.jsonl",
