@@ -53,16 +53,20 @@ class Recovery:
         model (`PeftModel` or `PreTrainedModel`): the pruned model with the adapter of its best state; as it was, without one,
             if no state was better.
         report (`RecoveryReport`): every loss that was measured.
+        dtypes (`dict[str, torch.dtype]`): of the weights of the pruned model; what is trained is in float32.
     """
 
     model: PeftModel | PreTrainedModel
     report: RecoveryReport
+    dtypes: dict[str, torch.dtype]
 
     def merge(self) -> PreTrainedModel:
         """Adds the adapter, if there is one, to the weights, in place, and returns the plain model."""
         if not self.report.improved:
             return self.model
         merged = self.model.merge_and_unload()
+        for name, parameter in merged.named_parameters():  # of norms and routers the trained copies take the place
+            parameter.data = parameter.data.to(self.dtypes[name])
         setattr(merged.config, RECOVERED, True)
         return merged
 
@@ -98,7 +102,7 @@ def recover(
             f"teacher=None: distillation_weight={config.distillation_weight} needs the unpruned model; name it, or set "
             "distillation_weight to 0"
         )
-    identity = identity_of(model)
+    identity, dtypes = identity_of(model), {name: parameter.dtype for name, parameter in model.named_parameters()}
     folder.begin({"model": identity, "config": config.to_dict(), "data": _fingerprints(data)})
 
     running = [model] if teacher is None or teacher.model is None else [model, teacher.model]
@@ -137,7 +141,13 @@ def recover(
         model=identity,
         teacher=public_name(teacher.name) if teacher else None,
     )
-    return Recovery(peft_model.eval() if improved else peft_model.unload(), report)
+    return Recovery(peft_model.eval() if improved else _untrained(peft_model), report, dtypes)
+
+
+def _untrained(model: PeftModel) -> PreTrainedModel:
+    """The model as it was. Of modules that are trained whole (norms, routers) PEFT's `unload` would leave the trained copies."""
+    model.delete_adapter(model.active_adapter)
+    return model.unload()
 
 
 def _stage_of(model: PreTrainedModel) -> str:

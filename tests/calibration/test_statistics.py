@@ -174,7 +174,7 @@ def test_a_newer_version_is_refused_naming_both(saved):
 def test_missing_tensors_and_documents_are_refused(saved):
     content = saved.read_bytes()
     rewrite(saved, change_tensors=lambda tensors: tensors.pop("model.layers.1.mlp.experts.fisher_sum"))
-    with pytest.raises(HeaprError, match=r"lacks 'model\.layers\.1\.mlp\.experts\.fisher_sum'; calibrate again"):
+    with pytest.raises(HeaprError, match=r"\(it has no 'model\.layers\.1\.mlp\.experts\.fisher_sum'\); calibrate"):
         AtomicStatistics.load(saved)
     for change in (
         lambda metadata: metadata.pop("document"),

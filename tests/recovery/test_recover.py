@@ -181,6 +181,24 @@ def test_nothing_is_kept_if_nothing_improved(pruned, model, tmp_path):
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in pruned.model.named_parameters()}
 
 
+@pytest.mark.parametrize("targets", ["router", "all"])
+@pytest.mark.parametrize(("learning_rate", "improves"), [(1e-2, True), (10.0, False)])
+def test_weights_keep_their_type_and_are_what_they_were_if_nothing_improved(
+    model, targets, learning_rate, improves, tmp_path
+):
+    """Norms and routers are trained as copies in float32, which took the place of the originals either way."""
+    model = model.to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    recovery = run(model, tmp_path / "state", targets=targets, learning_rate=learning_rate)
+    assert recovery.report.improved == improves
+    merged = recovery.merge()
+    after = merged.state_dict()
+    assert after.keys() == before.keys()
+    assert all(weight.dtype == before[name].dtype for name, weight in after.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items()) == (not improves)
+    assert torch.isfinite(logits_of(merged)).all()
+
+
 def test_a_cached_teacher_says_what_one_beside_says(pruned, tmp_path):
     beside, cached = (
         run(
