@@ -177,9 +177,8 @@ class HeaprPruner:
             measure (`Dataset` or `str`, *optional*): text to measure a few of them on, which corrects the estimates of all.
         """
         of_model = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
-        return frontier(
-            *of_model[2:], measure=None if measure is None else text_measure(*of_model, measure), **options
-        )
+        measured = None if measure is None else text_measure(*of_model, measure)
+        return frontier(*of_model[2:], measure=measured, **options)
 
     def apply(
         self,

@@ -12,7 +12,7 @@ import torch
 from ..configuration import HeaprConfig
 from ..criteria import importance
 from ..criteria.obs import store_removal_curves
-from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
+from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError, reason_of
 from ..utils.public import public_data
@@ -20,6 +20,7 @@ from ..utils.values import TensorValue
 from .alignment import warn_of_stock_widths
 from .allocation import allocate
 from .distribution import importance_distribution
+from .document import check_document
 from .dropping import dropped_experts
 from .estimate import estimated_loss_increase
 from .goal import Goal
@@ -214,7 +215,7 @@ class PruningPlan(TensorValue):
         path = own_file(path, PLAN_NAME) if os.path.isdir(path) else path
         tensors, document = read_artefact(path, FORMAT)
         try:
-            _check_document(document)
+            check_document(document)
             kept = {}
             for block in document["blocks"]:
                 indices, widths = tensors[f"{block}.kept_indices"].long(), tensors[f"{block}.widths"].tolist()
@@ -294,14 +295,3 @@ class PruningPlan(TensorValue):
                     f"plan: {path} has (experts, width) {planned} in the plan and {shapes.get(path)} in the model; "
                     "plan from statistics of this model"
                 )
-
-
-def _check_document(document: dict[str, Any]) -> None:
-    """Refuses one that lacks what later stages read, or has something else there, as [`check_parts`] does."""
-    needed = ("original_width", "config", "model", "loss_increase", "unreached")
-    check_parts(document, {"blocks": list, **dict.fromkeys(needed, dict)})
-    check_parts(document["model"], MODEL_PARTS)
-    check_parts(document["loss_increase"], dict.fromkeys(document["blocks"], (float, int)))
-    check_parts(document["original_width"], dict.fromkeys(document["blocks"], int))
-    newer = {name: dict for name in ("compensation", "data", "tokens", "storage", "importance") if name in document}
-    check_parts(document, newer)
