@@ -203,7 +203,7 @@ class HeaprPruner:
         statistics = self.statistics if statistics is None else load_statistics(statistics)
         check_prompts(prompts, self.tokenizer, measure)
         self._stages.check(plan)  # before minutes are spent on it
-        if plan.config.compensates_blocks and self.calibration_data is None:
+        if self.calibration_data is None and (plan.config.compensates_blocks or (measure and plan.search)):
             self.calibration_data = load_calibration_data(plan.config, self.tokenizer)
         data, measured = self.calibration_data, (self.tokenizer, prompts) if measure else None
         self.report, self.applied_plan = self._stages.apply(plan, statistics, data, measured), plan

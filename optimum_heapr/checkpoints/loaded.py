@@ -16,7 +16,7 @@ from ..hub.base_model import BaseModel
 from ..hub.statistics import load_statistics
 from ..report.content import build_report
 from ..report.observation import Workload, observe
-from ..surgery.apply import apply_plan, check_plan
+from ..surgery.apply import apply_plan, check_compensation, check_plan
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.placement import place
@@ -137,6 +137,7 @@ class LoadedModel:
             data (`CalibrationData`, *optional*): for compensation over blocks.
             measured (`tuple`, *optional*): tokenizer, and prompts if there are any, to measure before and after.
         """
+        check_compensation(plan, statistics, data)  # before minutes are spent on measuring
         workload = None
         if measured is not None:
             tokenizer, prompts = measured

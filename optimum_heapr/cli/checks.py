@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..configuration import HeaprConfig
 from ..utils.errors import HeaprError
 from ..utils.options import Options
+
+
+if TYPE_CHECKING:
+    from ..calibration.statistics import AtomicStatistics
 
 
 def source_names(config: Options) -> list[str]:
@@ -34,6 +39,21 @@ def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = 
         check_calibration_text(config)
     if evaluates and config.eval_samples and config.eval_dataset is not None:
         open_evaluation_text(config.eval_dataset)
+
+
+def check_serves(statistics: AtomicStatistics, config: HeaprConfig) -> None:
+    """Refuses a plan whose compensation these statistics could not give when it is applied.
+
+    Raises:
+        HeaprError: saying how to get statistics that can.
+    """
+    if config.compensates_experts and not all(
+        block.activation_gram_sum is not None for block in statistics.blocks.values()
+    ):
+        raise HeaprError(
+            "compensate=True: these statistics hold no matrices to compensate with; calibrate with --criterion obs and without "
+            "--no-grams, or pass --compensation-scope block, which reads the text again"
+        )
 
 
 def check_output_is_not_input(output: str, *inputs: str | None) -> None:

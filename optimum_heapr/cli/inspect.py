@@ -4,17 +4,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .base import HeaprSubcommand
 
 
+if TYPE_CHECKING:
+    from ..planning.plan import PruningPlan
+
+
 class InspectCommand(HeaprSubcommand):
     NAME = "inspect"
-    HELP = "Print a statistics file, a plan or the report of a pruned model as tables."
+    HELP = "Print a statistics file, a plan or the report of a pruned model as tables, or compare two plans."
 
     @staticmethod
     def parse_args(parser):
         parser.add_argument("path", help="statistics file, plan file, report.json, or folder of a pruned model")
+        parser.add_argument(
+            "other",
+            nargs="?",
+            help="a second plan of the same model, or a folder that holds one: what both keep, layer by layer",
+        )
 
     def execute(self) -> None:
         from ..calibration.statistics import FORMAT as STATISTICS_FORMAT
@@ -24,8 +34,17 @@ class InspectCommand(HeaprSubcommand):
         from ..report.files import read_report
         from ..utils.artefacts import artefact_format
         from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
-        from .tables import importance_table, report_text, search_lines, size_line, statistics_table
+        from .tables import (
+            importance_table,
+            report_text,
+            search_lines,
+            size_line,
+            statistics_table,
+        )
 
+        if self.args.other is not None:
+            print(comparison_table(*map(PruningPlan.load, (self.args.path, self.args.other))))
+            return
         path = Path(self.args.path)
         if path.is_dir():
             report = own_file(path, REPORT_NAME)
@@ -39,3 +58,27 @@ class InspectCommand(HeaprSubcommand):
             plan = PruningPlan.load(path)
             report = report_text(build_report(plan, plan.model["model_type"]))
             print(report, "\n".join([size_line(plan), *search_lines(plan)]), sep="\n\n")
+
+
+def comparison_table(first: PruningPlan, second: PruningPlan) -> str:
+    """What two plans keep, each and both, layer by layer."""
+    from ..planning.comparison import compare_plans
+    from .tables import table
+
+    rows = [
+        [
+            block.path,
+            *(f"{kept / block.total:.1%}" for kept in block.kept),
+            f"{block.both / block.total:.1%}",
+            f"{block.overlap:.2f}",
+            f"{block.by_chance:.2f}",
+            *(f"{loss:.5f}" for loss in block.loss_increase),
+        ]
+        for block in compare_plans(first, second)
+    ]
+    header = ["block", "first keeps", "second", "both", "overlap", "by chance", "est. loss +, first", "second"]
+    asked = [f"{name}: {plan!r}" for name, plan in (("first", first), ("second", second))]
+    note = "overlap: kept by both, of what either keeps; by chance: that of random sets of these sizes."
+    if first.config.criterion != second.config.criterion:
+        note += " Estimates of two criteria do not compare."
+    return "\n".join([table(header, rows), "", *asked, note])

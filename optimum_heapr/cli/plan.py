@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input
+from .checks import check_output_is_not_input, check_serves
 from .options import STATISTICS_ARE_ENOUGH, add_config_options, config_from
 
 
@@ -39,7 +39,9 @@ class PlanCommand(HeaprSubcommand):
         from ..planning.plan import PruningPlan
         from .tables import plan_table
 
-        plan = PruningPlan.build(load_statistics(self.args.statistics), config)
+        statistics = load_statistics(self.args.statistics)
+        check_serves(statistics, config)
+        plan = PruningPlan.build(statistics, config)
         plan.warn_of_widths()
         print(plan_table(plan))
         if not self.args.dry_run:

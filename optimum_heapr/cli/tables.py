@@ -167,6 +167,7 @@ def statistics_table(statistics: AtomicStatistics) -> str:
             f"{data['num_tokens']:,} tokens in {data['num_samples']} samples of {data['source']}, seed "
             f"{statistics.fingerprint['seed']}; loss {statistics.fingerprint['loss']:.4f} nats a token",
             f"model type {statistics.fingerprint['model']['model_type']}",
+            serving_line(statistics),
             *source_lines(data),
             *skipped_lines(statistics.fingerprint.get("skipped", [])),
             *unreached_lines(statistics.unreached),
@@ -194,6 +195,24 @@ def importance_table(statistics: AtomicStatistics, criterion: str = "heapr") -> 
             rows.append([path, *(f"{measured[place]:.3g}" for place in places)])
     header = ["block", "least", "10 %", "median", "90 %", "most"]
     return f"importance of atomic experts, criterion {criterion}\n{table(header, rows)}"
+
+
+def serving_line(statistics: AtomicStatistics) -> str:
+    """What can be planned from these statistics, and how to get the rest."""
+    blocks = statistics.blocks.values()
+    rest = "--compensation-scope block reads the text again"
+    if all(block.activation_gram_sum is not None for block in blocks):
+        return f"serves every ratio, criterion and layout, and --compensate; {rest}"
+    if all(block.has_curves for block in blocks):
+        least = min(float(block.removal_ridge.min()) for block in blocks)
+        return (
+            f"serves every ratio, criterion (obs with ridge {least:.3g}) and layout, but --compensate within experts not: "
+            f"calibrate without --no-grams for it; {rest}"
+        )
+    return (
+        "serves every ratio, layout and criterion but obs, and --compensate within experts not: calibrate with --criterion obs, "
+        f"which is what we recommend, for these; {rest}"
+    )
 
 
 def source_lines(data: dict[str, Any]) -> list[str]:

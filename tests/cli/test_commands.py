@@ -251,6 +251,18 @@ def test_evaluate_takes_dense_models(run, inputs, tmp_path):
     assert result.status == 0 and json.loads(result.output)["perplexity"][0]["perplexity"] > 1
 
 
+def test_inspect_compares_two_plans(run, inputs, tmp_path):
+    other = tmp_path / "plan.safetensors"
+    assert run("plan", "-s", inputs.statistics, "--ratio", 0.5, "--criterion", "magnitude", "-o", other).status == 0
+    found = run("inspect", inputs.pruned, other)
+    assert found.status == 0, found.error
+    last = next(line for line in found.output.splitlines() if line.startswith("all")).split()
+    assert last[1:3] == ["75.0%", "50.0%"] and 0 < float(last[3][:-1]) <= 50
+    assert "Estimates of two criteria do not compare" in found.output
+    assert "100.0%" not in run("inspect", other, other).output.splitlines()[2]
+    assert run("inspect", other, inputs.statistics).status == 2
+
+
 def test_inspect_shows_every_artefact(run, inputs, tmp_path):
     statistics = run("inspect", inputs.statistics)
     assert statistics.status == 0 and "tokens in 9 samples" in statistics.output

@@ -75,6 +75,10 @@ def test_what_is_missing_is_said(inputs, capsys):
     data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8)
     run("calibrate", "-m", inputs / "model", "-o", inputs / "vectors.safetensors", *data)
     refused = [
+        (
+            ("plan", "-s", inputs / "vectors.safetensors", "--compensate", "--dry-run"),
+            "hold no matrices to compensate with",
+        ),
         (("plan", "-s", inputs / "vectors.safetensors", "--criterion", "obs", "--dry-run"), "statistics='gram'"),
         (
             ("apply", "-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "out"),
@@ -82,7 +86,10 @@ def test_what_is_missing_is_said(inputs, capsys):
         ),
     ]
     plan = ("--compensate", "-o", inputs / "plan.safetensors")
-    run("plan", "-s", inputs / "vectors.safetensors", *plan)
+    assert "--compensate within experts not: calibrate with --criterion obs" in capsys.readouterr().out
+    run("calibrate", "-m", inputs / "model", "-o", inputs / "matrices.safetensors", "--statistics", "gram", *data)
+    assert "serves every ratio, criterion and layout, and --compensate;" in capsys.readouterr().out
+    run("plan", "-s", inputs / "matrices.safetensors", *plan)
     for arguments, message in refused:
         with pytest.raises(SystemExit) as status:
             run(*arguments)
