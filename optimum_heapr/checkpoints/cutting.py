@@ -24,8 +24,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
+    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -233,13 +232,16 @@ class TargetCheckpoint:
 
     def _revert(self, parameter: str, tensor: torch.Tensor, model: StandIn) -> dict[str, torch.Tensor]:
         """`revert_weight_conversion` for one parameter, or for one expert of it."""
-        key, pattern = apply_converters(parameter, self._converters)
+        key, pattern = rename_source_key(parameter, [], self._converters)
         if pattern is None:
-            return {apply_renamings(parameter, self._renamings): tensor}
+            return {self._renamed(parameter): tensor}
         converter = copy.deepcopy(next(entry for entry in self._converters if pattern in entry.source_patterns))
         converter.add_tensor(key, parameter, pattern, tensor)
         made = converter.convert(key, model=model, config=model.config)
-        return {apply_renamings(name, self._renamings): unlisted(value) for name, value in made.items()}
+        return {self._renamed(name): unlisted(value) for name, value in made.items()}
+
+    def _renamed(self, name: str) -> str:
+        return rename_source_key(name, self._renamings, [])[0]
 
 
 _PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")

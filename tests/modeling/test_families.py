@@ -90,7 +90,11 @@ def make_model(model_type: str) -> torch.nn.Module:
         config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
         return AutoModelForImageTextToText.from_config(config).eval()
     config = AutoConfig.for_model(model_type, **{**SMALL, **CONFIGS[model_type]})
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight") and not parameter.any():  # before transformers 5.18, routers of ERNIE 4.5
+            torch.nn.init.normal_(parameter, std=config.initializer_range)
+    return model
 
 
 @pytest.mark.parametrize("model_type", TESTED)
@@ -136,7 +140,7 @@ def families():
 
 def test_every_prunable_family_of_the_installed_transformers_is_registered(families):
     prunable = {family.model_type: family.model_class for family in families if family.status != "refused"}
-    assert len(prunable) > 60
+    assert set(prunable) > set(TESTED)
     for model_type, model_class in prunable.items():
         config_class = CONFIG_MAPPING[f"heapr_{model_type}"]
         assert config_class.model_type == f"heapr_{model_type}"
@@ -145,7 +149,6 @@ def test_every_prunable_family_of_the_installed_transformers_is_registered(famil
 
 def test_refusals_say_why(families):
     refused = {family.model_type: family.note for family in families if family.status == "refused"}
-    assert "norm follows each expert" in refused["muse_spark"]
     assert "no gate projection" in refused["nemotron_h"]
     assert "not on the experts interface" in refused["llama4"]
 
