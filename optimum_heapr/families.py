@@ -94,17 +94,15 @@ def _is_mixture(source: str) -> bool:
 
 
 def _look_at(model_type: str, config_class: type, model_class: type, source: str) -> Family:
-    import torch
-
     from .modeling.auto import is_family
+    from .utils.placement import without_storage
 
     name = model_class.__name__
     prunable = "tested" if model_type in TESTED else "by structure"
     if not is_family(model_type):
         return Family(model_type, name, "refused", "its experts are not on the experts interface of transformers")
     try:
-        with torch.device("meta"):
-            model = model_class(config_class())
+        model = without_storage(lambda: model_class(config_class()))
     except Exception:  # some default configurations are not meant to be built; the flags in the source still tell
         for flag, reason in (
             ("has_gate=False", "no gate projection"),

@@ -15,6 +15,7 @@ import torch
 
 from .experts import experts_per_token, model_name
 from .utils.errors import HeaprError
+from .utils.placement import without_storage
 
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ def build(model: PreTrainedModel, blocks: list[ExpertBlock], fields: dict[str, i
     try:
         for name, value in fields.items():
             setattr(part, name, value)
-        with torch.device("meta"):
-            return type(model)(config)
+        return without_storage(lambda: type(model)(config))
     except Exception:  # the field means something else: sizes of an attention that no longer divide, and so on
         if not fields:
             raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..utils.errors import HeaprError, reason_of
+from ..utils.placement import without_storage
 from .origins import place_of
 
 
@@ -39,8 +40,8 @@ def load_outline(name: str | os.PathLike, dtype: str = "auto", **hub_options: An
     try:
         config = AutoConfig.from_pretrained(path, **hub_options)
         chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            return getattr(transformers, auto_class_name(type(config))).from_config(config, dtype=chosen, **trust)
+        auto_class = getattr(transformers, auto_class_name(type(config)))
+        return without_storage(lambda: auto_class.from_config(config, dtype=chosen, **trust))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HeaprError(
             f"model={str(name)!r}: its configuration cannot be read ({reason_of(error)}); name a folder with a config.json, or a "

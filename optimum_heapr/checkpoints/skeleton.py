@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..layerwise.source import parameters_of
+from ..utils.placement import without_storage
 from ..utils.tensor_files import TensorReader, checkpoint_files
 from .completeness import load_complete
 
@@ -70,8 +71,7 @@ def _empty_model(
     hub_options = {name: options[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in options}
     reader = TensorReader(checkpoint_files(path, **hub_options))
     trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
-    with torch.device("meta"):
-        return auto_class.from_config(config, **trust), reader
+    return without_storage(lambda: auto_class.from_config(config, **trust)), reader
 
 
 def _tie_duplicates(model: PreTrainedModel, reader: TensorReader) -> None:

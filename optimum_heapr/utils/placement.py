@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,17 @@ def default_device() -> torch.device:
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator().type
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that `make` makes, on the meta device, its weights tied; initialising what has no values takes longest, and is left out."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"):
+        with no_init_weights():
+            model = make()
+        model.init_weights()  # on this device, ties alone
+    return model
 
 
 def place(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from optimum_heapr.calibration.runner import calibrate
@@ -75,11 +75,8 @@ CONFIGS = {
 }
 
 
-def make_model(model_type: str) -> torch.nn.Module:
-    """A tiny random model of the family, in float32."""
-    from transformers import AutoConfig
-
-    torch.manual_seed(0)
+def make_config(model_type: str) -> PreTrainedConfig:
+    """The configuration of a tiny model of the family."""
     if model_type == "qwen3_vl_moe":
         text = {
             key: value for key, value in {**SMALL, **FINE_GRAINED, "num_experts": 6}.items() if "token_id" not in key
@@ -87,13 +84,19 @@ def make_model(model_type: str) -> torch.nn.Module:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
         vision["deepstack_visual_indexes"] = [0]
-        config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
-        return AutoModelForImageTextToText.from_config(config).eval()
-    config = AutoConfig.for_model(model_type, **{**SMALL, **CONFIGS[model_type]})
-    model = AutoModelForCausalLM.from_config(config).eval()
+        return AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    return AutoConfig.for_model(model_type, **{**SMALL, **CONFIGS[model_type]})
+
+
+def make_model(model_type: str, config: PreTrainedConfig | None = None, seed: int = 0) -> torch.nn.Module:
+    """A tiny random model of the family, in float32."""
+    torch.manual_seed(seed)
+    config = config or make_config(model_type)
+    auto_class = AutoModelForImageTextToText if model_type == "qwen3_vl_moe" else AutoModelForCausalLM
+    model = auto_class.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight") and not parameter.any():  # before transformers 5.18, routers of ERNIE 4.5
-            torch.nn.init.normal_(parameter, std=config.initializer_range)
+            torch.nn.init.normal_(parameter, std=SMALL["initializer_range"])
     return model
 
 

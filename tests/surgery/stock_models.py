@@ -12,7 +12,7 @@ from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.fingerprint import model_fingerprint
 from optimum_heapr.planning.allocation import allocate
 from optimum_heapr.planning.plan import PruningPlan
-from tests.modeling.test_families import make_model
+from tests.modeling.test_families import make_config, make_model
 
 
 WIDTH = 32
@@ -20,14 +20,12 @@ WIDTH = 32
 
 def wide_model(model_type: str, width: int = WIDTH, **changes) -> torch.nn.Module:
     """The tiny model of a family with experts of `width` atomic experts, and biases and norms that are not trivial."""
-    small = make_model(model_type)
-    config = copy.deepcopy(small.config)
+    config = make_config(model_type)
     part = config.get_text_config()
     name = "moe_intermediate_size" if hasattr(part, "moe_intermediate_size") else "intermediate_size"
     for field, value in {name: width, **changes}.items():
         setattr(part, field, value)
-    torch.manual_seed(1)
-    model = type(small)(config).eval()
+    model = make_model(model_type, config, seed=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
