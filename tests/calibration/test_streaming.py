@@ -223,7 +223,7 @@ def test_layers_that_need_more_than_hidden_states_are_refused(folder, tmp_path, 
             for layer, inner in called:
                 layer.forward = inner
 
-    refused("its layers share 'cache', a dict", lambda inner, seen, h, *a, **k: inner(h, *a, cache={}, **k))
+    refused("its layers share 'memory', a dict", lambda inner, seen, h, *a, **k: inner(h, *a, memory={}, **k))
     refused("what layer 1 is given is not what layer 0", lambda inner, seen, h, *a, **k: inner(h, *a, **k) * 1)
 
     def hand_on(inner, seen, hidden, *arguments, **options):
