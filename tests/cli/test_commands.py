@@ -295,9 +295,8 @@ def test_prune_reports(run, inputs, tmp_path):
     for name in ("report.html", "report.md"):
         assert str(tmp_path) not in (output / "heapr" / name).read_text()
 
-    other = run(
-        "prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "other", "--eval-dataset", "demo"
-    )
+    flags = ["--eval-dataset", "demo", "--eval-samples", 2]
+    other = run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "other", *flags)
     assert other.status == 0 and "on demo" in other.output
     none = run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "none")
     assert none.status == 0 and "measured" not in none.output

@@ -55,7 +55,7 @@ main()
 
 
 def accelerate(processes, *arguments):
-    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one, see below."""
+    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one, see below. Each is a new interpreter."""
     settings = [
         "--num_machines=1",
         "--mixed_precision=no",
@@ -103,9 +103,11 @@ def test_three_processes_measure_what_one_does(inputs, tmp_path):
 
 
 def test_two_processes_prune_as_one_and_write_once(inputs, tmp_path):
-    result = accelerate(2, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Pruned model written to") == 1
+    results = in_two_processes(
+        OPTIMUM_CLI, "heapr", "prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration
+    )
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert [result.stdout.count("Pruned model written to") for result in results] == [1, 0]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
     assert_same_kept(PruningPlan.load(tmp_path / "out"), PruningPlan.load(inputs.plan))
 
@@ -130,8 +132,9 @@ def test_a_launcher_that_shards_is_refused_before_anything_is_loaded(command, ru
     assert "error: launcher: accelerate uses FSDP (ACCELERATE_USE_FSDP)" in result.error
 
 
-@pytest.mark.parametrize("how", ["kill", "error"])
-@pytest.mark.parametrize("launcher", [True, False], ids=["torchrun", "no launcher"])
+@pytest.mark.parametrize(
+    ("how", "launcher"), [("kill", True), ("kill", False), ("error", False)], ids=["torchrun", "kill", "error"]
+)
 def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(DIES)

@@ -41,10 +41,11 @@ def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error
     assert state.exists() and not output.exists()
     assert number != signal.SIGINT or f"{state} holds what was done, and --resume goes on from there" in error
-    refused = run(*command, "--save-every", 2)
-    assert refused.status == 2 and "pass --resume" in refused.error
-    changed = run(*command, "--resume", "--seed", 5)
-    assert changed.status == 2 and "seed was 0, is 5" in changed.error and state.exists()
+    if number == signal.SIGKILL:
+        refused = run(*command, "--save-every", 2)
+        assert refused.status == 2 and "pass --resume" in refused.error
+        changed = run(*command, "--resume", "--seed", 5)
+        assert changed.status == 2 and "seed was 0, is 5" in changed.error and state.exists()
     result = run(*command, "--resume")
     assert result.status == 0, result.error
     assert output.read_bytes() == inputs.statistics.read_bytes()

@@ -78,6 +78,7 @@ def walked(shared, run_python, tmp_path_factory):
     for output in commands:
         (line,) = re.findall(rf"^(optimum-cli heapr prune .*) -o {output}$", readme, re.MULTILINE)
         line = line.replace("-m demo", f"-m {model}").replace("--dataset demo", f"--dataset {text}")
+        line = line.replace("--num-samples 16", "--num-samples 8 --eval-samples 2")  # for time
         lines.append(f"{line} -o {folder / output} --push-to-hub me/{output}")
     run_python(RUN, *lines)
     return folder
@@ -108,7 +109,7 @@ def test_evaluated_side_by_side(walked, shared, run_python):
     base, text = shared / "models" / "moe-a", shared / "data" / "eval_docs.jsonl"
     models = [str(base), "me/pruned-by-cli", "me/pruned-uniform"]
     command = ["optimum-cli", "heapr", "evaluate", "-m", *models, "--dataset", str(text), "--json"]
-    options = ["--seq-length", "256", "--num-samples", "12", "--dtype", "float32"]
+    options = ["--seq-length", "256", "--num-samples", "6", "--dtype", "float32"]
     before, pruned, uniform = map(run_python(EVALUATE, shlex.join([*command, *options])).get, models)
     # A quarter of the atomic experts goes for almost nothing where each expert keeps what it needs.
     assert 0.98 * before < pruned < 1.03 * before

@@ -2,6 +2,7 @@
 """The packed module by itself, against a sum over atomic experts written out; then what models do with it."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -31,7 +32,9 @@ WIDTHS = {
 }
 
 
+@functools.cache
 def block_of(model_type: str, dtype=torch.float32):
+    """Only to be read: tests share it."""
     return find_expert_blocks(tiny_model(model_type, dtype=dtype))[0]
 
 

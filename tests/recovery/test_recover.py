@@ -84,16 +84,23 @@ def test_what_is_kept_is_better_and_loads_as_an_adapter_and_merged(pruned, model
     assert "## Recovery" in card and f"| {report.stages['unpruned']:.4f} |" in card
 
 
+@pytest.fixture(scope="module")
+def pruned_family(request, tmp_path_factory):
+    """A pruned model of a family (make a copy before training it), and the folder that it was saved to."""
+    model, folder = prune(request.param).model, tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
 @pytest.mark.parametrize("targets", ["attention", "experts"])
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek", "deepseek_v2"])
-def test_families(family, targets, tmp_path):
-    pruner = prune(family)
-    pruner.save_pretrained(tmp_path / "pruned")
-    recovery = run(pruner.model, tmp_path / "state", targets=targets, max_steps=4, eval_steps=2)
+@pytest.mark.parametrize("pruned_family", ["qwen2_moe", "gpt_oss", "deepseek", "deepseek_v2"], indirect=True)
+def test_families(pruned_family, targets, tmp_path):
+    model, folder = pruned_family
+    recovery = run(copy.deepcopy(model), tmp_path / "state", targets=targets, max_steps=2, eval_steps=2)
     assert recovery.report.improved
     trained = logits_of(recovery.model)
     save_adapter(recovery, None, tmp_path / "adapter")
-    again = PeftModel.from_pretrained(reload(tmp_path / "pruned"), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(reload(folder), tmp_path / "adapter")
     assert_close(logits_of(again), trained, atol=1e-5)
     assert_close(logits_of(recovery.merge()), trained)
 
@@ -101,7 +108,7 @@ def test_families(family, targets, tmp_path):
 @pytest.mark.parametrize(("targets", "layout"), [("router", "variable"), ("all", "uniform")])
 def test_routers_and_stock_checkpoints(targets, layout, tmp_path):
     pruner = prune("qwen3_moe", layout=layout)
-    pruner.save_pretrained(tmp_path / "pruned")
+    pruner.model.save_pretrained(tmp_path / "pruned")
     recovery = run(pruner.model, tmp_path / "state", targets=targets)
     assert recovery.report.improved
     trained = logits_of(recovery.model)
@@ -118,7 +125,7 @@ def test_routers_and_stock_checkpoints(targets, layout, tmp_path):
 )
 def test_a_part_of_the_update_lies_between_the_weights_before_and_after(targets, layout, tmp_path):
     pruner = prune("qwen3_moe", layout=layout)
-    pruner.save_pretrained(tmp_path / "pruned")
+    pruner.model.save_pretrained(tmp_path / "pruned")
     before = {name: p.detach().clone() for name, p in pruner.model.named_parameters()}
     whole = run(copy.deepcopy(pruner.model), tmp_path / "whole", targets=targets)
     part = run(pruner.model, tmp_path / "part", targets=targets, weight_interpolation=0.25)

@@ -175,7 +175,8 @@ def test_another_encoding_is_the_cause_that_is_named(suffix, head, streaming, tm
 def test_the_cause_is_named_and_not_that_something_happened(tmp_path, monkeypatch):
     """Nulls for longer than `datasets` looks ahead, then text."""
     path = tmp_path / "nulls.jsonl"
-    path.write_text('{"text": null}\n' * 700_000 + '{"text": "hello"}\n')
+    rows = f'{{"text": null, "other": "{"." * 1000}"}}\n' * 10_500  # more than 10 MiB, in few rows
+    path.write_text(rows + '{"text": "hello", "other": ""}\n')
     for streaming in (False, True):
         with pytest.raises(HeaprError, match=r"cannot be loaded \(Couldn't cast array of type string to null"):
             load_calibration_data(config(path, dataset_streaming=streaming), tiny_tokenizer())
