@@ -28,6 +28,7 @@ from optimum_heapr.criteria import importance
 
 
 OVER_BLOCKS = {"compensate": True, "compensation_scope": "block", "batch_size": 8}
+TRAINED = {**OVER_BLOCKS, "reconstruction_steps": 600}
 
 # By name, options of HeaprConfig. `drop` takes the lowest-ranked experts out of the router too, as REAP does;
 # `llmcompressor` leaves the whole job to that package.
@@ -54,11 +55,13 @@ METHODS: dict[str, dict] = {
     "HEAPr + block comp.": {"criterion": "heapr", **OVER_BLOCKS},
     "Fisher + block comp.": {"criterion": "fisher", **OVER_BLOCKS},
     "OBS + block comp.": {"criterion": "obs", **OVER_BLOCKS},
+    "OBS + block comp. + reconstruction": {"criterion": "obs", **TRAINED},
     "HEAPr, uniform": {"criterion": "heapr", "allocation": "uniform"},
     "HEAPr + comp., uniform": {"criterion": "heapr", "allocation": "uniform", "compensate": True},
     "Fisher + comp., uniform": {"criterion": "fisher", "allocation": "uniform", "compensate": True},
     "OBS + comp., uniform": {"criterion": "obs", "allocation": "uniform", "compensate": True},
     "OBS + block comp., uniform": {"criterion": "obs", "allocation": "uniform", **OVER_BLOCKS},
+    "OBS + block comp. + reconstruction, uniform": {"criterion": "obs", "allocation": "uniform", **TRAINED},
 }
 PLOTTED = (
     "random",
@@ -70,6 +73,7 @@ PLOTTED = (
     "Fisher + comp.",
     "OBS + comp.",
     "OBS + block comp.",
+    "OBS + block comp. + reconstruction",
     "HEAPr, uniform",
     "OBS + comp., uniform",
 )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .utils.companions import CONFIG_NAME
-from .utils.errors import HeaprError, reason_of
+from .utils.companions import CONFIG_NAME, saved_config
+from .utils.errors import HeaprError
 from .utils.files import write_json
 from .utils.options import Options, only_one, option
 from .utils.sizes import parse_size
@@ -63,6 +63,11 @@ class HeaprConfig(Options):
         ridge (`float`, *optional*, defaults to 0.01):
             Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few
             tokens reached get more.
+        reconstruction_steps (`int`, *optional*, defaults to 0):
+            Steps that what stays of each block is trained for, after compensation over it, on the output of the unpruned
+            block; held-out tokens decide whether that is kept. Needs `compensation_scope="block"`.
+        reconstruction_learning_rate (`float`, *optional*, defaults to 0.015):
+            Its highest learning rate, in units of the root mean square of each weight.
         allocation (`str`, *optional*, defaults to `"global"`):
             Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
             of each layer, `uniform` leaves every expert of the model the same width.
@@ -143,6 +148,8 @@ class HeaprConfig(Options):
         "expert", "what makes up for it: the same expert, or the whole block, from the text", COMPENSATION_SCOPES
     )
     ridge: float = option(0.01, "least regularization of obs and compensation, relative to mean squared activation")
+    reconstruction_steps: int = option(0, "steps of training each block, once it is compensated, on the unpruned one")
+    reconstruction_learning_rate: float = option(0.015, "its learning rate, times the root mean square of each weight")
     allocation: str = option(
         "global", "rank over the whole model, the same share of each layer, or one width everywhere", ALLOCATIONS
     )
@@ -153,14 +160,10 @@ class HeaprConfig(Options):
     protect: str | None = option(
         None, "expert blocks kept as they are, e.g. 'model.layers.0.*', or experts of them: 'model.layers.5.*:3,7'"
     )
-    layout: str = option(
-        "variable", "variable widths, or the original architecture: one uniform width, or zero-padded", LAYOUTS
-    )
+    layout: str = option("variable", "variable widths, or the stock architecture: one width, or zero-padded", LAYOUTS)
     align_for: str = option("none", "runtime whose rule the widths keep", ALIGNMENTS)
     tensor_parallel: int = option(1, "ranks that experts will be split over; widths are multiples for each")
-    statistics: str = option(
-        "auto", "what calibration measures: gram adds the matrices that obs and compensation need", STATISTICS
-    )
+    statistics: str = option("auto", "what calibration measures; gram adds what obs and compensation need", STATISTICS)
     dataset: str | None = option(
         None,
         "calibration text: a file or folder, a dataset on the Hub, wikitext2, or a mixture a.jsonl:0.3,name[split]:0.7",
@@ -208,6 +211,11 @@ class HeaprConfig(Options):
             raise HeaprError(
                 "compensation_scope='block': set compensate=True (--compensate) too, or leave the scope out"
             )
+        if self.reconstruction_steps and not self.compensates_blocks:
+            raise HeaprError(
+                f"reconstruction_steps={self.reconstruction_steps}: goes on from compensation over blocks; set compensate=True "
+                "and compensation_scope='block' (--compensate --compensation-scope block) too, or leave it out"
+            )
         if self.statistics == "vector" and (self.criterion == "obs" or self.compensates_experts):
             raise HeaprError(
                 f"statistics='vector': criterion={self.criterion!r} with compensate={self.compensate} needs 'gram'; "
@@ -216,7 +224,14 @@ class HeaprConfig(Options):
         self.check_least("seq_length", 2)
         for name in ("width_multiple", "num_samples", "batch_size", "tensor_parallel"):
             self.check_least(name, 1)
-        for name in ("ridge", "min_width", "seed", "eval_samples"):
+        for name in (
+            "ridge",
+            "min_width",
+            "seed",
+            "eval_samples",
+            "reconstruction_steps",
+            "reconstruction_learning_rate",
+        ):
             self.check_least(name, 0)
         if self.seed >= 2**32:
             raise HeaprError(f"seed={self.seed}: must be below 2**32, what random generators take; name a smaller one")
@@ -281,17 +296,7 @@ class HeaprConfig(Options):
         Raises:
             HeaprError: if the model cannot be found or was not pruned by this package.
         """
-        from transformers import PreTrainedConfig
-
-        try:
-            saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
-        except (OSError, ValueError) as error:
-            raise HeaprError(
-                f"model={str(model)!r}: has no config.json that can be read ({reason_of(error)})"
-            ) from error
-        if saved.get("heapr_config") is None:
-            raise HeaprError(f"model={str(model)!r}: config.json has no heapr_config; name a model that was pruned")
-        return cls.from_artefact(saved["heapr_config"])
+        return cls.from_artefact(saved_config(model, **hub_options))
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes `heapr_config.json` into `folder` and returns its path."""

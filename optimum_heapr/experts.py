@@ -54,13 +54,13 @@ class ExpertBlock:
         weight = self.module.gate_up_proj[expert]
         if self.module.is_transposed:
             weight = weight.T
-        return _gate_and_up(weight, self.module.is_concatenated)
+        return split_gate_and_up(weight, self.module.is_concatenated)
 
     def gate_up_bias(self, expert: int) -> torch.Tensor | None:
         """Biases of gate and up projection of one expert as [2, I], or `None`."""
         if not self.module.has_bias:
             return None
-        return _gate_and_up(self.module.gate_up_proj_bias[expert], self.module.is_concatenated)
+        return split_gate_and_up(self.module.gate_up_proj_bias[expert], self.module.is_concatenated)
 
     def down_rows(self, expert: int) -> torch.Tensor:
         """Columns of the down projection of one expert, as rows: [I, d]."""
@@ -164,7 +164,7 @@ def refusal_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _gate_and_up(stacked: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
+def split_gate_and_up(stacked: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
     """[2I, …] as stored -> [2, I, …]: stored as all gate rows then all up rows, or interleaved one by one."""
     if is_concatenated:
         return stacked.unflatten(0, (2, -1))

@@ -37,6 +37,8 @@ OTHER = {
     "compensate": True,
     "compensation_scope": "block",
     "ridge": 0.5,
+    "reconstruction_steps": 5,
+    "reconstruction_learning_rate": 0.03,
     "allocation": "uniform",
     "num_experts": "24",
     "width_multiple": 8,

@@ -211,12 +211,14 @@ class TargetCheckpoint:
         number, expert = expert, self.routed[block.path][expert]  # in the pruned model, and in the unpruned one
         alone = self.source.expert(block, expert, [name])
         kept = self.plan.kept[block.path][expert]
-        if name == "down_proj" and self.plan.config.compensate:
-            alone.module.down_proj = alone.module.down_proj.clone()  # it may be the checkpoint itself
-            if self.fitted:
-                set_rows(alone, [kept], [self.fitted.rows(block.path, expert)])
-            else:
-                self._compensate(alone, expert, kept)
+        rows = self.fitted.rows(block.path, name, expert) if self.fitted else None
+        compensates = name == "down_proj" and self.plan.config.compensates_experts
+        if rows is not None or compensates:
+            setattr(alone.module, name, getattr(alone.module, name).clone())  # it may be the checkpoint itself
+        if rows is not None:
+            set_rows(alone, [kept], [rows], name)
+        elif compensates:
+            self._compensate(alone, expert, kept)
         if self.layout is None:
             tensor = packed_rows(alone, name, 0, kept)
         else:

@@ -254,11 +254,25 @@ def compensation_lines(plan: PruningPlan) -> list[str]:
     if plan.config.compensates_blocks:
         return [
             f"compensation: mean relative squared error of the routed outputs of {len(plan.compensation)} layers {before:.4f} "
-            f"-> {after:.4f} on the calibration tokens"
+            f"-> {after:.4f} on the calibration tokens",
+            *_reconstruction_lines(plan),
         ]
     return [
         f"compensation: mean relative squared error of {len(errors)} cut experts {before:.4f} -> {after:.4f} on the "
         f"calibration tokens; {changed} of them changed"
+    ]
+
+
+def _reconstruction_lines(plan: PruningPlan) -> list[str]:
+    found = list(plan.reconstruction.values())
+    if not found:
+        return []
+    removed, fitted = (stats.fmean(part[name] for part in found) for name in ("removed", "fitted"))
+    kept = stats.fmean(part[part["kept"]] for part in found)
+    trained = sum(part["kept"] == "trained" for part in found)
+    return [
+        f"reconstruction: mean relative squared error of the outputs of {len(found)} layers on held-out tokens {removed:.4f} "
+        f"-> {fitted:.4f} fitted -> {kept:.4f}; {trained} of them are kept as trained, the others as fitted"
     ]
 
 

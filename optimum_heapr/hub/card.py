@@ -266,6 +266,12 @@ def _limits(plan: PruningPlan, was_measured: bool, left_out: str | None) -> str:
         lines.append(
             "What stays of the down projections was changed by least squares to make up for what was removed."
         )
+    trained = sum(done["kept"] == "trained" for done in plan.reconstruction.values())
+    if trained:
+        lines.append(
+            f"What stays of the experts of {trained} layers was then trained on the outputs of the unpruned layers, for "
+            f"{plan.config.reconstruction_steps} steps each."
+        )
     if plan.config.layout == "padded":
         lines.append("Experts are zero-padded to one width: the zeros take memory and do nothing.")
     return "\n".join(f"* {line}" for line in lines)

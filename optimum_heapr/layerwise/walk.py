@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,12 @@ class LayerWalk:
         decoder (`Decoder`): the layers.
         batches (`dict[int, dict]`): micro-batches by number, as of [`~CalibrationData.micro_batches`].
         store (`ActivationStore`): where the inputs of layers are kept, by number of the layer and the micro-batch.
+
+    Attributes:
+        stream (`str`): what the inputs of layers are called in the store.
     """
+
+    stream = "hidden"
 
     def __init__(self, decoder: Decoder, batches: dict[int, dict[str, torch.Tensor]], store: ActivationStore):
         self.decoder, self.batches, self.store = decoder, batches, store
@@ -45,7 +51,7 @@ class LayerWalk:
         for index in numbers:
             hidden, self._calls[index], tensors = self.decoder.calls(*self.inputs(index))
             if keep_inputs:
-                self.store.put(f"hidden.0.{index}", hidden)
+                self.store.put(f"{self.stream}.0.{index}", hidden)
             # Positions, and masks where nothing is padded, are those of the first micro-batch: one copy will do.
             same = same or tensors
             self._arguments[index] = []
@@ -56,6 +62,14 @@ class LayerWalk:
                     self._arguments[index].append(f"argument.{slot}.{index}")
                     self.store.put(f"argument.{slot}.{index}", tensor)
 
+    def branch(self, stream: str, number: int) -> LayerWalk:
+        """Another walk through the same layers, which begins with what goes into this layer here, and is then its own."""
+        other = copy.copy(self)
+        other.stream = stream
+        for index in self.batches:
+            other.store.put(f"{stream}.{number}.{index}", self.hidden(number, index))
+        return other
+
     def inputs(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask of one micro-batch, [samples, tokens] each."""
         batch, device = self.batches[index], self.decoder.device
@@ -63,7 +77,7 @@ class LayerWalk:
 
     def hidden(self, number: int, index: int) -> torch.Tensor:
         """A copy of what goes into a layer, [samples, tokens, d]."""
-        return self.store.get(f"hidden.{number}.{index}", self.decoder.device)
+        return self.store.get(f"{self.stream}.{number}.{index}", self.decoder.device)
 
     def call(self, number: int, layer: torch.nn.Module, hidden: torch.Tensor, index: int) -> torch.Tensor:
         """One layer on one micro-batch."""
@@ -77,7 +91,9 @@ class LayerWalk:
 
     def forward(self, number: int, layer: torch.nn.Module, index: int) -> None:
         """Takes one micro-batch through a layer, and stores what comes out as the input of the next."""
-        self.store.put(f"hidden.{number + 1}.{index}", self.call(number, layer, self.hidden(number, index), index))
+        self.store.put(
+            f"{self.stream}.{number + 1}.{index}", self.call(number, layer, self.hidden(number, index), index)
+        )
 
     def drop(self, what: str, number: int) -> None:
         """Forgets what is stored of a layer, for all micro-batches: `hidden`, or what the caller stored like it."""

@@ -46,6 +46,8 @@ class PruningPlan(TensorValue):
         compensation (`dict[str, list[tuple[float, float]]]`): by block path, for each expert the relative squared error of
             its output on the calibration tokens, without and with compensation, or with the scope `block` that of the
             routed output of the block, for each the same; empty until it is applied with it.
+        reconstruction (`dict[str, dict]`): by path of a block that was trained, what that rests on, as
+            [`~optimum_heapr.surgery.reconstruction.reconstruct_block`] returns it.
         data (`dict`): fingerprint of the calibration text, if there was any.
         tokens (`dict[str, list[int]]`): calibration tokens that each expert got, by block path.
         storage (`dict`): bytes of the model's weights, and of one atomic expert, in the dtype of the calibration, and under
@@ -64,6 +66,7 @@ class PruningPlan(TensorValue):
     loss_increase: dict[str, float]
     unreached: dict[str, list[int]]
     compensation: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    reconstruction: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     storage: dict[str, int] = field(default_factory=dict)
@@ -193,6 +196,7 @@ class PruningPlan(TensorValue):
             "loss_increase": self.loss_increase,
             "unreached": self.unreached,
             "compensation": self.compensation,
+            "reconstruction": self.reconstruction,
             "data": self.data,
             "tokens": self.tokens,
             "storage": self.storage,
@@ -234,6 +238,7 @@ class PruningPlan(TensorValue):
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
                 compensation=document.get("compensation", {}),
+                reconstruction=document.get("reconstruction", {}),
                 data=document.get("data", {}),
                 tokens=document.get("tokens", {}),
                 storage=document.get("storage", {}),

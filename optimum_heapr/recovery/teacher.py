@@ -102,7 +102,7 @@ class Teacher:
         """What compensation began from: cuts the teacher, which is not needed any more, without compensation."""
         if plan is None:
             return
-        config = plan.config.replace(compensate=False, compensation_scope="expert")
+        config = plan.config.replace(compensate=False, compensation_scope="expert", reconstruction_steps=0)
         plain = type(plan)(**{**vars(plan), "config": config})
         try:
             self.stages["pruned"] = held_out_loss(apply_plan(model, plain), data)

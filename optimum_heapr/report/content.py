@@ -107,6 +107,8 @@ def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
         before, after = (stats.fmean(side) for side in zip(*cut))
         changed = sum(after < before for before, after in cut)
         block["compensation"] = {"experts": len(cut), "changed": changed, "before": before, "after": after}
+    if path in plan.reconstruction:
+        block["reconstruction"] = plan.reconstruction[path]
     return block
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from . import charts
 from .markdown import summary, title
 from .numbers import change, count, signed, size
-from .tables import Table, comparison, compensation, coverage, importance, layers, measured_on
+from .tables import Table, comparison, compensation, coverage, importance, layers, measured_on, reconstruction
 
 
 def report_html(report: dict[str, Any]) -> str:
@@ -49,6 +49,7 @@ def report_html(report: dict[str, Any]) -> str:
             compensation(report),
             _figure(charts.compensated_errors(report), "What compensation makes up for, by layer."),
         ),
+        _section(reconstruction(report)),
         _samples(report),
         f"<section><h2>Recipe</h2><pre>{escape(_recipe(report))}</pre></section>",
     ]

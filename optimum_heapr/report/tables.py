@@ -29,6 +29,7 @@ class Table:
 def report_tables(report: dict[str, Any]) -> list[Table]:
     """All tables of a report; those without content are left out."""
     made = [comparison(report), layers(report), importance(report), coverage(report), compensation(report)]
+    made.append(reconstruction(report))
     return [table for table in made if table.rows]
 
 
@@ -167,6 +168,21 @@ def compensation(report: dict[str, Any]) -> Table:
         outputs = "routed outputs, with all experts of a layer compensated together"
     notes = [f"Mean relative squared error of the {outputs}, on the calibration tokens."]
     return Table("Compensation", header, rows, notes if rows else [])
+
+
+def reconstruction(report: dict[str, Any]) -> Table:
+    """What training did to the outputs of the layers, and whether it was kept."""
+    errors, rows = ("removed", "fitted", "trained"), []
+    for name, block in zip(layer_names([block["path"] for block in report["blocks"]]), report["blocks"]):
+        if done := block.get("reconstruction"):
+            shown = ("not finite" if done[error] is None else f"{done[error]:.4f}" for error in errors)
+            rows.append([name, *shown, done["kept"], change(done["fitted"], done[done["kept"]])])
+    header = ["layer", "plain removal", "fitted", "trained", "kept", "change"]
+    notes = [
+        "Relative squared error of the outputs of layers, shared experts included, on calibration tokens that were held out: "
+        "they decide whether what compensation fitted or what was trained from it is kept."
+    ]
+    return Table("Reconstruction", header, rows, notes if rows else [])
 
 
 def _speed(value: float) -> str:

@@ -189,8 +189,9 @@ def check_compensation(plan: PruningPlan, statistics: AtomicStatistics | None, d
 
 @torch.no_grad()
 def _take_over(model: torch.nn.Module, block: ExpertBlock, kept: list[torch.Tensor], fitted: FittedBlock) -> None:
-    """Changes the down projections of a block in place, which serves every layout."""
-    set_rows(block, kept, fitted.rows)
+    """Changes what stays of a block in place, which serves every layout."""
+    for parameter, rows in fitted.experts.items():
+        set_rows(block, kept, rows, parameter)
     for name, weight in fitted.shared.items():
         model.get_parameter(name).copy_(weight)
 

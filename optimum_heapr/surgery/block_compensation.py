@@ -26,6 +26,7 @@ from ..utils.logging import get_logger
 from ..utils.placement import default_device
 from .fitted import FittedBlock
 from .least_squares import Part, solve_together
+from .reconstruction import inputs_bytes, training_bytes
 
 
 if TYPE_CHECKING:
@@ -62,14 +63,19 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     Raises:
         HeaprError: naming the bytes needed and available.
     """
-    needed = max(
-        fitting_bytes(block, config.num_samples * config.seq_length, experts_per_token(model)) for block in blocks
-    )
+    tokens, top_k = config.num_samples * config.seq_length, experts_per_token(model)
+    needed = max(fitting_bytes(block, tokens, top_k) for block in blocks)
+    if config.reconstruction_steps:
+        needed = max(
+            *(needed + inputs_bytes(block, tokens) for block in blocks),
+            *(training_bytes(block, tokens, top_k) for block in blocks),
+        )
     device = blocks[0].device if getattr(model, "hf_device_map", None) else default_device()
     # Weights that are going to be there as well.
     coming = sum(p.nbytes for p in model.parameters() if p.device.type not in (device.type, "meta"))
     available = available_bytes(device) - coming
-    logger.info("Fitting a block takes %s bytes on %s, of %s available", f"{needed:,}", device, f"{available:,}")
+    what = "Fitting and training" if config.reconstruction_steps else "Fitting"
+    logger.info("%s a block takes %s bytes on %s, of %s available", what, f"{needed:,}", device, f"{available:,}")
     if needed > available:
         raise HeaprError(
             f"compensation_scope='block': needs {needed:,} bytes on {device} for {config.num_samples} samples of "

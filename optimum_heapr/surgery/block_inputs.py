@@ -48,7 +48,8 @@ class BlockInputs:
 
     def routing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [tokens, d], experts of each token [tokens, K], and their router weights [tokens, K]."""
-        hidden, index, weight = (torch.cat(parts) for parts in zip(*self._routing))
+        hidden, index, weight = (_joined(parts) for parts in zip(*self._routing))
+        self._routing = [(hidden, index, weight)]  # once, not twice
         return hidden, index, weight
 
     def rerouting(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -70,7 +71,8 @@ class BlockInputs:
             handles.append(model.get_submodule(_parent(block.path)).register_forward_hook(self._added_up))
         for name, mlp in self.shared.items():
             handles.append(mlp.register_forward_hook(self._keeps(name)))
-            handles.append(mlp.down_proj.register_forward_pre_hook(self._keeps(f"{name}.down_proj")))
+            for part in ("gate_proj", "down_proj"):
+                handles.append(getattr(mlp, part).register_forward_pre_hook(self._keeps(f"{name}.{part}")))
         return handles
 
     def _routed(self, module: torch.nn.Module, inputs: tuple, named: dict) -> None:
@@ -100,15 +102,36 @@ class BlockInputs:
             if scale is None:
                 del self.shared[name]
             else:
-                activations = self._call[f"{name}.down_proj"] * scale.to(output.dtype)
-                self._activations[name].append(activations[self.counts])
+                self._keep_shared(name, scale.to(output.dtype))
         self._call.clear()
+
+    def _keep_shared(self, name: str, scale: torch.Tensor) -> None:
+        self._activations[name].append((self._call[f"{name}.down_proj"] * scale)[self.counts])
+
+
+class TrainingInputs(BlockInputs):
+    """The calls of one block, with what goes into its shared experts in place of what their neurons do."""
+
+    def __init__(self, shared: dict[str, torch.nn.Module]):
+        super().__init__(shared)
+        self._inputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in shared}
+
+    def shared_inputs(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a shared expert, by its path: what it is given, [tokens, d], and the scale of what it gives, [tokens, 1]."""
+        hidden, scale = (_joined(parts) for parts in zip(*self._inputs[name]))
+        self._inputs[name] = [(hidden, scale)]
+        return hidden, scale
+
+    def _keep_shared(self, name: str, scale: torch.Tensor) -> None:
+        self._inputs[name].append((self._call[f"{name}.gate_proj"][self.counts], scale[self.counts]))
 
 
 @contextmanager
-def watched_blocks(model: torch.nn.Module, blocks: list[ExpertBlock]) -> Iterator[dict[str, BlockInputs]]:
+def watched_blocks(
+    model: torch.nn.Module, blocks: list[ExpertBlock], kind: type[BlockInputs] = BlockInputs
+) -> Iterator[dict[str, BlockInputs]]:
     """Collects the calls of blocks until it ends; by block path."""
-    watched = {block.path: BlockInputs(_gated_mlps_beside(model, block)) for block in blocks}
+    watched = {block.path: kind(_gated_mlps_beside(model, block)) for block in blocks}
     handles = [handle for block in blocks for handle in watched[block.path].hooks(model, block)]
     try:
         yield watched
@@ -137,6 +160,10 @@ def _scale(total: torch.Tensor, routed: torch.Tensor, own: torch.Tensor | None) 
     scale = (added * own).sum(1, keepdim=True) / own.square().sum(1, keepdim=True).clamp(min=1e-30)
     left = (added - scale * own).square().sum()
     return scale if left <= ROUNDING * sum(part.square().sum() for part in (total, routed, own)) else None
+
+
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _parent(path: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .block_compensation import fit_block
-from .block_inputs import BlockInputs, watched_blocks
+from .block_inputs import BlockInputs, TrainingInputs, watched_blocks
+from .fitted import FittedBlock, in_place_of
+from .reconstruction import block_output, reconstruct_block
 from .rerouting import Rerouting
 
 
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from ..layerwise.decoder import Decoder
     from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
-    from .fitted import FittedBlock
 
 
 logger = get_logger(__name__)
@@ -40,7 +42,10 @@ def compensate_together(
     keep: Callable[[ExpertBlock, FittedBlock], None],
     activation_memory: int | None = None,
 ) -> None:
-    """Fits all blocks of an unpruned model, from the first layer to the last, and fills in `plan.compensation`.
+    """Fits all blocks of an unpruned model, from the first layer to the last, and trains them where that is asked for.
+
+    It fills in `plan.compensation` and `plan.reconstruction`. Training takes a second stream of hidden states through the
+    layers, that of the pruned model.
 
     Args:
         decoder (`Decoder`): the layers; only one needs its weights at a time.
@@ -66,24 +71,92 @@ def compensate_together(
         walk.capture(batches)
     rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
+    pruned: LayerWalk | None = None
     for number in progress(range(last + 1), desc="Compensating", unit="layer"):
         blocks = decoder.blocks_of(number)
+        if plan.config.reconstruction_steps and number == decoder.first:
+            pruned = walk.branch("pruned", number)
         with decoder.layer(number) as layer:
-            # The experts of calibration take any width and type.
-            with switched_experts(decoder.model, blocks), watched_blocks(decoder.model, blocks) as watched:
-                for index, batch in batches.items():
-                    for inputs in watched.values():
-                        inputs.counts = batch["attention_mask"].bool().flatten()
-                    walk.forward(number, layer, index)
-                if rerouting is not None:
-                    _reroute(rerouting, walk, number, layer, watched)
-            walk.drop("hidden", number)
+            called = calls_of(walk, number, layer, blocks, rerouting)
+            walk.drop(walk.stream, number)
+            trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned else {}
+            fitted = {
+                block.path: _fitted(
+                    decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan
+                )
+                for block in blocks
+            }
+            if pruned:
+                with in_place_of(decoder.model, blocks, plan.kept, fitted) as cut, routed_anew(rerouting, cut):
+                    for index in batches if number < last else ():
+                        pruned.forward(number, layer, index)
+                pruned.drop(pruned.stream, number)
             for block in blocks:
-                fitted = fit_block(block, watched.pop(block.path), plan.kept[block.path], plan.config.ridge)
-                errors = (fitted.error_before, fitted.error_after)
-                plan.compensation[block.path] = [errors] * block.num_experts
-                keep(block, fitted)
-    walk.drop("hidden", last + 1)
+                keep(block, fitted[block.path])
+    walk.drop(walk.stream, last + 1)
+
+
+def calls_of(
+    walk: LayerWalk, number: int, layer: torch.nn.Module, blocks: list[ExpertBlock], rerouting: Rerouting | None
+) -> dict[str, BlockInputs]:
+    """Takes all micro-batches of the unpruned model through a layer, and collects what its blocks are called with, by path."""
+    model = walk.decoder.model
+    # The experts of calibration take any width and type.
+    with switched_experts(model, blocks), watched_blocks(model, blocks) as watched:
+        for index, batch in walk.batches.items():
+            for inputs in watched.values():
+                inputs.counts = batch["attention_mask"].bool().flatten()
+            walk.forward(number, layer, index)
+        if rerouting is not None:
+            _reroute(rerouting, walk, number, layer, watched)
+    return watched
+
+
+def pruned_calls_of(
+    pruned: LayerWalk, number: int, layer: torch.nn.Module, blocks: list[ExpertBlock], rerouting: Rerouting | None
+) -> dict[str, TrainingInputs]:
+    """What the blocks of a layer are called with in the pruned model, by path: all below is pruned, they are not yet."""
+    model = pruned.decoder.model
+    with (
+        switched_experts(model, blocks),
+        watched_blocks(model, blocks, TrainingInputs) as watched,
+        routed_anew(rerouting, blocks),
+    ):
+        for index, batch in pruned.batches.items():
+            for inputs in watched.values():
+                inputs.counts = batch["attention_mask"].bool().flatten()
+            pruned.call(number, layer, pruned.hidden(number, index), index)
+    return watched
+
+
+def routed_anew(rerouting: Rerouting | None, blocks: list[ExpertBlock]) -> AbstractContextManager[None]:
+    """Until it ends tokens go where the routers of the pruned model send them."""
+    return nullcontext() if rerouting is None else rerouting.active(blocks)
+
+
+def _fitted(
+    model: torch.nn.Module,
+    block: ExpertBlock,
+    inputs: BlockInputs,
+    trained_on: TrainingInputs | None,
+    plan: PruningPlan,
+) -> FittedBlock:
+    """What a block becomes; the plan says what that did."""
+    kept, config = plan.kept[block.path], plan.config
+    fitted = fit_block(block, inputs, kept, config.ridge)
+    plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
+    if trained_on is None:
+        return fitted
+    both = inputs.shared.keys() & trained_on.shared.keys()
+    for calls in (inputs, trained_on):
+        calls.shared = {path: mlp for path, mlp in calls.shared.items() if path in both}
+    with switched_experts(model, [block]):
+        target = block_output(block, inputs)
+    del inputs  # of the unpruned model, which have served
+    fitted, errors = reconstruct_block(block, kept, fitted, trained_on, target, config)
+    if errors:
+        plan.reconstruction[block.path] = errors
+    return fitted
 
 
 def _reroute(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..experts import stack_gate_and_up
+from ..experts import split_gate_and_up, stack_gate_and_up
 
 
 if TYPE_CHECKING:
@@ -72,11 +72,33 @@ def _kept_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.T
     return block.gate_up_bias(expert)[:, indices]
 
 
-def set_rows(block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
-    """Puts other rows in the place of the kept ones of the down projection of each expert."""
+def set_rows(
+    block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor], parameter: str = "down_proj"
+) -> None:
+    """Puts other rows in the place of the kept ones of each expert, in the block itself.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept atomic experts of each expert, [w].
+        rows (`list[torch.Tensor]`): of each expert, for `down_proj` [w, d], for `gate_up_proj` [2, w, d] and for its bias
+            [2, w], gate first, and for `down_proj_bias` [d].
+        parameter (`str`): name of the parameter in the block.
+    """
     for expert, (indices, new) in enumerate(zip(kept, rows)):
-        down = block.down_rows(expert)
-        down[indices.to(down.device)] = new  # a view of the parameter
+        if parameter == "down_proj_bias":
+            block.module.down_proj_bias[expert] = new
+            continue
+        views = {
+            "down_proj": block.down_rows,
+            "gate_up_proj": block.gate_up_rows,
+            "gate_up_proj_bias": block.gate_up_bias,
+        }
+        view = views[parameter](expert)  # of the parameter
+        indices = indices.to(view.device)
+        if parameter == "down_proj":
+            view[indices] = new
+        else:
+            view[:, indices] = new
 
 
 @torch.no_grad()
@@ -108,3 +130,31 @@ def cut_block(block: ExpertBlock, kept: list[torch.Tensor]) -> AtomicExperts:
 
         add_hook_to_module(experts, stock._hf_hook)
     return experts
+
+
+@torch.no_grad()
+def load_rows(experts: AtomicExperts, parameter: str, rows: list[torch.Tensor]) -> None:
+    """Puts rows of each expert, as for [`set_rows`], into the parameter of a module that was cut."""
+    if parameter == "down_proj_bias":
+        packed = torch.stack(rows)
+    else:
+        parts = [rows[expert] for expert in experts.order]
+        packed = torch.cat(
+            parts if parameter == "down_proj" else [stack_gate_and_up(part, experts.is_concatenated) for part in parts]
+        )
+    getattr(experts, parameter).copy_(packed)
+
+
+def rows_of(experts: AtomicExperts, parameter: str) -> list[torch.Tensor]:
+    """What [`load_rows`] puts there, as copies."""
+    packed = getattr(experts, parameter).detach().clone()
+    if parameter == "down_proj_bias":
+        return list(packed)
+    widths = [experts.widths[expert] for expert in experts.order]
+    if parameter == "down_proj":
+        parts = packed.split(widths)
+    else:
+        parts = [
+            split_gate_and_up(part, experts.is_concatenated) for part in packed.split([2 * width for width in widths])
+        ]
+    return [part for _, part in sorted(zip(experts.order, parts), key=lambda pair: pair[0])]

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .errors import HeaprError, reason_of
+
 
 FOLDER = "heapr"
 
@@ -74,3 +76,24 @@ def find_file(checkpoint: str | os.PathLike, name: str, **hub_options: Any) -> t
         return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_options), ""
     except (OSError, ValueError) as error:
         return None, " ".join(str(error).split())[:300]
+
+
+def saved_config(model: str | os.PathLike, **hub_options: Any) -> dict[str, Any]:
+    """The config that made a pruned model, as its `config.json` holds it.
+
+    Args:
+        model (`str`): a folder, or the name of a repository on the Hub.
+        hub_options: passed to `PreTrainedConfig.get_config_dict`, e.g. `revision`, `token`.
+
+    Raises:
+        HeaprError: if the model cannot be found or was not pruned by this package.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(str(model), **hub_options)
+    except (OSError, ValueError) as error:
+        raise HeaprError(f"model={str(model)!r}: has no config.json that can be read ({reason_of(error)})") from error
+    if saved.get("heapr_config") is None:
+        raise HeaprError(f"model={str(model)!r}: config.json has no heapr_config; name a model that was pruned")
+    return saved["heapr_config"]

@@ -46,12 +46,15 @@ def test_steps_and_the_whole_give_the_same_model(inputs, capsys):
     assert PruningPlan.load(inputs / "whole").compensation
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_over_blocks_the_text_is_named_again(inputs, capsys, heapr_log, in_memory):
+@pytest.mark.parametrize(("in_memory", "steps_of_training"), [(True, 0), (False, 0), (False, 3)])
+def test_over_blocks_the_text_is_named_again(inputs, capsys, heapr_log, in_memory, steps_of_training):
     data = ("--dataset", inputs / "rows.jsonl", "--num-samples", 8, "--batch-size", 4)
     plan = ("--ratio", 0.5, "--compensate", "--compensation-scope", "block")
+    plan += ("--reconstruction-steps", steps_of_training)
     run("prune", "-m", inputs / "model", "-o", inputs / "whole", *plan, *data)
-    assert "mean relative squared error of the routed outputs of 2 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean relative squared error of the routed outputs of 2 layers" in printed
+    assert ("of the outputs of 2 layers on held-out tokens" in printed) == (steps_of_training > 0)
     run("plan", "--statistics", inputs / "whole", "-o", inputs / "plan.safetensors", *plan)
     steps = ["apply", "-m", inputs / "model", "-p", inputs / "plan.safetensors", "-o", inputs / "steps"]
     steps += ["--in-memory"] * in_memory

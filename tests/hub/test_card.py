@@ -110,6 +110,19 @@ def test_unreached_experts_are_named():
     assert "they stayed as they were" in str(model_card(pruner().model, protected, BASE))
 
 
+def test_training_of_blocks_is_said():
+    done = {"removed": 0.3, "fitted": 0.2, "trained": 0.1, "kept": "trained"}
+    changes = {"compensate": True, "compensation_scope": "block", "reconstruction_steps": 77}
+    plan = pruner().applied_plan
+    for trained in (0, 1):
+        kept = {path: {**done, "kept": "trained" if trained else "fitted"} for path in list(plan.kept)[:1]}
+        made = replace(plan, config=plan.config.replace(**changes), reconstruction=kept)
+        text = str(model_card(pruner().model, made, BASE))
+        assert (
+            "of 1 layers was then trained on the outputs of the unpruned layers, for 77 steps each" in text
+        ) == trained
+
+
 def test_loading_instructions_follow_the_checkpoint():
     variable = str(model_card(pruner().model, pruner().applied_plan, BASE, has_code=True))
     stock = str(model_card(pruner().model, pruner().applied_plan, BASE, has_code=False))

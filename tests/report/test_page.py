@@ -81,6 +81,18 @@ def test_the_page_and_the_markdown_show_the_figures():
             assert f"{block['compensation']['after']:.4f}" in shown
 
 
+def test_the_page_and_the_markdown_show_what_training_did():
+    report = copy.deepcopy(measured_pruner().report)
+    assert "Reconstruction" not in report_markdown(report)
+    for block in report["blocks"]:
+        block["reconstruction"] = {"removed": 0.31, "fitted": 0.2, "trained": 0.15, "kept": "trained"}
+    report["blocks"][1]["reconstruction"] |= {"trained": None, "kept": "fitted"}
+    text = " ".join(Elements(report_html(report)).text)
+    for shown in (text, report_markdown(report)):
+        assert "Reconstruction" in shown and "-25" in shown.replace("\N{MINUS SIGN}", "-") and "not finite" in shown
+    assert "| 0.3100 | 0.2000 | 0.1500 | trained |" in report_markdown(report)
+
+
 def test_the_page_needs_nothing_beside_it():
     page = report_html(measured_pruner().report)
     addresses = re.findall(r"(?:src|href|url|action)\s*[=(]\s*['\"]?([^'\")\s>]+)", page)

@@ -1,0 +1,250 @@
+# Licensed under the Apache License, Version 2.0
+"""Reconstruction: what stays of a block is trained on what the unpruned block gives. No labels, no backward through the model.
+
+Compensation fits the down projections, of which the output is a linear function. What its atomic experts do, which is what
+the gate and up rows say, stays as it was then. Here all rows that stay are trained, those of shared experts and biases
+included, from the fit on, to
+
+    minimize  sum_t |y_t - y'_t|^2,
+
+`y_t` the output of the unpruned block for token t in the unpruned model, `y'_t` that of the pruned block for the same token in
+the pruned model: for what the pruned layers below make of it. So a layer makes up for what was lost below it, too. The
+router stays as it is, and where it sends a token is known before a block is trained.
+
+A part of the tokens is held out, and decides for each block whether the fit or what was trained from it is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from ..modeling.atomic_experts import eager_atomic_experts_forward
+from ..utils.logging import get_logger, progress
+from .block_inputs import TrainingInputs
+from .fitted import FittedBlock
+from .selection import cut_block, load_rows, rows_of
+
+
+if TYPE_CHECKING:
+    from ..configuration import HeaprConfig
+    from ..experts import ExpertBlock
+    from .block_inputs import BlockInputs
+
+
+logger = get_logger(__name__)
+
+TOKENS_AT_ONCE = 2048
+"""Tokens of a step."""
+WARM_UP = 20
+"""Steps until the learning rate is reached; from there on it falls to zero in a straight line."""
+BETAS = (0.9, 0.95)
+STRETCHES, HELD_OUT = 64, 8
+"""The text is cut into so many stretches, and every so manieth is held out."""
+
+
+@torch.no_grad()
+def block_output(block: ExpertBlock, inputs: BlockInputs) -> torch.Tensor:
+    """What a block of the unpruned model gives, shared experts included, [tokens, d], in float32 or better.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        inputs (`BlockInputs`): what it was called with.
+    """
+    calls = inputs.routing()
+    output = torch.cat([block.module(*part) for part in zip(*(call.split(TOKENS_AT_ONCE) for call in calls))])
+    output = output.to(_exact(output.dtype))
+    for name, activations in inputs.shared_activations():
+        output += F.linear(activations, inputs.shared[name].down_proj.weight)
+    return output
+
+
+def reconstruct_block(
+    block: ExpertBlock,
+    kept: list[torch.Tensor],
+    fitted: FittedBlock,
+    inputs: TrainingInputs,
+    target: torch.Tensor,
+    config: HeaprConfig,
+) -> tuple[FittedBlock, dict[str, float | str | None]]:
+    """Trains what stays of a block, and keeps that if it is better on held-out tokens.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept indices of each expert.
+        fitted (`FittedBlock`): what compensation made of it, where training begins.
+        inputs (`TrainingInputs`): what it is called with in the pruned model.
+        target (`torch.Tensor`): what it is to give for the same tokens, [tokens, d].
+        config (`HeaprConfig`): `reconstruction_steps`, `reconstruction_learning_rate` and `seed` are used.
+
+    Returns:
+        `tuple[FittedBlock, dict]`: what the block becomes, and what that rests on: squared errors of its output on held-out
+        tokens, relative to the squared output, after plain removal (`removed`), fitted (`fitted`) and trained (`trained`),
+        and which of the last two was kept (`kept`). An error that is not finite is `None`. The dictionary is empty if there
+        was nothing to train.
+    """
+    place = torch.arange(len(target)) // max(len(target) // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
+    held_out, tokens = (torch.where(part)[0].to(target.device) for part in (place, ~place))
+    if fitted.error_before == 0:  # nothing is removed
+        return fitted, {}
+    if not target[held_out].square().sum() > 0:  # none, or not finite
+        logger.warning(
+            "%s: nothing held out of %d tokens to train it by; it stays as it was fitted", block.path, len(target)
+        )
+        return fitted, {}
+    student = Student(block, kept, inputs)
+    found = {"removed": student.error(target, held_out)}
+    student.load(fitted)
+    found["fitted"] = student.error(target, held_out)
+    train(student, target, tokens, config)
+    trained = student.as_stored(fitted)
+    student.load(trained)
+    error = student.error(target, held_out)
+    found["trained"] = error if math.isfinite(error) else None
+    better = error < found["fitted"]  # not if it is not a number
+    if not better:
+        logger.warning("%s: training did not make it better; it stays as it was fitted", block.path)
+    return trained if better else fitted, {**found, "kept": "trained" if better else "fitted"}
+
+
+def inputs_bytes(block: ExpertBlock, tokens: int) -> int:
+    """What the inputs of one block in the pruned model take, while it is fitted and trained: those of shared experts, too."""
+    return 2 * tokens * block.hidden_size * block.module.down_proj.dtype.itemsize
+
+
+def training_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
+    """What training one block takes at most, shared experts left aside.
+
+    Per token its inputs, twice while micro-batches are joined, and the target; per weight itself, its gradient, two moments
+    of that, and what it was and is stored as; and what the backward of a step needs.
+    """
+    stored, width, hidden = block.module.down_proj.dtype.itemsize, block.width, block.hidden_size
+    exact = max(stored, 4)
+    of_tokens = 2 * inputs_bytes(block, tokens) + tokens * hidden * exact
+    of_weights = block.num_experts * 3 * width * hidden * (4 * exact + 2 * stored)
+    of_step = TOKENS_AT_ONCE * (top_k or block.num_experts) * 2 * (2 * hidden + 5 * width) * exact
+    return of_tokens + of_weights + of_step
+
+
+class Student:
+    """What stays of a block, in float32 or better, and the calls that it gets.
+
+    Args:
+        block (`ExpertBlock`): experts of the unpruned model.
+        kept (`list[torch.Tensor]`): kept indices of each expert.
+        inputs (`TrainingInputs`): what it is called with in the pruned model.
+
+    Attributes:
+        parameters (`dict[str, torch.Tensor]`): all that is trained: of the experts, and by their full names of shared experts.
+    """
+
+    def __init__(self, block: ExpertBlock, kept: list[torch.Tensor], inputs: TrainingInputs):
+        self.dtype = block.module.down_proj.dtype
+        exact = _exact(self.dtype)
+        self.experts = cut_block(block, kept).to(exact).requires_grad_(True)
+        self.calls = inputs.routing()
+        self.mlps = inputs.shared
+        self.shared_calls = {name: inputs.shared_inputs(name) for name in inputs.shared}
+        self.parameters = dict(self.experts.named_parameters())
+        for path, mlp in self.mlps.items():
+            weights = {f"{path}.{name}": weight for name, weight in mlp.named_parameters()}
+            weights.pop(f"{path}.down_proj.bias", None)  # no part of the target
+            self.parameters |= {
+                name: weight.detach().to(exact, copy=True).requires_grad_(True) for name, weight in weights.items()
+            }
+
+    def output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What it gives for these tokens, [n, d]."""
+        hidden, index, weight = (call[tokens] for call in self.calls)
+        # On a CPU the backward of the grouped kernel takes twice as long as one expert after another.
+        forward = partial(eager_atomic_experts_forward, self.experts) if hidden.device.type == "cpu" else self.experts
+        output = forward(hidden.to(self.experts.down_proj.dtype), index, weight)
+        for path, mlp in self.mlps.items():
+            hidden, scale = (call[tokens].to(output.dtype) for call in self.shared_calls[path])
+            weights = {name: self.parameters.get(f"{path}.{name}") for name, _ in mlp.named_parameters()}
+            if "down_proj.bias" in weights:
+                weights["down_proj.bias"] = torch.zeros_like(output[0])
+            output = output + scale * functional_call(mlp, weights, (hidden,))
+        return output
+
+    @torch.no_grad()
+    def error(self, target: torch.Tensor, tokens: torch.Tensor) -> float:
+        """Squared error over these tokens, relative to the squared target."""
+        parts = tokens.split(TOKENS_AT_ONCE)
+        error = sum(float((self.output(part) - target[part]).square().sum()) for part in parts)
+        return error / sum(float(target[part].square().sum()) for part in parts)
+
+    @torch.no_grad()
+    def load(self, fitted: FittedBlock) -> None:
+        """Takes over what the block was fitted to be."""
+        for parameter, rows in fitted.experts.items():
+            load_rows(self.experts, parameter, rows)
+        for name, weight in fitted.shared.items():
+            if name in self.parameters:
+                self.parameters[name].copy_(weight)
+
+    def as_stored(self, fitted: FittedBlock) -> FittedBlock:
+        """What was trained, in the type of the model, in the place of what was fitted."""
+        rows = {
+            name: [part.to(self.dtype) for part in rows_of(self.experts, name)]
+            for name, _ in self.experts.named_parameters()
+        }
+        shared = {name: weight.detach().to(self.dtype) for name, weight in self.parameters.items() if name not in rows}
+        return replace(fitted, rows=rows.pop("down_proj"), trained=rows, shared={**fitted.shared, **shared})
+
+
+@torch.enable_grad()
+def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: HeaprConfig) -> None:
+    """Adam (Kingma & Ba 2015) on the squared error, on other tokens in each step, until all have had their turn, and again.
+
+    Args:
+        student (`Student`): changed in place.
+        target (`torch.Tensor`): what it is to give, [tokens, d].
+        tokens (`torch.Tensor`): which of them it is trained on.
+        config (`HeaprConfig`): as for [`reconstruct_block`].
+    """
+    steps, energy = config.reconstruction_steps, target[tokens].square().sum() / len(tokens)
+    groups = [
+        {"params": [weight], "lr": config.reconstruction_learning_rate * _unit(name, student.parameters)}
+        for name, weight in student.parameters.items()
+        if weight.numel()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+    )
+    batches = _batches(tokens, steps, torch.Generator().manual_seed(config.seed))
+    for batch in progress(batches, total=steps, desc="Reconstructing", unit="step", leave=False):
+        error = (student.output(batch) - target[batch]).square().sum() / energy
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _unit(name: str, parameters: dict[str, torch.Tensor]) -> float:
+    """The root mean square of a weight, or of the weight that a bias is added behind."""
+    name = name.removesuffix("_bias").removesuffix(".bias")
+    weight = parameters[name if name in parameters else f"{name}.weight"]
+    return float(weight.detach().square().mean().sqrt())
+
+
+def _batches(tokens: torch.Tensor, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    left = tokens[:0]
+    size = min(TOKENS_AT_ONCE, len(tokens))
+    for _ in range(steps):
+        if len(left) < size:
+            left = tokens[torch.randperm(len(tokens), generator=generator).to(tokens.device)]
+        yield left[:size]
+        left = left[size:]
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

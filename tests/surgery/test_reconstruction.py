@@ -1,0 +1,248 @@
+# Licensed under the Apache License, Version 2.0
+"""Training of what stays of a block: against the outputs of whole models, in every layout, file by file."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.checkpoints.saving import write_streaming
+from optimum_heapr.experts import find_expert_blocks
+from optimum_heapr.report.content import build_report
+from optimum_heapr.report.markdown import report_markdown
+from optimum_heapr.surgery import block_compensation, layer_by_layer, reconstruction
+from tests.helpers import calibration_data, tiny_model
+from tests.surgery.test_block_compensation import mixture
+
+
+LENGTHS = (24,) * 400
+COMPENSATED = {"ratio": 0.5, "compensate": True, "compensation_scope": "block", "batch_size": 40}
+OPTIONS = {**COMPENSATED, "reconstruction_steps": 60}
+FEW = {**OPTIONS, "reconstruction_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """By model type, an unpruned model, text, and its statistics. Not to be changed."""
+    found = {}
+
+    def of(model_type):
+        if model_type not in found:
+            model, data = tiny_model(model_type), calibration_data(*LENGTHS)
+            found[model_type] = model, data, calibrate(model, data, 40)
+        return found[model_type]
+
+    return of
+
+
+def pruned_by(measured, options, data=None):
+    """The pruned model and its plan."""
+    model, text, statistics = measured
+    pruner = HeaprPruner(copy.deepcopy(model), config=HeaprConfig(**options))
+    pruner.statistics, pruner.calibration_data = statistics, data or text
+    return pruner.apply(pruner.plan()), pruner.applied_plan
+
+
+@torch.no_grad()
+def mixture_outputs(model, paths, ids):
+    """What the mixtures of a whole model give, [tokens, d] by path of the block."""
+    found, hooks = {}, []
+    for path in paths:
+
+        def keep(module, inputs, output, path=path):
+            found[path] = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+
+        hooks.append(model.get_submodule(path.rpartition(".")[0]).register_forward_hook(keep))
+    model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def held_out(tokens):
+    """The tokens that decide: the last 150 of every 1,200."""
+    return [token for token in range(tokens) if token // 150 % 8 == 7]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [("qwen3_moe", "variable"), ("qwen2_moe", "variable"), ("deepseek_v2", "variable"), ("gpt_oss", "uniform")],
+)
+def test_outputs_of_the_whole_model_come_closer_on_held_out_tokens(measured, model_type, layout):
+    dense, data, _ = measured(model_type)
+    options = {"layout": layout, "width_multiple": 4} if layout == "uniform" else {}
+    pruned, plan = pruned_by(measured(model_type), {**OPTIONS, **options})
+    fitted, _ = pruned_by(measured(model_type), {**COMPENSATED, **options})
+    ids, paths = torch.stack(data.samples), list(plan.kept)
+    chosen = held_out(ids.numel())
+    target, trained, compensated = (mixture_outputs(model, paths, ids) for model in (dense, pruned, fitted))
+
+    def error(outputs, path):
+        wanted = target[path][chosen]
+        return float((outputs[path][chosen] - wanted).square().sum() / wanted.square().sum())
+
+    assert set(plan.reconstruction) == set(paths)
+    for path, done in plan.reconstruction.items():
+        assert done["kept"] == "trained" and done["trained"] < done["fitted"] < done["removed"]
+        # The plan says what a forward of the whole pruned model gives, as long as all below is as it was trained.
+        assert error(trained, path) == pytest.approx(done["trained"], rel=1e-3)
+        assert error(trained, path) < error(compensated, path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_all_that_stays_of_a_block_is_trained_and_nothing_else(measured, model_type):
+    dense, _, _ = measured(model_type)
+    pruned, plan = pruned_by(measured(model_type), {**FEW, "layout": "padded"})
+    before, after = dense.state_dict(), pruned.state_dict()
+    inside = tuple(f"{mixture_path}." for mixture_path in {path.rpartition(".")[0] for path in plan.kept})
+    for name, weight in before.items():
+        if name.startswith(inside) and "gate.weight" not in name and "router" not in name:
+            continue
+        assert torch.equal(weight, after[name]), name
+    for block in find_expert_blocks(dense):
+        cut = next(found for found in find_expert_blocks(pruned) if found.path == block.path)
+        for expert, kept in enumerate(plan.kept[block.path]):
+            for rows in ("gate_up_rows", "gate_up_bias"):
+                was, now = getattr(block, rows)(expert), getattr(cut, rows)(expert)
+                if was is not None and len(kept):
+                    changed = (was[:, kept] - now[:, : len(kept)]).abs().flatten(2 if was.dim() == 3 else 1)
+                    assert changed.gt(0).any()
+                    assert changed.max() < was.abs().max()
+        if model_type == "gpt_oss":
+            assert not torch.equal(block.module.down_proj_bias, cut.module.down_proj_bias)
+        else:
+            own, other = mixture(dense, block).shared_expert, mixture(pruned, cut).shared_expert
+            for name, weight in own.named_parameters():
+                assert not torch.equal(weight, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [("deepseek", "variable"), ("deepseek", "uniform"), ("gpt_oss", "padded")],
+)
+def test_cut_file_by_file(tmp_path, model_type, layout):
+    model, data = tiny_model(model_type, moe_intermediate_size=16, intermediate_size=16), calibration_data(*LENGTHS)
+    model.save_pretrained(tmp_path / "model")
+    plan = PruningPlan.build(calibrate(model, data, 40), HeaprConfig(**FEW, layout=layout))
+    pruner = HeaprPruner(model)
+    pruner.calibration_data = data
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "expected")
+    done, plan.compensation, plan.reconstruction = plan.reconstruction, {}, {}
+    (tmp_path / "out").mkdir()
+    write_streaming(tmp_path / "model", plan, tmp_path / "out", data=data, activation_memory=0)
+    streamed, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert streamed.keys() == expected.keys()
+    assert all(torch.equal(streamed[name], weight) for name, weight in expected.items())
+    assert PruningPlan.load(tmp_path / "out").reconstruction == done
+    assert "trained" in {block["kept"] for block in done.values()}
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_without_steps_nothing_is_trained(measured, monkeypatch):
+    monkeypatch.setattr(layer_by_layer, "reconstruct_block", lambda *_: pytest.fail("something is trained"))
+    pruned, plan = pruned_by(measured("qwen2_moe"), {**COMPENSATED, "reconstruction_steps": 0})
+    assert plan.reconstruction == {}
+
+
+def test_what_training_does_not_better_stays_as_it_was_fitted(measured, heapr_log):
+    fitted, _ = pruned_by(measured("qwen2_moe"), COMPENSATED)
+    spoilt, plan = pruned_by(measured("qwen2_moe"), {**FEW, "reconstruction_learning_rate": 1e30})
+    for name, weight in fitted.state_dict().items():
+        assert torch.equal(spoilt.state_dict()[name], weight)
+    assert {done["kept"] for done in plan.reconstruction.values()} == {"fitted"}
+    assert {done["trained"] for done in plan.reconstruction.values()} == {
+        None
+    }  # not finite, which JSON has no word for
+    assert "not finite" in report_markdown(build_report(plan, "a/model"))
+    assert "training did not make it better" in heapr_log.text
+
+
+def test_the_same_seed_gives_the_same_model(measured):
+    models = [pruned_by(measured("qwen3_moe"), {**FEW, "seed": seed})[0].state_dict() for seed in (1, 1, 2)]
+    assert all(torch.equal(models[0][name], weight) for name, weight in models[1].items())
+    assert not all(torch.equal(models[0][name], weight) for name, weight in models[2].items())
+
+
+def test_padding_does_not_count_nor_do_micro_batches():
+    model, data = tiny_model("qwen2_moe", dtype=torch.float64), calibration_data(30, 9, 22, 30, 5, 30, 17, 30)
+    made = {}
+    for batch_size in (1, 3):
+        pruned, plan = pruned_by(
+            (model, data, calibrate(model, data, 1)),
+            {**OPTIONS, "batch_size": batch_size, "reconstruction_steps": 5, "reconstruction_learning_rate": 1e-3},
+        )
+        made[batch_size] = pruned.state_dict(), plan.reconstruction
+    for name, weight in made[1][0].items():
+        torch.testing.assert_close(made[3][0][name], weight, rtol=1e-6, atol=1e-8)
+    for path, done in made[1][1].items():
+        assert made[3][1][path]["trained"] == pytest.approx(done["trained"], rel=1e-6)
+
+
+def test_a_protected_layer_stays_as_it_is(measured):
+    dense, _, _ = measured("qwen2_moe")
+    path = find_expert_blocks(dense)[0].path
+    pruned, plan = pruned_by(measured("qwen2_moe"), {**FEW, "protect": path})
+    assert path not in plan.reconstruction and len(plan.reconstruction) == len(plan.kept) - 1
+    inside = path.rpartition(".")[0] + ".shared"
+    for name, weight in dense.state_dict().items():
+        assert not name.startswith(inside) or torch.equal(pruned.state_dict()[name], weight)
+
+
+def test_too_little_text_is_said(heapr_log):
+    model, data = tiny_model(), calibration_data(7)
+    _, plan = pruned_by((model, data, calibrate(model, data, 1)), OPTIONS)
+    assert plan.reconstruction == {} and "nothing held out of 7 tokens to train it by" in heapr_log.text
+
+
+def test_a_model_is_as_it_was_if_training_breaks_off(measured, monkeypatch):
+    model, data, statistics = measured("qwen2_moe")
+    model = copy.deepcopy(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    monkeypatch.setattr(reconstruction, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    pruner = HeaprPruner(model, config=HeaprConfig(**OPTIONS))
+    pruner.statistics, pruner.calibration_data = statistics, data
+    with pytest.raises(torch.OutOfMemoryError):
+        pruner.apply(pruner.plan())
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
+    monkeypatch.undo()
+    pruner.apply(pruner.plan())
+
+
+def test_all_tokens_have_their_turn_before_one_has_its_second():
+    tokens = torch.arange(5000) * 2
+    batches = list(reconstruction._batches(tokens, 5, torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [2048] * 5
+    for first, second in ((0, 1), (2, 3)):
+        assert len(torch.cat([batches[first], batches[second]]).unique()) == 4096
+    assert set(torch.cat(batches).tolist()) <= set(tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reconstruction_steps": 600}, "reconstruction_steps=600: compensate=False and .*compensation over blocks"),
+        ({"reconstruction_steps": 600, "compensate": True}, "compensation_scope='expert'.*--compensation-scope block"),
+        ({**OPTIONS, "reconstruction_steps": -1}, "reconstruction_steps=-1: must be at least 0"),
+        ({**OPTIONS, "reconstruction_learning_rate": -1.0}, "reconstruction_learning_rate=-1.0: must be at least 0"),
+        ({**OPTIONS, "reconstruction_learning_rate": math.inf}, "must be a finite number"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(HeaprError, match=message):
+        HeaprConfig(**options)
+
+
+def test_training_without_room_is_refused_before_anything_is_measured(monkeypatch):
+    model = tiny_model()
+    block = find_expert_blocks(model)[0]
+    fitting = block_compensation.fitting_bytes(block, 128 * 2048, 2) + reconstruction.inputs_bytes(block, 128 * 2048)
+    needed = max(fitting, reconstruction.training_bytes(block, 128 * 2048, 2))
+    monkeypatch.setattr(block_compensation, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(HeaprError, match=f"needs {needed:,} bytes"):
+        HeaprPruner(model, config=HeaprConfig(**OPTIONS)).prune()
+    HeaprPruner(model, config=HeaprConfig(**COMPENSATED)).check()
