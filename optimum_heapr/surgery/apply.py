@@ -74,7 +74,7 @@ def compensate_model(
     data: CalibrationData | None,
     changes: Callable[[list[torch.Tensor]], None],
 ) -> None:
-    """What [`apply_plan`] does to the down projections before it cuts, if the plan asks for compensation.
+    """What [`apply_plan`] does to the weights that stay before it cuts, if the plan asks for compensation or training.
 
     Args:
         model, plan, statistics, data: as there.
@@ -101,7 +101,8 @@ def _compensate_together(
     place(model)  # as calibration does
 
     def take_over(block: ExpertBlock, fitted: FittedBlock) -> None:
-        changes([block.module.down_proj, *map(model.get_parameter, fitted.shared)])
+        own = [getattr(block.module, name) for name in fitted.experts]
+        changes([*own, *map(model.get_parameter, fitted.shared)])
         _take_over(model, block, plan.kept[block.path], fitted)
 
     with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):

@@ -35,7 +35,7 @@ def masked(
 
     The output is that of the pruned model, for every layout, and with the compensation that the plan asks for. Memory is
     needed for a copy of the columns of the down projections that are zeroed, a third of what the plan removes, or with
-    compensation for one of all down projections.
+    compensation for one of all down projections, or of all that is trained.
 
     Args:
         model (`PreTrainedModel`): in memory.
@@ -59,7 +59,7 @@ def masked(
             keep(weight, slice(None))
 
     try:
-        compensate_model(model, replace(plan, compensation={}), blocks, statistics, data, keep_all)
+        compensate_model(model, replace(plan, compensation={}, reconstruction={}), blocks, statistics, data, keep_all)
         for block in blocks:
             for expert, kept in enumerate(plan.kept[block.path]):
                 rows, gone = block.down_rows(expert), torch.ones(block.width, dtype=torch.bool)

@@ -15,6 +15,7 @@ from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.report.content import build_report
 from optimum_heapr.report.markdown import report_markdown
 from optimum_heapr.surgery import block_compensation, layer_by_layer, reconstruction
+from optimum_heapr.surgery.masking import masked
 from tests.helpers import calibration_data, tiny_model
 from tests.surgery.test_block_compensation import mixture
 
@@ -211,6 +212,23 @@ def test_a_model_is_as_it_was_if_training_breaks_off(measured, monkeypatch):
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
     monkeypatch.undo()
     pruner.apply(pruner.plan())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+@torch.no_grad()
+def test_a_masked_model_computes_what_the_pruned_one_does_and_is_then_as_it_was(measured, model_type):
+    pruned, plan = pruned_by(measured(model_type), FEW)
+    dense, data, statistics = measured(model_type)
+    model, ids = copy.deepcopy(dense), data.samples[0].unsqueeze(0)
+    again = PruningPlan.build(statistics, HeaprConfig(**FEW))
+    with masked(model, again, statistics, data):
+        logits = model(input_ids=ids).logits
+    assert not again.reconstruction and "trained" in {done["kept"] for done in plan.reconstruction.values()}
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in dense.state_dict().items())
+    expected = pruned(input_ids=ids).logits
+    # As many float32 roundings as sums have terms, relative to the largest number.
+    eps = torch.finfo(torch.float32).eps * 64 * expected.abs().max()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=float(eps))
 
 
 def test_all_tokens_have_their_turn_before_one_has_its_second():
