@@ -131,17 +131,13 @@ class HeaprConfig(Options):
         HeaprError: if a value is out of its range; the message names the value and what is allowed.
     """
 
-    ratio: float | None = option(
-        None, f"share of the routed atomic experts to remove (default: {DEFAULT_RATIO}, without a target)"
-    )
+    ratio: float | None = option(None, f"share of routed atomic experts to remove (default: {DEFAULT_RATIO})")
     target_parameters: int | None = option(None, "parameters that the pruned model may have; in place of ratio")
     target_size: str | None = option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
-    max_loss_increase: float | None = option(
-        None, "nats a token that the loss may rise by, measured; in place of ratio"
-    )
+    max_loss_increase: float | None = option(None, "nats a token the loss may rise by, measured; in place of ratio")
     criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
     reduction: str = option(
-        "mean", "heapr and fisher: mean over an expert's tokens, as published, or total over all tokens", REDUCTIONS
+        "mean", "heapr and fisher: mean over an expert's tokens, as published, or total", REDUCTIONS
     )
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
     compensation_scope: str = option(
@@ -151,14 +147,14 @@ class HeaprConfig(Options):
     reconstruction_steps: int = option(0, "steps of training each block, once it is compensated, on the unpruned one")
     reconstruction_learning_rate: float = option(0.015, "its learning rate, times the root mean square of each weight")
     allocation: str = option(
-        "global", "rank over the whole model, the same share of each layer, or one width everywhere", ALLOCATIONS
+        "global", "rank over the whole model, each layer alone, or one width for all", ALLOCATIONS
     )
     num_experts: str | None = option(None, "layout uniform: experts kept in each router, wider at the same size")
     width_multiple: int = option(1, "widths are multiples of this, chosen by importance")
     min_width: int = option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = option(False, "keep the experts that no calibration token reached as they are")
     protect: str | None = option(
-        None, "expert blocks kept as they are, e.g. 'model.layers.0.*', or experts of them: 'model.layers.5.*:3,7'"
+        None, "kept as they are: blocks, 'model.layers.0.*', or experts: 'model.layers.5.*:3'"
     )
     layout: str = option("variable", "variable widths, or the stock architecture: one width, or zero-padded", LAYOUTS)
     align_for: str = option("none", "runtime whose rule the widths keep", ALIGNMENTS)

@@ -75,7 +75,7 @@ def held_out(tokens):
 )
 def test_outputs_of_the_whole_model_come_closer_on_held_out_tokens(measured, model_type, layout):
     dense, data, _ = measured(model_type)
-    options = {"layout": layout, "width_multiple": 4} if layout == "uniform" else {}
+    options = {"layout": layout, "width_multiple": 4, "num_experts": 5} if layout == "uniform" else {}
     pruned, plan = pruned_by(measured(model_type), {**OPTIONS, **options})
     fitted, _ = pruned_by(measured(model_type), {**COMPENSATED, **options})
     ids, paths = torch.stack(data.samples), list(plan.kept)
@@ -244,7 +244,10 @@ def test_all_tokens_have_their_turn_before_one_has_its_second():
     ("options", "message"),
     [
         ({"reconstruction_steps": 600}, "reconstruction_steps=600: goes on from compensation over blocks; set"),
-        ({"reconstruction_steps": 600, "compensate": True}, "compensation_scope='block' .*--compensation-scope block. too"),
+        (
+            {"reconstruction_steps": 600, "compensate": True},
+            "compensation_scope='block' .*--compensation-scope block. too",
+        ),
         ({**OPTIONS, "reconstruction_steps": -1}, "reconstruction_steps=-1: must be at least 0"),
         ({**OPTIONS, "reconstruction_learning_rate": -1.0}, "reconstruction_learning_rate=-1.0: must be at least 0"),
         ({**OPTIONS, "reconstruction_learning_rate": math.inf}, "must be a finite number"),
