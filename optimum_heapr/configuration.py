@@ -136,9 +136,7 @@ class HeaprConfig(Options):
     target_size: str | None = option(None, "bytes that its weights may take, e.g. 12GB; in place of ratio")
     max_loss_increase: float | None = option(None, "nats a token the loss may rise by, measured; in place of ratio")
     criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
-    reduction: str = option(
-        "mean", "heapr and fisher: mean over an expert's tokens, as published, or total", REDUCTIONS
-    )
+    reduction: str = option("mean", "heapr, fisher: mean over an expert's tokens, as published, or total", REDUCTIONS)
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
     compensation_scope: str = option(
         "expert", "what makes up for it: the same expert, or the whole block, from the text", COMPENSATION_SCOPES

@@ -8,6 +8,10 @@ from typing import Any
 from ..utils.artefacts import MODEL_PARTS, check_parts
 
 
+NEWER = ("compensation", "reconstruction", "data", "tokens", "storage", "importance", "dropped")
+"""Parts that a plan of an earlier version may lack; they are empty then."""
+
+
 def check_document(document: dict[str, Any]) -> None:
     """Refuses one that lacks what later stages read, or has something else there.
 
@@ -20,9 +24,4 @@ def check_document(document: dict[str, Any]) -> None:
     check_parts(document["model"], MODEL_PARTS)
     check_parts(document["loss_increase"], dict.fromkeys(document["blocks"], (float, int)))
     check_parts(document["original_width"], dict.fromkeys(document["blocks"], int))
-    newer = {
-        name: dict
-        for name in ("compensation", "data", "tokens", "storage", "importance", "dropped")
-        if name in document
-    }
-    check_parts(document, newer)
+    check_parts(document, {name: dict for name in NEWER if name in document})

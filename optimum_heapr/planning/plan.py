@@ -20,7 +20,7 @@ from ..utils.values import TensorValue
 from .alignment import warn_of_stock_widths
 from .allocation import allocate
 from .distribution import importance_distribution
-from .document import check_document
+from .document import NEWER, check_document
 from .dropping import dropped_experts
 from .estimate import estimated_loss_increase
 from .goal import Goal
@@ -195,14 +195,8 @@ class PruningPlan(TensorValue):
             "model": self.model,
             "loss_increase": self.loss_increase,
             "unreached": self.unreached,
-            "compensation": self.compensation,
-            "reconstruction": self.reconstruction,
-            "data": self.data,
-            "tokens": self.tokens,
-            "storage": self.storage,
-            "importance": self.importance,
             "search": self.search,
-            "dropped": self.dropped,
+            **{name: getattr(self, name) for name in NEWER},
         }
         write_artefact(path, FORMAT, tensors, document)
 
@@ -237,14 +231,8 @@ class PruningPlan(TensorValue):
                 model=document["model"],
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
-                compensation=document.get("compensation", {}),
-                reconstruction=document.get("reconstruction", {}),
-                data=document.get("data", {}),
-                tokens=document.get("tokens", {}),
-                storage=document.get("storage", {}),
-                importance=document.get("importance", {}),
                 search=document.get("search", []),
-                dropped=document.get("dropped", {}),
+                **{name: document.get(name, {}) for name in NEWER},
             )
             plan.check()
         except HeaprError:
