@@ -74,12 +74,14 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     # Weights that are going to be there as well.
     coming = sum(p.nbytes for p in model.parameters() if p.device.type not in (device.type, "meta"))
     available = available_bytes(device) - coming
-    what = "Fitting and training" if config.reconstruction_steps else "Fitting"
+    what, option = "Fitting", f"compensation_scope={config.compensation_scope!r}"
+    if config.reconstruction_steps:
+        what, option = "Fitting and training", f"reconstruction_steps={config.reconstruction_steps}"
     logger.info("%s a block takes %s bytes on %s, of %s available", what, f"{needed:,}", device, f"{available:,}")
     if needed > available:
         raise HeaprError(
-            f"compensation_scope='block': needs {needed:,} bytes on {device} for {config.num_samples} samples of "
-            f"{config.seq_length} tokens, and {available:,} are available; calibrate on fewer, or use "
+            f"{option}: needs {needed:,} bytes on {device} for {config.num_samples} samples of {config.seq_length} tokens, and "
+            f"{available:,} are available; calibrate on fewer, or use "
             "--memory streaming, which has one layer there, or compensation_scope='expert'"
         )
 
