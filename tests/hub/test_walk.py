@@ -78,7 +78,7 @@ def walked(shared, run_python, tmp_path_factory):
     for output in commands:
         (line,) = re.findall(rf"^(optimum-cli heapr prune .*) -o {output}$", readme, re.MULTILINE)
         line = line.replace("-m demo", f"-m {model}").replace("--dataset demo", f"--dataset {text}")
-        line = line.replace("--num-samples 16", "--num-samples 8 --eval-samples 2")  # for time
+        line = line.replace("--num-samples 16", "--num-samples 8 --eval-samples 2 --dtype float32")  # for time
         lines.append(f"{line} -o {folder / output} --push-to-hub me/{output}")
     run_python(RUN, *lines)
     return folder
