@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
@@ -39,6 +38,7 @@ from ..surgery.selection import packed_rows, padded_expert, set_rows
 from ..utils.logging import progress
 from ..utils.placement import default_device
 from ..utils.tensor_files import write_tensors
+from .orientation import check_orientation, written_as_stored
 
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def stream_plan(
     first_experts = [source.expert(block, 0) for block in source.blocks]
     check_same_model(plan.model, model_fingerprint(skeleton, first_experts), "plan")
     check_compensation(plan, statistics, data)
+    check_orientation(skeleton, source.blocks, plan)
 
     with tempfile.TemporaryDirectory(prefix=".compensation-", dir=folder) as work:
         fitted = None
@@ -145,9 +146,9 @@ class TargetCheckpoint:
         for name in skeleton._keys_to_ignore_on_save or ():
             state.pop(name, None)
         self.state = remove_tied_weights_from_state_dict(state, skeleton)
+        conversions = written_as_stored(skeleton)
         self.tensors = revert_weight_conversion(skeleton, dict(self.state))
-        transforms = get_model_conversion_mapping(skeleton, add_legacy=False)[::-1]
-        reverse = [entry.reverse_transform() for entry in transforms if not isinstance(entry, PrefixChange)]
+        reverse = [entry.reverse_transform() for entry in conversions[::-1] if not isinstance(entry, PrefixChange)]
         self._renamings = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
         self._units: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}

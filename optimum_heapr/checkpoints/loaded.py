@@ -21,6 +21,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.placement import place
 from ..utils.sizes import parse_size
+from .orientation import check_orientation, written_as_stored
 from .saving import save_companions
 
 
@@ -120,7 +121,7 @@ class LoadedModel:
         Raises:
             HeaprError: naming what differs.
         """
-        check_plan(self.model, plan)
+        check_orientation(self.model, check_plan(self.model, plan), plan)
 
     def apply(
         self,
@@ -151,6 +152,7 @@ class LoadedModel:
                 )
         base, before = self.base, observe(self.model, plan.tokens, workload)
         apply_plan(self.model, plan, statistics, data)
+        written_as_stored(self.model)
         return build_report(plan, base.name, before, observe(self.model, plan.routed_tokens, workload), workload)
 
     def save(

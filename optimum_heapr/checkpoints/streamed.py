@@ -17,6 +17,7 @@ from ..utils.logging import get_logger
 from ..utils.temporary import TemporaryFolder
 from .loaded import LoadedModel
 from .loading import source_of
+from .orientation import check_orientation
 from .saving import write_streaming
 
 
@@ -78,7 +79,9 @@ class OffloadedModel(LoadedModel):
         Raises:
             HeaprError: naming what differs.
         """
-        plan.check_shapes({block.path: (block.num_experts, block.width) for block in find_expert_blocks(self.model)})
+        blocks = find_expert_blocks(self.model)
+        plan.check_shapes({block.path: (block.num_experts, block.width) for block in blocks})
+        check_orientation(self.model, blocks, plan)
 
     def apply(
         self,

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.orientation import written_as_stored
 from ..checkpoints.originals import carry_over
 from ..hub.base_model import BaseModel
 from ..hub.card import point_to_folder
@@ -92,6 +93,7 @@ def save_merged(
     """
     with replace_folder(folder, overwrite) as temporary:
         merged = recovery.merge()
+        written_as_stored(merged)
         merged.save_pretrained(temporary)
         is_stock = getattr(merged.config, "expert_widths", None) is None
         carry_over(temporary, merged, tokenizer, BaseModel.of(merged), is_stock)

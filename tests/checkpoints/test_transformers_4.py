@@ -71,21 +71,34 @@ MODELS = {
     },
 }
 
+VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 48}
+MODELS["qwen3_vl_moe"] = {
+    "text_config": {
+        **{**COMMON, "hidden_size": 48, "head_dim": 16, "num_experts": 6},
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {**VISION, "deepstack_visual_indexes": [0]},
+    "torch_dtype": "float32",
+}
+
 MAKE = """
 import json, sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 folder, model_type, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 torch.manual_seed(0)
-AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).save_pretrained(folder)
+auto_class = AutoModelForImageTextToText if "vision_config" in options else AutoModelForCausalLM
+auto_class.from_config(AutoConfig.for_model(model_type, **options)).save_pretrained(folder)
 """
 RUN = """
 import sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 ids = torch.arange(96).view(2, 48) * 3 % 320
 logits = {}
 for name in sys.argv[2:]:
-    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    vision = hasattr(AutoConfig.from_pretrained(name), "vision_config")
+    auto_class = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    model, found = auto_class.from_pretrained(name, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"], found
     assert AutoTokenizer.from_pretrained(name)("An expert").input_ids
     with torch.no_grad():
@@ -106,7 +119,8 @@ def in_transformers_4(code, *arguments):
 @pytest.mark.parametrize("name", MODELS)
 def test_stock_layouts_give_the_same_logits(name, tmp_path):
     model_type, source = name.split(" ")[0], tmp_path / "source"
-    status, error = in_transformers_4(MAKE, source, model_type, json.dumps({**COMMON, **MODELS[name]}))
+    options = MODELS[name] if "vision_config" in MODELS[name] else {**COMMON, **MODELS[name]}
+    status, error = in_transformers_4(MAKE, source, model_type, json.dumps(options))
     assert status == 0, error
     tiny_tokenizer(source)
     tokenizer = source / "tokenizer_config.json"

@@ -81,8 +81,9 @@ def make_config(model_type: str) -> PreTrainedConfig:
         text = {
             key: value for key, value in {**SMALL, **FINE_GRAINED, "num_experts": 6}.items() if "token_id" not in key
         }
+        text["hidden_size"] = 40  # of no matrix the only one: what is square may be stored either way round
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 40}
         vision["deepstack_visual_indexes"] = [0]
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
     return AutoConfig.for_model(model_type, **{**SMALL, **CONFIGS[model_type]})
