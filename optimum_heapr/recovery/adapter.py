@@ -43,6 +43,39 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
     return {"model_type": model.config.model_type, "weights": hash_of_values(model.parameters())}
 
 
+def without_adapter(model: PeftModel) -> PreTrainedModel:
+    """The model as it was. Of modules that are trained whole (norms, routers) PEFT's `unload` would leave the trained copies."""
+    model.delete_adapter(model.active_adapter)
+    return model.unload()
+
+
+@contextmanager
+def as_it_was_after_errors(model: PreTrainedModel) -> Iterator[list[PeftModel]]:
+    """Takes an adapter off again if the block ends with an error, out of memory or an interruption for instance.
+
+    Otherwise the model would go on with an adapter that was trained in part, and be saved under names that nothing reads.
+
+    Args:
+        model (`PreTrainedModel`): its modes and what of it is trained come back as well.
+
+    Yields:
+        `list[PeftModel]`: for what wraps the model.
+    """
+    training = {module: module.training for module in model.modules()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    wrapped: list[PeftModel] = []
+    try:
+        yield wrapped
+    except BaseException:
+        for wrapper in wrapped:
+            without_adapter(wrapper)
+        for module, mode in training.items():
+            module.training = mode
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+        raise
+
+
 @torch.no_grad()
 def interpolate(model: PeftModel, share: float) -> None:
     """Leaves a share of what training changed, in place: `W0 + share (W - W0)` for every weight (WiSE-FT, arXiv 2109.01903).

@@ -16,7 +16,14 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import has_accelerator, place
 from ..utils.public import public_name
-from .adapter import check_pruned, identity_of, interpolate, known_warnings_of_peft
+from .adapter import (
+    as_it_was_after_errors,
+    check_pruned,
+    identity_of,
+    interpolate,
+    known_warnings_of_peft,
+    without_adapter,
+)
 from .data import RecoveryData
 from .report import RecoveryReport
 from .targets import adapter_config
@@ -94,7 +101,7 @@ def recover(
 
     Raises:
         HeaprError: if the model was not pruned, has nothing of what is to be trained, a loss is not finite, the teacher is
-            missing, or the folder is of another run.
+            missing, or the folder is of another run. After this or any other error the model is as it was.
     """
     check_pruned(model)
     if config.distills and teacher is None:
@@ -109,8 +116,10 @@ def recover(
     with ExitStack() as stack:
         for each in running:
             stack.enter_context(experts_of_any_width(each))
+        wrapped = stack.enter_context(as_it_was_after_errors(model))
         start, stage = held_out_loss(place(model), data), _stage_of(model)
         peft_model = _with_adapter(model, config, saved_at)
+        wrapped.append(peft_model)
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):  # the Trainer seeds the generators of this process
             trainer = _trainer(peft_model, config, data, folder, teacher)
@@ -141,13 +150,7 @@ def recover(
         model=identity,
         teacher=public_name(teacher.name) if teacher else None,
     )
-    return Recovery(peft_model.eval() if improved else _untrained(peft_model), report, dtypes)
-
-
-def _untrained(model: PeftModel) -> PreTrainedModel:
-    """The model as it was. Of modules that are trained whole (norms, routers) PEFT's `unload` would leave the trained copies."""
-    model.delete_adapter(model.active_adapter)
-    return model.unload()
+    return Recovery(peft_model.eval() if improved else without_adapter(peft_model), report, dtypes)
 
 
 def _stage_of(model: PreTrainedModel) -> str:

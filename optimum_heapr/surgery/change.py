@@ -50,8 +50,9 @@ def whole_or_refused(model: torch.nn.Module) -> Iterator[Change]:
                 "with memory='streaming' or optimum-cli heapr apply"
             )
             setattr(model, BROKEN_OFF, message)
-            for name in USES:
-                setattr(model, name, partial(_refuse, message))
+            for part in (model, getattr(model, "base_model", model)):  # the body alone can be called as well
+                for name in USES:
+                    setattr(part, name, partial(_refuse, message))
         raise
 
 

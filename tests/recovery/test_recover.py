@@ -179,6 +179,32 @@ def test_no_warning_that_users_cannot_act_on(targets, pruned, model, tmp_path, r
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_an_error_leaves_the_model_as_it_was(targets, pruned, model, tmp_path, monkeypatch):
+    """Out of memory in the second step: less of it at once may go, so the model must be there to try again with."""
+    model.train()
+    model.lm_head.requires_grad_(False)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    step, calls = RecoveryTrainer.training_step, []
+
+    def short_of_memory(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, tmp_path / "first", targets=targets)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    assert all(module.training for module in model.modules())
+    assert torch.equal(logits_of(model), logits_of(pruned.model))
+    again = run(model, tmp_path / "second", targets=targets)
+    expected = run(copy.deepcopy(pruned.model), tmp_path / "third", targets=targets)
+    assert again.report.history == expected.report.history
+    assert_close(logits_of(again.merge()), logits_of(expected.merge()))
+
+
 def test_nothing_is_kept_if_nothing_improved(pruned, model, tmp_path):
     recovery = run(model, tmp_path / "state", targets="all", learning_rate=5.0, max_steps=20, eval_steps=1, patience=2)
     assert not recovery.report.improved and recovery.report.best_step == 0

@@ -75,6 +75,7 @@ def used_in(model):
     plain = HeaprConfig(ratio=0.5)
     return {
         "forward": lambda folder: model(input_ids=ids),
+        "body": lambda folder: model.base_model(input_ids=ids),
         "generate": lambda folder: model.generate(ids),
         "save": lambda folder: model.save_pretrained(folder),
         "weights": lambda folder: model.state_dict(),
