@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.files import write_json
+from ..utils.logging import get_logger
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from ..hub.base_model import BaseModel
 
+
+logger = get_logger(__name__)
 
 _LEFT_OUT = (
     "auto_map",
@@ -48,13 +51,18 @@ def carry_over(
     for name, path in base.files.items():
         if name == "config.json":
             continue
+        if not path.is_file():
+            logger.warning(
+                f"{base.name}: {name} was there when the model was loaded and has gone; it is not carried over"
+            )
+            continue
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     if written is not None and _generation(folder) != written:  # it was changed since
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None and not _is_tokenizer_of(folder, tokenizer):
         tokenizer.save_pretrained(folder)
-    if is_stock and "config.json" in base.files:
+    if is_stock and "config.json" in base.files and base.files["config.json"].is_file():
         original = json.loads(base.files["config.json"].read_text(encoding="utf-8"))
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         before = type(model.config).from_dict(copy.deepcopy(original)).to_dict()  # it takes parts of what it is given

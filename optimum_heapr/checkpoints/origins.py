@@ -23,7 +23,7 @@ def hub_options_in(model_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def place_of(name: str | os.PathLike) -> str:
-    """The folder of a model, or its name on the Hub.
+    """The folder of a model, from the root, or its name on the Hub.
 
     Raises:
         HeaprError: if it can be neither, or the folder's settings are damaged.
@@ -34,9 +34,10 @@ def place_of(name: str | os.PathLike) -> str:
             f"model={path!r}: no such folder, and no name on the Hub either; name a folder or a repository on the Hub that "
             "holds a causal language model"
         )
-    if os.path.isdir(path):
-        check_settings(path)
-    return path
+    if not os.path.isdir(path):
+        return path
+    check_settings(path)
+    return os.path.abspath(path)  # the working folder may change before it is cut
 
 
 def base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:

@@ -2,11 +2,13 @@
 """A pruned checkpoint has the files and the configuration's keys of the original: other software reads what it always read."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from optimum_heapr import HeaprPruner
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.originals import with_original_keys
 from optimum_heapr.checkpoints.saving import apply_streaming
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -120,6 +122,28 @@ def test_values_keep_the_names_that_the_original_gives_them():
 def test_a_variable_configuration_has_no_keys_of_another_version(source, tmp_path):
     for folder in both_ways(source, tmp_path, "variable"):
         assert not {"rope_theta", "torch_dtype"} & set(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("memory", ["plain", "streaming"])
+def test_the_working_folder_may_change_in_between(memory, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    pruner = HeaprPruner.from_pretrained(source.name, memory=memory)
+    pruner.apply(layout_plan(load_model(source)[0], "uniform"))
+    monkeypatch.chdir(tmp_path)
+    pruner.save_pretrained("out")
+    for name in CARRIED:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_an_original_that_has_gone_in_between_is_no_loss(source, tmp_path, heapr_log):
+    shutil.copytree(source, tmp_path / "going")
+    pruner = HeaprPruner.from_pretrained(tmp_path / "going")
+    pruner.apply(layout_plan(pruner.model, "uniform"))
+    shutil.rmtree(tmp_path / "going")
+    pruner.save_pretrained(tmp_path / "out")
+    assert "processor_config.json was there when the model was loaded and has gone" in heapr_log.text
+    model, tokenizer = load_model(tmp_path / "out")
+    assert model.config.moe_intermediate_size < 12 and tokenizer is not None
 
 
 def test_what_the_user_changed_is_written_anew(source, tmp_path):
