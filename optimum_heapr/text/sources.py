@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -92,7 +93,8 @@ def open_dataset(
         if path.is_file() and builder:
             # A text file is one document, not one document a line.
             options = {"sample_by": "document"} if builder == "text" else {}
-            return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
+            file = glob.escape(str(path))  # it would be a pattern otherwise
+            return datasets.load_dataset(builder, data_files=file, split="train", streaming=streaming, **options)
         if path.exists() and not path.is_dir():
             raise HeaprError(f"dataset={str(name)!r}: unknown kind of file; use one of {', '.join(FILE_BUILDERS)}")
         if not path.exists() and (builder or path.is_absolute() or str(name).startswith(".")):
@@ -116,6 +118,8 @@ def _loading_errors(name: str | os.PathLike) -> Iterator[None]:
         # A TypeError is one of Arrow's, which says what does not fit.
         reason = " ".join(str(error).split())[:300] if isinstance(error, TypeError) else reason_of(error)
         hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        if glob.has_magic(str(name)) and os.path.isdir(name):
+            hint = "; `datasets` takes *, ? and [ in the name of a folder for a pattern: rename it, or name the files in it"
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({reason}){hint}") from error
 
 

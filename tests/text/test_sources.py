@@ -13,7 +13,7 @@ from optimum_heapr.cli.tables import statistics_table
 from optimum_heapr.text import sources as sources_module
 from optimum_heapr.text.mixtures import Source, parse_sources, shares_of
 from optimum_heapr.text.samples import load_calibration_data
-from optimum_heapr.text.sources import articles, open_source
+from optimum_heapr.text.sources import articles, open_dataset, open_source
 from tests.helpers import CHAT_TEMPLATE, SENTENCES, assert_same_statistics, tiny_model, tiny_tokenizer
 
 
@@ -64,6 +64,18 @@ def test_what_exists_is_a_path(tmp_path, monkeypatch):
         write_texts(tmp_path / name, ["x"])
         assert parse_sources(name) == [Source(name)]
     assert parse_sources("a:0.5:2,e[train]:1") == [Source("a:0.5", 2.0), Source("e[train]", 1.0)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_is_no_pattern(streaming, tmp_path):
+    folder = tmp_path / "a [b], c*:2?"
+    folder.mkdir()
+    for name in ("text [x].jsonl", "text x.jsonl"):
+        write_texts(folder / name, [name])
+    rows = open_dataset(str(folder / "text [x].jsonl"), streaming=streaming)
+    assert [row["text"] for row in rows] == ["text [x].jsonl"]
+    with pytest.raises(HeaprError, match="for a pattern: rename it, or name the files in it"):
+        open_dataset(str(folder), streaming=streaming)
 
 
 @pytest.mark.parametrize(
