@@ -79,7 +79,9 @@ def check_model_is_whole(model: torch.nn.Module) -> None:
 
 
 def start_processes() -> Accelerator:
-    """Connects the processes of this run, if there are several.
+    """Connects the processes of this run, if there are several and they are not yet.
+
+    One that ends before it is connected is waited for, as one that is late; one that ends afterwards is noticed.
 
     Raises:
         HeaprError: as [`check_launcher`].

@@ -43,12 +43,12 @@ class CalibrateCommand(HeaprSubcommand):
                 "or measure none with --statistics vector"
             )
         check_output_artefact(self.args.output, self.args.overwrite)
-        from ..calibration.processes import check_launcher
+        from ..calibration.processes import start_processes
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
         from .tables import statistics_table
 
-        check_launcher()
+        start_processes()  # before anything can go wrong in one of them: then the others are told
         check_texts(config, evaluates=False)
         with chosen_memory(self.args, config) as options:
             state, saving = state_from(self.args, options["memory"])

@@ -81,13 +81,13 @@ class PruneCommand(HeaprSubcommand):
         saved = self.args.statistics or self.args.save_statistics or self.args.save_every or self.args.resume
         kept = None if self.args.dry_run or saved else kept_path(self.args.output)
         storing = save_options_from(self.args)
-        from ..calibration.processes import check_launcher
+        from ..calibration.processes import start_processes
         from ..pruner import HeaprPruner
         from ..report.observation import check_prompts
         from ..utils.logging import is_main_process
         from .tables import compensation_lines, measured_lines, plan_table
 
-        check_launcher()
+        start_processes()  # before anything can go wrong in one of them: then the others are told
         searches = config.max_loss_increase is not None and config.eval_dataset is None
         calibrates = self.args.statistics is None or config.compensates_blocks or searches
         # Without a dataset there may be statistics beside the model.

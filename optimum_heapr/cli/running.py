@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,12 +79,14 @@ def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | State
 def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dict[str, Any]]:
     """Prints what calibrating needs, and yields how to load the model, as keyword arguments of `from_pretrained`.
 
-    What does not fit goes into a hidden folder on the disk of the output, which is gone when the block ends.
+    What does not fit goes into a hidden folder on the disk of the output, which is gone when the block ends, or, if the run is
+    killed, when the next one begins.
 
     Raises:
         HeaprError: if there is no such mode, size or dtype.
     """
     from ..checkpoints.loading import choose_memory
+    from ..utils.files import folder_beside
     from ..utils.logging import is_main_process
     from ..utils.sizes import parse_size
 
@@ -94,13 +95,12 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
     memory, estimate = choose_memory(args.model, config, args.memory, budget, **options)
     if estimate is not None and is_main_process():
         print(estimate, flush=True)
-    output = Path(args.output or "pruned")
-    folder = Path(f"{output.parent / ('.' + output.name)}.{os.getpid()}.offload")
-    try:
-        placed = {} if memory == "plain" else {"offload_folder": str(folder)}
-        yield {"memory": memory, "activation_memory": budget, **placed, **options}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    loading = {"memory": memory, "activation_memory": budget, **options}
+    if memory == "plain":
+        yield loading
+        return
+    with folder_beside(args.output or "pruned") as folder:
+        yield {**loading, "offload_folder": str(folder)}
 
 
 def kept_path(output: str) -> Path:

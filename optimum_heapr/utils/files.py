@@ -79,6 +79,21 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
 
 
 @contextmanager
+def folder_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty hidden folder on the disk of an output, for what is needed until the block ends.
+
+    Raises:
+        HeaprError: if the folder of the output cannot be written to.
+    """
+    path = Path(path).resolve()
+    with _parents(path), _temporary(path, folder=True) as temporary:
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def _temporary(path: Path, folder: bool) -> Iterator[Path]:
     """Makes an empty temporary file or folder beside `path`, and removes those that killed runs left there.
 

@@ -74,6 +74,15 @@ def test_prune_streaming(run, inputs, tmp_path):
     assert packed.status == 2 and "leave --packed out, or pass --memory plain" in packed.error
 
 
+def test_what_a_killed_run_left_on_the_disk_goes_with_the_next(run, inputs, tmp_path):
+    left = tmp_path / ".out.0abcdef_.tmp" / "heapr-x"
+    left.mkdir(parents=True)
+    (left / "hidden.0.0.safetensors").write_text("tens of gigabytes")
+    flags = ["--memory", "streaming", "--activation-memory", "1KB"]
+    assert run("calibrate", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, *flags).status == 0
+    assert list(listing(tmp_path)) == ["out"]
+
+
 def test_streaming_is_resumed(run, inputs, tmp_path, monkeypatch):
     command = ["calibrate", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--memory", "streaming"]
     measured = streaming._Schedule._measure

@@ -181,6 +181,28 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dies.py", "out"]
 
 
+# The second process has no such model: on a host of its own, say.
+NOT_FOUND = """
+import os, sys
+from optimum.commands.optimum_cli import main
+
+if os.environ["RANK"] == "1":
+    sys.argv[sys.argv.index("-m") + 1] = "/not/here"
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune"])
+def test_a_process_that_ends_before_it_measures_ends_the_run(command, inputs, tmp_path):
+    """Whoever is not connected by then would be waited for, for a day."""
+    arguments = ["heapr", command, "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration]
+    first, second = in_two_processes(NOT_FOUND, *map(str, arguments))
+    assert second.returncode == 2 and "no such folder" in second.stderr
+    assert first.returncode in (2, -signal.SIGABRT)
+    if first.returncode == 2:
+        assert "processes: another one ended before" in first.stderr
+
+
 @pytest.mark.parametrize(("command", "memory"), [("calibrate", "streaming"), ("prune", "plain")])
 def test_states_stay_until_the_output_is_safe(command, memory, inputs, tmp_path):
     """The second process has nothing to write, and yet its state is needed until the first one has written."""
