@@ -12,7 +12,11 @@ import torch
 import transformers
 from torch import nn
 from transformers import initialization
-from transformers.modeling_layers import GenericForQuestionAnswering
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.auto import modeling_auto
 
 from .atomic_experts import AtomicExperts
@@ -35,10 +39,20 @@ OTHER_AUTO_CLASSES = {
 }
 
 
+_BODY_BY_AUTO_MODEL = (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
+
 class PrunedModelMixin:
     """Puts `AtomicExperts` of the widths in the configuration where the stock experts were."""
 
     def __init__(self, config, *args, **kwargs):
+        if isinstance(self, _BODY_BY_AUTO_MODEL) and type(config) is not self.config_class:
+            # transformers keeps two copies of code that came with a checkpoint, of which only one was registered.
+            register_classes(type(config))
         super().__init__(config, *args, **kwargs)
         if isinstance(getattr(self, self.base_model_prefix, None), PrunedModelMixin):
             return  # the body of a classifier was made by `AutoModel`

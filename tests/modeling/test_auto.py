@@ -256,6 +256,13 @@ for name, folder in arguments["folders"].items():
     except Exception as error:
         report["refusals"][name] = str(error)
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).expert_widths
+    # First those whose body is made by `AutoModel`, which nobody has told of the code yet.
+    for auto_class in sorted(AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map, reverse=True):
+        if auto_class != "AutoConfig":
+            body = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+            with torch.no_grad():
+                states = body(input_ids=ids[:1], output_hidden_states=True).hidden_states[-1]
+            result[f"{name} body of {auto_class}"] = states
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.save_pretrained(folder + "-saved")
     again = AutoModelForCausalLM.from_pretrained(folder + "-saved", trust_remote_code=True)
@@ -263,12 +270,6 @@ for name, folder in arguments["folders"].items():
         with torch.no_grad():
             result[f"{name} {step}"] = loaded(input_ids=ids).logits
     again.save_pretrained(folder + "-packed", save_original_format=False)
-    for auto_class in AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map:
-        if auto_class != "AutoConfig":
-            body = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
-            with torch.no_grad():
-                states = body(input_ids=ids[:1], output_hidden_states=True).hidden_states[-1]
-            result[f"{name} body of {auto_class}"] = states
     report["modules"][name] = type(again).__module__
 save_file(result, arguments["output"])
 report["threads"] = torch.get_num_threads()
