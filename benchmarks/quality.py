@@ -62,6 +62,7 @@ METHODS: dict[str, dict] = {
     "OBS + comp., uniform": {"criterion": "obs", "allocation": "uniform", "compensate": True},
     "OBS + block comp., uniform": {"criterion": "obs", "allocation": "uniform", **OVER_BLOCKS},
     "OBS + block comp. + reconstruction, uniform": {"criterion": "obs", "allocation": "uniform", **TRAINED},
+    "OBS + block comp., rectangle": {"criterion": "obs", "layout": "uniform", "num_experts": "auto", **OVER_BLOCKS},
 }
 PLOTTED = (
     "random",

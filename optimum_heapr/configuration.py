@@ -72,8 +72,8 @@ class HeaprConfig(Options):
             Where the removed atomic experts come from: `global` ranks the whole model, `layer` removes the same share
             of each layer, `uniform` leaves every expert of the model the same width.
         num_experts (`int` or `str`, *optional*):
-            With the layout `uniform`, how many experts each layer keeps: the others, those that cost least over all of their
-            tokens, go from its router, and at the same size those that stay are wider.
+            With the layout `uniform`, experts that each layer keeps; the others, which cost least, go from its router, and
+            at the same size these are wider. `auto` measures which number is best; it needs the scope `block`.
         width_multiple (`int`, *optional*, defaults to 1):
             Widths are multiples of this; the groups of atomic experts are chosen by importance.
         min_width (`int`, *optional*, defaults to 0):
@@ -147,7 +147,7 @@ class HeaprConfig(Options):
     allocation: str = option(
         "global", "rank over the whole model, each layer alone, or one width for all", ALLOCATIONS
     )
-    num_experts: str | None = option(None, "layout uniform: experts kept in each router, wider at the same size")
+    num_experts: str | None = option(None, "layout uniform: experts kept in each router, wider at one size; or auto")
     width_multiple: int = option(1, "widths are multiples of this, chosen by importance")
     min_width: int = option(0, "atomic experts that every expert keeps at least")
     protect_unreached: bool = option(False, "keep the experts that no calibration token reached as they are")
@@ -185,9 +185,7 @@ class HeaprConfig(Options):
         if only_one(vars(self), GOALS) is None:
             self.ratio = DEFAULT_RATIO
         if self.ratio is not None and not 0 < self.ratio < 1:  # also false for NaN
-            raise HeaprError(
-                f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
-            )
+            raise HeaprError(f"ratio={self.ratio}: must lie in (0, 1); 0.25 removes a quarter of all atomic experts")
         if self.target_parameters is not None:
             self.check_least("target_parameters", 1)
         if self.target_size is not None:
@@ -197,14 +195,15 @@ class HeaprConfig(Options):
             self.check_least("eval_samples", 2)  # windows to measure on, and their spread
         if self.protect is not None and not self.protect.split():
             raise HeaprError(f"protect={self.protect!r}: must name an expert block; leave it out to protect none")
-        if self.num_experts is not None and not (self.num_experts.isdecimal() and int(self.num_experts) > 0):
-            raise HeaprError(f"num_experts={self.num_experts!r}: must be a number of experts; leave it out for all")
+        is_auto = self.num_experts == "auto"
+        if not (is_auto or self.num_experts is None or (self.num_experts.isdecimal() and int(self.num_experts))):
+            raise HeaprError(f"num_experts={self.num_experts!r}: must be a number, or auto; leave it out for all")
+        if is_auto and (self.max_loss_increase is not None or not self.compensates_blocks):
+            raise HeaprError("num_experts='auto': needs compensation_scope='block', and no max_loss_increase")
         if self.num_experts is not None and self.layout != "uniform":
             raise HeaprError(f"num_experts={self.num_experts}: needs layout='uniform', not layout={self.layout!r}")
         if self.compensation_scope == "block" and not self.compensate:
-            raise HeaprError(
-                "compensation_scope='block': set compensate=True (--compensate) too, or leave the scope out"
-            )
+            raise HeaprError("compensation_scope='block': set compensate=True (--compensate), or leave the scope out")
         if self.reconstruction_steps and not self.compensates_blocks:
             raise HeaprError(
                 f"reconstruction_steps={self.reconstruction_steps}: goes on from compensation over blocks; set compensate=True "

@@ -94,8 +94,7 @@ class HeaprPruner:
         activation_memory: int | str | None = None,
         **model_options: Any,
     ) -> HeaprPruner:
-        """Loads a model and its tokenizer, and statistics that were measured before: without a `dataset`, those beside it, and of
-        a model that was pruned already the base model that its card names.
+        """Loads a model, its tokenizer and statistics: without a `dataset`, those beside it. Of a pruned model, its base model.
 
         Args:
             model (`str`): a folder, the name of a repository on the Hub, or `demo` for the embedded model.
@@ -135,9 +134,8 @@ class HeaprPruner:
         """Measures the statistics of every atomic expert, and for `obs` the removal curves; also kept as `self.statistics`.
 
         Args:
-            dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used in place of
-                `self.config`, or data in place of `config.dataset`: a path, a name on the Hub, or rows with a column
-                `text`, `messages` or `input_ids`.
+            dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used, or data in place of
+                `config.dataset`: a path, a name on the Hub, or rows with a column `text`, `messages` or `input_ids`.
             state_path (`str`, *optional*): file, or with `memory="streaming"` folder, that an interrupted run goes on from.
             resume, keep_state (`bool`): go on from there, if it exists; leave it, to be removed once the statistics are safe.
             save_every (`int`): micro-batches between two savings; 0 saves on SIGTERM and Ctrl-C only. Streaming saves each layer.
@@ -168,6 +166,8 @@ class HeaprPruner:
             HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
         """
         statistics, config = self._stages.measured(statistics, self.statistics), self.config.replace(**changes)
+        if config.num_experts == "auto":
+            return self._stages.best_rectangle(statistics, config, self.calibration_data, self.tokenizer)
         return plan_for(self.model, self.tokenizer, statistics, config, self.calibration_data)
 
     def frontier(self, measure: Dataset | str | None = None, **options: Any) -> list[FrontierPoint]:

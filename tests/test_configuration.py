@@ -128,7 +128,7 @@ def refused(expected, **options):
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.2, -0.1, 100, 0.0, 1.0])
 def test_a_ratio_outside_0_and_1_is_refused(ratio):
-    step = "must lie in (0, 1); 0.25 removes a quarter of the routed atomic experts"
+    step = "must lie in (0, 1); 0.25 removes a quarter of all atomic experts"
     refused(f"ratio={float(ratio)}: {step}", ratio=ratio)
 
 
@@ -242,7 +242,7 @@ def test_experts_go_from_the_router_of_the_stock_layout_alone():
     assert (config.num_experts, config.allocation) == ("24", "uniform")
     refused("num_experts=24: needs layout='uniform', not layout='variable'", num_experts=24)
     for wrong in (0, -3, "many", "1.5"):
-        refused(f"num_experts='{wrong}': must be a number of experts", layout="uniform", num_experts=wrong)
+        refused(f"num_experts='{wrong}': must be a number, or auto", layout="uniform", num_experts=wrong)
 
 
 def test_statistics_that_are_not_enough_are_refused():

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.runner import calibrate
+from ..calibration.runner import calibrate, frozen_in_evaluation_mode
 from ..calibration.state import StateFile
 from ..criteria.obs import store_removal_curves
 from ..experts import find_expert_blocks
 from ..hub.base_model import BaseModel
 from ..hub.statistics import load_statistics
+from ..layerwise.decoder import Decoder
 from ..report.content import build_report
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_compensation, check_plan
+from ..surgery.rectangles import best_rectangle
+from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.placement import place
@@ -122,6 +125,26 @@ class LoadedModel:
             HeaprError: naming what differs.
         """
         check_orientation(self.model, check_plan(self.model, plan), plan)
+
+    def best_rectangle(
+        self,
+        statistics: AtomicStatistics,
+        config: HeaprConfig,
+        data: CalibrationData | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> PruningPlan:
+        """The plan for `num_experts="auto"`: [`~optimum_heapr.surgery.rectangles.best_rectangle`].
+
+        Args:
+            statistics (`AtomicStatistics`): of the model.
+            config (`HeaprConfig`): what was asked for.
+            data (`CalibrationData`, *optional*): what they were measured on, if it is at hand; else it is read again.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): to read it with.
+        """
+        data = data or load_calibration_data(config, tokenizer)
+        place(self.model)
+        with frozen_in_evaluation_mode(self.model):
+            return best_rectangle(Decoder(self.model, find_expert_blocks(self.model)), data, statistics, config)
 
     def apply(
         self,

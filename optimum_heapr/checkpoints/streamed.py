@@ -11,12 +11,16 @@ from ..calibration.layer_state import StateFolder
 from ..calibration.streaming import calibrate_streaming
 from ..criteria.obs import store_removal_curve
 from ..experts import find_expert_blocks
+from ..layerwise.layers import StreamedModel
 from ..surgery.apply import check_compensation
+from ..surgery.rectangles import best_rectangle
+from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from ..utils.placement import default_device
 from ..utils.temporary import TemporaryFolder
 from .loaded import LoadedModel
-from .loading import source_of
+from .loading import load_model, source_of
 from .orientation import check_orientation
 from .saving import write_streaming
 
@@ -82,6 +86,19 @@ class OffloadedModel(LoadedModel):
         blocks = find_expert_blocks(self.model)
         plan.check_shapes({block.path: (block.num_experts, block.width) for block in blocks})
         check_orientation(self.model, blocks, plan)
+
+    def best_rectangle(
+        self,
+        statistics: AtomicStatistics,
+        config: HeaprConfig,
+        data: CalibrationData | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> PruningPlan:
+        """As in memory, from the checkpoint layer by layer."""
+        data = data or load_calibration_data(config, tokenizer)
+        skeleton, _ = load_model(self.model.config._name_or_path, skeleton=True, **self._options)
+        layers = StreamedModel(skeleton, source_of(skeleton, **self._options), default_device())
+        return best_rectangle(layers, data, statistics, config, self._activation_memory)
 
     def apply(
         self,

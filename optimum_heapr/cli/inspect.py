@@ -34,13 +34,8 @@ class InspectCommand(HeaprSubcommand):
         from ..report.files import read_report
         from ..utils.artefacts import artefact_format
         from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
-        from .tables import (
-            importance_table,
-            report_text,
-            search_lines,
-            size_line,
-            statistics_table,
-        )
+        from .lines import rectangle_lines, search_lines
+        from .tables import importance_table, report_text, size_line, statistics_table
 
         if self.args.other is not None:
             print(comparison_table(*map(PruningPlan.load, (self.args.path, self.args.other))))
@@ -57,7 +52,7 @@ class InspectCommand(HeaprSubcommand):
         else:
             plan = PruningPlan.load(path)
             report = report_text(build_report(plan, plan.model["model_type"]))
-            print(report, "\n".join([size_line(plan), *search_lines(plan)]), sep="\n\n")
+            print(report, "\n".join([size_line(plan), *search_lines(plan), *rectangle_lines(plan)]), sep="\n\n")
 
 
 def comparison_table(first: PruningPlan, second: PruningPlan) -> str:

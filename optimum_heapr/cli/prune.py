@@ -85,7 +85,8 @@ class PruneCommand(HeaprSubcommand):
         from ..pruner import HeaprPruner
         from ..report.observation import check_prompts
         from ..utils.logging import is_main_process
-        from .tables import compensation_lines, measured_lines, plan_table
+        from .lines import compensation_lines, measured_lines
+        from .tables import plan_table
 
         start_processes()  # before anything can go wrong in one of them: then the others are told
         searches = config.max_loss_increase is not None and config.eval_dataset is None

@@ -12,7 +12,15 @@ from ..planning.alignment import effective_multiple
 from ..planning.size import planned_sizes
 from ..report.markdown import summary, title
 from ..report.numbers import change, count, signed, size
-from ..report.tables import measured_on, report_tables
+from ..report.tables import report_tables
+from .lines import (
+    compensation_lines,
+    rectangle_lines,
+    search_lines,
+    skipped_lines,
+    source_lines,
+    unreached_lines,
+)
 
 
 if TYPE_CHECKING:
@@ -71,6 +79,7 @@ def plan_table(plan: PruningPlan) -> str:
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
             *search_lines(plan),
+            *rectangle_lines(plan),
             *compensation_lines(plan),
             *unreached_lines(plan.unreached),
         ]
@@ -213,83 +222,6 @@ def serving_line(statistics: AtomicStatistics) -> str:
         "serves every ratio, layout and criterion but obs, and --compensate within experts not: calibrate with --criterion obs, "
         f"which is what we recommend, for these; {rest}"
     )
-
-
-def source_lines(data: dict[str, Any]) -> list[str]:
-    """One line for each part of a mixture, with its share of the tokens."""
-    parts = data.get("sources", [])
-    return [
-        f"{part['name']} gave {part['num_tokens'] / sum(p['num_tokens'] for p in parts):.1%} of the tokens, "
-        f"{part['num_samples']} samples"
-        for part in parts
-        if len(parts) > 1
-    ]
-
-
-def skipped_lines(samples: list[int]) -> list[str]:
-    """One line if samples were left out."""
-    return [f"left out {len(samples)} samples that were not finite: {samples}"] if samples else []
-
-
-def search_lines(plan: PruningPlan) -> list[str]:
-    """What was measured to find out how much can go."""
-    return [
-        f"removed {point['ratio']:.2%}: loss {point['increase']:+.5f} +- {point['error']:.5f} nats a token, measured"
-        for point in plan.search
-    ]
-
-
-def compensation_lines(plan: PruningPlan) -> list[str]:
-    """What compensation did to the outputs of the experts that lost some but not all of their atomic experts."""
-    errors = [
-        pair
-        for path, experts in plan.compensation.items()
-        for pair, width in zip(experts, plan.widths[path])
-        if 0 < width < plan.original_width[path]
-    ]
-    if not errors:
-        return []
-    before, after = (stats.fmean(part) for part in zip(*errors))
-    changed = sum(after < before for before, after in errors)
-    if plan.config.compensates_blocks:
-        return [
-            f"compensation: mean relative squared error of the routed outputs of {len(plan.compensation)} layers {before:.4f} "
-            f"-> {after:.4f} on the calibration tokens",
-            *_reconstruction_lines(plan),
-        ]
-    return [
-        f"compensation: mean relative squared error of {len(errors)} cut experts {before:.4f} -> {after:.4f} on the "
-        f"calibration tokens; {changed} of them changed"
-    ]
-
-
-def _reconstruction_lines(plan: PruningPlan) -> list[str]:
-    found = list(plan.reconstruction.values())
-    if not found:
-        return []
-    removed, fitted = (stats.fmean(part[name] for part in found) for name in ("removed", "fitted"))
-    kept = stats.fmean(part[part["kept"]] for part in found)
-    trained = sum(part["kept"] == "trained" for part in found)
-    return [
-        f"reconstruction: mean relative squared error of the outputs of {len(found)} layers on held-out tokens {removed:.4f} "
-        f"-> {fitted:.4f} fitted -> {kept:.4f}; {trained} of them are kept as trained, the others as fitted"
-    ]
-
-
-def measured_lines(report: dict[str, Any]) -> list[str]:
-    """What was measured before and after, in a line or two."""
-    lines = []
-    if measured := report["loss"].get("measured"):
-        lines.append(
-            f"measured loss {measured['before']['loss']:.4f} -> {measured['after']['loss']:.4f}, "
-            f"{measured['increase']:+.4f} ± {measured['increase_standard_error']:.4f} nats a token, on {measured_on(report)}"
-        )
-    return lines + [f"not measured: {problem}" for problem in report.get("problems", [])]
-
-
-def unreached_lines(unreached: dict[str, list[int]]) -> list[str]:
-    """One line a block that has experts no calibration token reached."""
-    return [f"no calibration token reached {path} experts {experts}" for path, experts in unreached.items()]
 
 
 def _with_error(row: dict[str, Any] | None) -> str:

@@ -25,3 +25,4 @@ def check_document(document: dict[str, Any]) -> None:
     check_parts(document["loss_increase"], dict.fromkeys(document["blocks"], (float, int)))
     check_parts(document["original_width"], dict.fromkeys(document["blocks"], int))
     check_parts(document, {name: dict for name in NEWER if name in document})
+    check_parts(document, {"rectangles": list} if "rectangles" in document else {})

@@ -21,7 +21,7 @@ from .alignment import warn_of_stock_widths
 from .allocation import allocate
 from .distribution import importance_distribution
 from .document import NEWER, check_document
-from .dropping import dropped_experts
+from .dropping import check_dropped, dropped_experts
 from .estimate import estimated_loss_increase
 from .goal import Goal
 
@@ -57,6 +57,8 @@ class PruningPlan(TensorValue):
             nats a token, and its standard `error`.
         dropped (`dict[str, list[int]]`): experts that go from the router, by block path, ascending, of each block as many. They
             keep nothing; an expert that keeps nothing and is not among them stays in the router, and gives nothing.
+        rectangles (`list[dict]`): for `num_experts="auto"`, what it was chosen from: `experts` of a layer, their `width`, and the
+            estimated `increase` of the loss, nats a token.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -73,6 +75,7 @@ class PruningPlan(TensorValue):
     importance: dict[str, Any] = field(default_factory=dict)
     search: list[dict[str, float]] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    rectangles: list[dict[str, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         widths = [width for experts in self.routed_widths.values() for width in experts]
@@ -196,6 +199,7 @@ class PruningPlan(TensorValue):
             "loss_increase": self.loss_increase,
             "unreached": self.unreached,
             "search": self.search,
+            "rectangles": self.rectangles,
             **{name: getattr(self, name) for name in NEWER},
         }
         write_artefact(path, FORMAT, tensors, document)
@@ -232,6 +236,7 @@ class PruningPlan(TensorValue):
                 loss_increase=document["loss_increase"],
                 unreached=document["unreached"],
                 search=document.get("search", []),
+                rectangles=document.get("rectangles", []),
                 **{name: document.get(name, {}) for name in NEWER},
             )
             plan.check()
@@ -249,20 +254,7 @@ class PruningPlan(TensorValue):
         Raises:
             HeaprError: naming block, expert and the allowed range.
         """
-        if self.dropped and (set(self.dropped) != set(self.kept) or len(set(map(len, self.dropped.values()))) > 1):
-            raise HeaprError("plan: each block must drop the same number of experts from its router; plan again")
-        for path, numbers in self.dropped.items():
-            experts = self.kept[path]
-            if sorted(set(numbers)) != numbers or not all(0 <= number < len(experts) for number in numbers):
-                raise HeaprError(
-                    f"plan: the experts {numbers} that {path} drops must rise within [0, {len(experts)}); plan again"
-                )
-            filled = next((number for number in numbers if len(experts[number])), None)
-            if filled is not None or len(numbers) == len(experts):
-                raise HeaprError(
-                    f"plan: {path} drops expert {numbers[0] if filled is None else filled}, and must keep an expert, and nothing "
-                    "of those that it drops; plan again"
-                )
+        check_dropped(self.dropped, self.kept, self.storage)
         for path, experts in self.kept.items():
             width = self.original_width[path]
             for expert, indices in enumerate(experts):

@@ -55,6 +55,7 @@ def build_report(
         },
         "blocks": [_block(plan, path) for path in plan.kept],
         "importance": plan.importance,
+        **({"rectangles": plan.rectangles} if plan.rectangles else {}),
         "loss": {"estimated_increase": plan.estimated_loss_increase},
     }
     if before is None or after is None:

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float) -> FittedBlock:
+def fit_block(
+    block: ExpertBlock,
+    inputs: BlockInputs,
+    kept: list[torch.Tensor],
+    ridge: float,
+    rerouting: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> FittedBlock:
     """The down projections of one block, fitted together; as they are where nothing is removed or no token came.
 
     Args:
@@ -48,8 +54,10 @@ def fit_block(block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor],
         inputs (`BlockInputs`): what it was called with.
         kept (`list[torch.Tensor]`): kept indices of each expert.
         ridge (`float`): least ridge, in units of the mean squared activation.
+        rerouting (`tuple[torch.Tensor, torch.Tensor]`, *optional*): experts of each token in the pruned model, [tokens, K], and
+            their router weights, if they are not those of the unpruned one.
     """
-    return BlockFit(block, inputs, kept, ridge).solved()
+    return BlockFit(block, inputs, kept, ridge, rerouting).solved()
 
 
 def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
@@ -105,11 +113,19 @@ class BlockFit:
         target (`torch.Tensor`): what the block gave and what stays of it does not give, where fewer experts are routed to under
             the new routing, [tokens, d]; may be changed before it is solved.
         energy (`float`): squared output of all routed experts, summed over tokens.
+        atomic_energy (`float`): the same of all atomic experts one by one.
         parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
     """
 
     @torch.no_grad()
-    def __init__(self, block: ExpertBlock, inputs: BlockInputs, kept: list[torch.Tensor], ridge: float):
+    def __init__(
+        self,
+        block: ExpertBlock,
+        inputs: BlockInputs,
+        kept: list[torch.Tensor],
+        ridge: float,
+        rerouting: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         hidden, index, weight = inputs.routing()
         self._block, self._inputs = block, inputs
         self._rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
@@ -119,7 +135,7 @@ class BlockFit:
         self.parts: dict[int | str, Part] = {}
         shared = dict(inputs.shared_activations())
         always_on = sum(activations.shape[1] for activations in shared.values())
-        rerouting = inputs.rerouting()
+        self.atomic_energy = 0.0
         new_index, new_weight = (index, weight) if rerouting is None else rerouting
         # Some routers name an expert that is none, for tokens that get fewer.
         counts = torch.bincount(new_index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
@@ -131,6 +147,7 @@ class BlockFit:
             tokens, share, activations = _routed_to(block, expert, hidden, index, weight)
             exact = activations.to(dtype)
             output.index_add_(0, tokens, exact @ down)
+            self.atomic_energy += float(exact.square().sum(0) @ down.square().sum(1))
             if rerouting is None:
                 self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
             else:
@@ -150,6 +167,16 @@ class BlockFit:
             if energy > 0:
                 least = (met + always_on) / len(hidden)
                 self.parts[name] = Part(everywhere, activations, energy * max(ridge, least))
+
+    @torch.no_grad()
+    def held_out_error(self, first: int) -> float:
+        """What a fit to the tokens before `first` leaves of the target on the others, squared and summed."""
+        parts = list(self.parts.values())
+        changes, _ = solve_together([part.of(part.tokens < first) for part in parts], self.target[:first])
+        left = self.target.clone()
+        for part, change in zip(parts, changes):
+            part.add_output(-change, left)
+        return float(left[first:].square().sum())
 
     @torch.no_grad()
     def solved(self) -> FittedBlock:

@@ -9,7 +9,7 @@ does not hold then, the MLP is something else and is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,15 +34,16 @@ class BlockInputs:
 
     Attributes:
         counts (`torch.Tensor`): which tokens of the next call count, bool [tokens].
-        is_rerouted (`bool`): whether the calls from now on are the same as before, but for how tokens are routed in the pruned model.
+        rerouted (`Hashable`, *optional*): under which name the routing of the calls from now on is kept, which are the same as
+            before but for how tokens are routed in a pruned model.
     """
 
     def __init__(self, shared: dict[str, torch.nn.Module]):
         self.shared = shared
         self.counts: torch.Tensor
-        self.is_rerouted = False
+        self.rerouted: Hashable | None = None
         self._routing: list[tuple[torch.Tensor, ...]] = []
-        self._rerouting: list[tuple[torch.Tensor, ...]] = []
+        self._reroutings: dict[Hashable, list[tuple[torch.Tensor, ...]]] = {}
         self._activations: dict[str, list[torch.Tensor]] = {name: [] for name in shared}
         self._call: dict[str, torch.Tensor] = {}
 
@@ -52,11 +53,11 @@ class BlockInputs:
         self._routing = [(hidden, index, weight)]  # once, not twice
         return hidden, index, weight
 
-    def rerouting(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Experts and weights as of [`routing`], in the pruned model; `None` if its routers are those of the unpruned one."""
-        if not self._rerouting:
+    def rerouting(self, name: Hashable) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Experts and weights as of [`routing`], in a pruned model; `None` if its routers are those of the unpruned one."""
+        if name not in self._reroutings:
             return None
-        index, weight = (torch.cat(parts) for parts in zip(*self._rerouting))
+        index, weight = (torch.cat(parts) for parts in zip(*self._reroutings[name]))
         return index, weight
 
     def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,10 +83,10 @@ class BlockInputs:
         )
         counts = self.counts = self.counts.to(inputs[0].device)
         hidden, *routing = (tensor.flatten(0, -2)[counts] for tensor in inputs)
-        if self.is_rerouted:
-            self._rerouting.append(tuple(routing))
-        else:
+        if self.rerouted is None:
             self._routing.append((hidden, *routing))
+        else:
+            self._reroutings.setdefault(self.rerouted, []).append(tuple(routing))
 
     def _keeps(self, name: str):
         """A hook on what a module returns, or before it on what it is given."""
@@ -97,7 +98,7 @@ class BlockInputs:
 
     def _added_up(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         output = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
-        for name in () if self.is_rerouted else list(self.shared):
+        for name in list(self.shared) if self.rerouted is None else ():
             scale = _scale(output, self._call["routed"], self._call.get(name))
             if scale is None:
                 del self.shared[name]

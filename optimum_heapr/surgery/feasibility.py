@@ -15,6 +15,7 @@ from ..planning.allocation import allocate
 from ..planning.dropping import dropped_experts
 from ..planning.errors import UnreachableRatio
 from ..planning.goal import Goal
+from ..planning.rectangles import rectangles
 from ..utils.errors import HeaprError
 from .block_compensation import check_block_memory
 from .stock import find_stock_layout
@@ -42,7 +43,7 @@ def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
     if config.compensates_blocks:
         check_block_memory(model, blocks, config)
     if config.layout == "uniform":
-        experts = None if config.num_experts is None else int(config.num_experts)
+        experts = None if config.num_experts in (None, "auto") else int(config.num_experts)
         find_stock_layout(model, blocks, max(blocks[0].width // 2, 1), experts)  # any width but the present one
     if config.layout == "variable":
         check_family(model)
@@ -56,6 +57,8 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
     )
     searched = config.max_loss_increase is not None
     config = config.replace(ratio=0.5) if searched else config
+    if config.num_experts == "auto":
+        *_, config = rectangles(statistics, config).values()
     dropped = dropped_experts(statistics, config, {block.path: torch.zeros(block.num_experts) for block in blocks})
     goal = Goal.of(config, statistics)
     multiple = effective_multiple(config, [block.width for block in blocks])

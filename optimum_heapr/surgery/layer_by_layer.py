@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+_PLAN = "plan"  # names the routing of the one pruned model that is made
 
 
 @torch.no_grad()
@@ -65,10 +67,7 @@ def compensate_together(
             "The model is compensated on other text than it was measured on: %s tokens of %s in place of %s of %s",
             *(part for text in (own, plan.data) for part in (text["num_tokens"], text["source"])),
         )
-    batches = dict(enumerate(data.micro_batches(plan.config.batch_size)))
-    walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
-    with decoder.rest():
-        walk.capture(batches)
+    walk = walk_through(decoder, data, plan.config.batch_size, folder, activation_memory)
     rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     pruned: LayerWalk | None = None
@@ -77,8 +76,7 @@ def compensate_together(
         if plan.config.reconstruction_steps and number == decoder.first:
             pruned = walk.branch("pruned", number)
         with decoder.layer(number) as layer:
-            called = calls_of(walk, number, layer, blocks, rerouting)
-            walk.drop(walk.stream, number)
+            called = calls_of(walk, number, layer, {_PLAN: rerouting})
             trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned else {}
             fitted = {
                 block.path: _fitted(
@@ -88,7 +86,7 @@ def compensate_together(
             }
             if pruned:
                 with in_place_of(decoder.model, blocks, plan.kept, fitted) as cut, routed_anew(rerouting, cut):
-                    for index in batches if number < last else ():
+                    for index in walk.batches if number < last else ():
                         pruned.forward(number, layer, index)
                 pruned.drop(pruned.stream, number)
             for block in blocks:
@@ -96,19 +94,39 @@ def compensate_together(
     walk.drop(walk.stream, last + 1)
 
 
+def walk_through(
+    decoder: Decoder, data: CalibrationData, batch_size: int, folder: Path, activation_memory: int | None
+) -> LayerWalk:
+    """A walk that is about to begin; arguments as of [`compensate_together`]."""
+    batches = dict(enumerate(data.micro_batches(batch_size)))
+    walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
+    with decoder.rest():
+        walk.capture(batches)
+    return walk
+
+
 def calls_of(
-    walk: LayerWalk, number: int, layer: torch.nn.Module, blocks: list[ExpertBlock], rerouting: Rerouting | None
+    walk: LayerWalk, number: int, layer: torch.nn.Module, reroutings: Mapping[Hashable, Rerouting | None]
 ) -> dict[str, BlockInputs]:
-    """Takes all micro-batches of the unpruned model through a layer, and collects what its blocks are called with, by path."""
-    model = walk.decoder.model
+    """Takes all micro-batches of the unpruned model through a layer, and collects what its blocks are called with, by path.
+
+    Args:
+        walk (`LayerWalk`): has the inputs of the layer, which go, and gets those of the next.
+        number (`int`): of the layer.
+        layer (`torch.nn.Module`): with its weights in memory.
+        reroutings (`Mapping[Hashable, Rerouting]`): pruned models whose routing of the same tokens is collected, too.
+    """
+    model, blocks = walk.decoder.model, walk.decoder.blocks_of(number)
     # The experts of calibration take any width and type.
     with switched_experts(model, blocks), watched_blocks(model, blocks) as watched:
         for index, batch in walk.batches.items():
             for inputs in watched.values():
                 inputs.counts = batch["attention_mask"].bool().flatten()
             walk.forward(number, layer, index)
-        if rerouting is not None:
-            _reroute(rerouting, walk, number, layer, watched)
+        for name, rerouting in reroutings.items() if blocks else ():
+            if rerouting is not None:
+                _reroute(name, rerouting, walk, number, layer, watched)
+    walk.drop(walk.stream, number)
     return watched
 
 
@@ -143,7 +161,7 @@ def _fitted(
 ) -> FittedBlock:
     """What a block becomes; the plan says what that did."""
     kept, config = plan.kept[block.path], plan.config
-    fitted = fit_block(block, inputs, kept, config.ridge)
+    fitted = fit_block(block, inputs, kept, config.ridge, inputs.rerouting(_PLAN))
     plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
     if trained_on is None:
         return fitted
@@ -160,9 +178,14 @@ def _fitted(
 
 
 def _reroute(
-    rerouting: Rerouting, walk: LayerWalk, number: int, layer: torch.nn.Module, watched: dict[str, BlockInputs]
+    name: Hashable,
+    rerouting: Rerouting,
+    walk: LayerWalk,
+    number: int,
+    layer: torch.nn.Module,
+    watched: dict[str, BlockInputs],
 ) -> None:
-    """Shows to `watched` how the pruned model routes the tokens of a layer. What its experts would give is left out."""
+    """Shows to `watched` how a pruned model routes the tokens of a layer. What its experts would give is left out."""
     blocks = walk.decoder.blocks_of(number)
 
     def nothing(index: int) -> Callable:
@@ -171,5 +194,5 @@ def _reroute(
     with rerouting.active(blocks), replaced_forwards([block.module for block in blocks], nothing):
         for index, batch in walk.batches.items():
             for inputs in watched.values():
-                inputs.is_rerouted, inputs.counts = True, batch["attention_mask"].bool().flatten()
+                inputs.rerouted, inputs.counts = name, batch["attention_mask"].bool().flatten()
             walk.call(number, layer, walk.hidden(number, index), index)

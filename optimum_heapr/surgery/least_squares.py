@@ -38,6 +38,10 @@ class Part:
     activations: torch.Tensor
     ridge: float
 
+    def of(self, chosen: torch.Tensor) -> Part:
+        """The same for some of the tokens, bool [n]."""
+        return Part(self.tokens[chosen], self.activations[chosen], self.ridge)
+
     def add_output(self, change: torch.Tensor, output: torch.Tensor) -> None:
         """Adds what the change [w, d] makes of these activations to `output` [tokens, d]."""
         output.index_add_(0, self.tokens, self.activations.to(output.dtype) @ change)

@@ -97,6 +97,7 @@ def test_a_saved_plan_says_what_went(tmp_path):
         (lambda plan: plan.dropped[PATH].reverse(), r"must rise within \[0, 8\)"),
         (lambda plan: plan.dropped[PATH].__setitem__(3, 8), r"must rise within \[0, 8\)"),
         (lambda plan: plan.kept[PATH].reverse(), "must keep an expert, and nothing of those that it drops"),
+        (lambda plan: plan.storage.pop("routing"), "does not say what rows of routers go with them"),
     ],
 )
 def test_a_plan_that_does_not_fit_together_is_refused(spoil, message):
