@@ -81,10 +81,16 @@ def with_original_keys(
         before (`dict`): all values of the unpruned model's configuration, under the names of this transformers.
 
     Returns:
-        `dict`: `saved`, and for each key of the original what it means now: where pruning changed the value, the new one, else
-        the original one as it was written, for versions have names of their own for values, too.
+        `dict`: for each key of the original what it means now: where pruning changed the value, the new one, else the original
+        one as it was written, for versions have names of their own for values, too. Of other keys of `saved` those that pruning
+        changed: what the original leaves to a default, another version may read otherwise.
     """
-    now, merged = config.to_dict(), dict(saved)
+    now = config.to_dict()
+    merged = {
+        key: value
+        for key, value in saved.items()
+        if key in original or key not in now or key not in before or now[key] != before[key]
+    }
     for key, value in original.items():
         if key in _LEFT_OUT:
             continue

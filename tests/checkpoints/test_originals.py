@@ -119,6 +119,18 @@ def test_values_keep_the_names_that_the_original_gives_them():
     assert type(config).from_dict(merged).to_dict() == config.to_dict()
 
 
+def test_what_the_original_leaves_to_defaults_is_left_to_them():
+    """transformers 5 writes that the text model of Qwen3-VL-MoE ties its embeddings, which it does not, and 4 would do."""
+    original = {"text_config": {"moe_intermediate_size": 16}, "tie_word_embeddings": False}
+    config = AutoConfig.for_model("qwen3_vl_moe", **original)
+    before = config.to_dict()
+    config.text_config.moe_intermediate_size = 8
+    saved = config.to_diff_dict()
+    assert "tie_word_embeddings" in saved["text_config"], "this version does not write it: take another key"
+    merged = with_original_keys(saved, original, config, before)
+    assert merged["text_config"] == {"moe_intermediate_size": 8} and merged["tie_word_embeddings"] is False
+
+
 def test_a_variable_configuration_has_no_keys_of_another_version(source, tmp_path):
     for folder in both_ways(source, tmp_path, "variable"):
         assert not {"rope_theta", "torch_dtype"} & set(json.loads((folder / "config.json").read_text()))

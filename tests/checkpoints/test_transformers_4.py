@@ -71,10 +71,10 @@ MODELS = {
     },
 }
 
-VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 48}
+VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 40}
 MODELS["qwen3_vl_moe"] = {
     "text_config": {
-        **{**COMMON, "hidden_size": 48, "head_dim": 16, "num_experts": 6},
+        **{**COMMON, "hidden_size": 40, "head_dim": 16, "num_experts": 6},
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
     },
     "vision_config": {**VISION, "deepstack_visual_indexes": [0]},
