@@ -3,7 +3,7 @@
 
 Engines and tokenizers of other versions read what their own version wrote, and take defaults without a word for what they do
 not find. So the files of the tokenizer, of processors and of generation stay as they are to the byte, and the configuration of
-a stock layout keeps the keys of the original beside those that this version of transformers writes.
+a stock layout has the keys of the original, and besides only what pruning changed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def carry_over(
 def with_original_keys(
     saved: dict[str, Any], original: dict[str, Any], config: PreTrainedConfig, before: dict[str, Any]
 ) -> dict[str, Any]:
-    """The configuration of a pruned model with the original's keys beside its own.
+    """The configuration of a pruned model in the original's keys.
 
     Args:
         saved (`dict`): as transformers writes it.
