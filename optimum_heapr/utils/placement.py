@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 if TYPE_CHECKING:
@@ -28,15 +29,20 @@ def default_device() -> torch.device:
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The model that `make` makes, on the meta device, its weights tied; initialising what has no values takes longest, and is left out."""
-    from transformers.initialization import no_init_weights
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` does. transformers has `no_init_weights`, which is for all threads, and not for two at once."""
 
-    with torch.device("meta"):
-        with no_init_weights():
-            model = make()
-        model.init_weights()  # on this device, ties alone
-    return model
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that `make` makes, on the meta device; initialising what has no values takes longest, and is left out."""
+    with torch.device("meta"), _Uninitialised():
+        return make()
 
 
 def place(model: PreTrainedModel) -> PreTrainedModel:

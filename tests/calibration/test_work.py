@@ -51,14 +51,19 @@ def grouped_mm_flop(rows, matrices, *args, out_shape=None, **kwargs):
     return 2 * rows[0] * matrices[-2] * matrices[-1]
 
 
+def attended(query, *shapes):
+    """Shapes of keys and values with the heads of the query, which share them: those of torch 2.9 want that."""
+    return query, *((shape[0], query[1], *shape[2:]) for shape in shapes)
+
+
 COUNTED = {
     torch.ops.aten._grouped_mm: grouped_mm_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *args, out_shape=None, **kwargs: sdpa_flop_count(query, key, value)
+        lambda query, key, value, *args, out_shape=None, **kwargs: sdpa_flop_count(*attended(query, key, value))
     ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, query, key, value, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(
-            gradient, query, key, value
+            gradient, *attended(query, key, value)
         )
     ),
 }
