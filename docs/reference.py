@@ -212,7 +212,8 @@ def _flags(action: argparse.Action) -> str:
 
 
 def _meaning(action: argparse.Action) -> str:
-    text, choices = (action.help or "").replace("(default: None)", "").strip(), _choices(action)
+    text, choices = (action.help or "").replace("%(default)s", str(action.default)), _choices(action)
+    text = text.replace("(default: None)", "").strip()
     if choices:
         text += "; one of " + ", ".join(f"`{choice}`" for choice in choices)
     return text.replace("|", r"\|")

@@ -130,6 +130,10 @@ def estimate(
     for option, value in (("tflops", tflops), ("bandwidth", bandwidth)):
         if value is not None and not 0 < value < float("inf"):
             raise HeaprError(f"{option}={value}: must be a positive number")
+    if (tflops is None) != (bandwidth is None):
+        raise HeaprError(
+            f"tflops={tflops}, bandwidth={bandwidth}: the time takes both, operations and bytes a second; name both, or neither"
+        )
     wrong = next((ratio for ratio in ratios if not 0 < ratio < 1), None)
     if wrong is not None:
         raise HeaprError(f"ratio={wrong}: must be above 0 and below 1")
@@ -217,7 +221,6 @@ def _modes(
     for mode in MODES:
         needs = plain if mode == "plain" else streaming
         read, flops = work.bytes_read(mode), work.flops(mode)
-        timed = tflops is not None and bandwidth is not None
         found.append(
             ModeEstimate(
                 mode=mode,
@@ -228,7 +231,7 @@ def _modes(
                 layer_inputs=streaming.layer_inputs if mode == "streaming" else 0,
                 bytes_read=read,
                 flops=flops,
-                seconds=flops / (tflops * 1e12) + read / (bandwidth * 1e9) if timed else None,
+                seconds=flops / (tflops * 1e12) + read / (bandwidth * 1e9) if tflops else None,
             )
         )
     return found

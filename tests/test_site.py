@@ -65,6 +65,7 @@ def test_what_pages_import_is_on_a_reference_page(reference):
 
 def test_the_page_of_commands_is_what_the_parsers_say(reference):
     page = (SOURCE / "package_reference" / "cli.md").read_text(encoding="utf-8")
+    assert "%(" not in page, "defaults are said, not their place in a text"
     assert page == reference.commands_markdown(), "run: python docs/build.py --update-commands"
 
 

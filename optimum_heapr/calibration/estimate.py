@@ -110,7 +110,7 @@ class MemoryEstimate:
         sizes = (self.weights, self.statistics, self.activations, self.available)
         weights, sums, activations, available = (f"{size / 2**30:.2f} GiB" for size in sizes)
         text = (
-            f"{self.mode}: needs {weights} for weights, {sums} for statistics and about {activations} for activations, of "
+            f"memory {self.mode}: needs {weights} for weights, {sums} for statistics and about {activations} for activations, of "
             f"{available} on {self.device}"
         )
         if self.mode == "streaming":

@@ -71,6 +71,6 @@ class DemoCommand(HeaprSubcommand):
         plan = pruner.applied_plan
         print(plan_table(plan))
         print()
-        print(table(["model", "parameters", "bytes", "perplexity", "loss"], rows))
+        print(table(["model", "parameters", "bytes in bfloat16", "perplexity", "loss"], rows))
         if self.args.output:
             print(f"\nPruned model written to {output}")

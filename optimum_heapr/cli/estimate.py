@@ -32,10 +32,15 @@ class EstimateCommand(HeaprSubcommand):
             "--memory-of-gpu", metavar="SIZE", help="say which ratio fits into it with a tenth left over, e.g. 24GB"
         )
         parser.add_argument(
-            "--tflops", type=number, help="10^12 operations a second, for the time that calibrating takes"
+            "--tflops",
+            type=number,
+            help="10^12 operations a second, for the time that calibrating takes; with --bandwidth",
         )
         parser.add_argument(
-            "--bandwidth", type=number, metavar="GB/S", help="10^9 bytes a second at which weights are read"
+            "--bandwidth",
+            type=number,
+            metavar="GB/S",
+            help="10^9 bytes a second at which weights are read; with --tflops",
         )
         parser.add_argument("--dtype", default="auto", help="weights' dtype (default: what the configuration says)")
         parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -92,10 +97,7 @@ def estimate_text(found: Estimate) -> str:
         f"{size(found.size.weight_bytes)} in {found.dtype}{stored}; {experts}, {share:.1%} of the parameters",
         "",
     ]
-    fitting = set(found.fitting.values())
-    pruned = sorted(
-        {*found.pruned, *(fits for fits in fitting if fits)}, key=lambda at: (at.layout, at.ratio), reverse=False
-    )
+    least = {layout: fits for layout, fits in found.fitting.items() if fits is not None}
     rows = [
         [
             at.layout,
@@ -104,12 +106,18 @@ def estimate_text(found: Estimate) -> str:
             count(at.parameters),
             count(at.active_parameters),
             size(at.weight_bytes),
-            "fits" if at in fitting else "",
+            *(
+                ["fits" if at.layout in least and at.ratio >= least[at.layout].ratio else "no"]
+                if found.fitting
+                else []
+            ),
         ]
-        for at in pruned
+        for at in sorted({*found.pruned, *least.values()}, key=lambda at: (at.layout, at.ratio))
     ]
-    lines += [table(["layout", "removed", "width", "parameters", "active", "weights", "memory"], rows), ""]
-    lines += [f"layout={layout}: does not fit at any ratio" for layout, fits in found.fitting.items() if fits is None]
+    header = ["layout", "removed", "width", "parameters", "active", "weights", *(["memory"] if found.fitting else [])]
+    lines += [table(header, rows), ""]
+    lines += [f"layout={layout}: does not fit at any ratio" for layout in found.fitting if layout not in least]
+    timed = any(way.seconds is not None for way in found.calibration)
     rows = [
         [
             way.mode,
@@ -119,7 +127,7 @@ def estimate_text(found: Estimate) -> str:
             size(way.layer_inputs) if way.layer_inputs else "",
             size(way.bytes_read),
             f"{way.flops / 1e15:,.3g}",
-            "" if way.seconds is None else f"{way.seconds / 60:,.1f} min",
+            *([f"{way.seconds / 60:,.1f} min"] if timed else []),
         ]
         for way in found.calibration
     ]
@@ -131,6 +139,6 @@ def estimate_text(found: Estimate) -> str:
         "layer inputs",
         "weights read",
         "PFLOP",
-        "time",
+        *(["time"] if timed else []),
     ]
     return "\n".join([*lines, table(header, rows)])

@@ -10,7 +10,14 @@ from ..configuration import GOALS
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input
-from .options import PLANNING_OPTIONS, add_config_options, config_from, number
+from .options import (
+    PLANNING_OPTIONS,
+    add_config_options,
+    add_loading_options,
+    config_from,
+    model_options_from,
+    number,
+)
 
 
 if TYPE_CHECKING:
@@ -60,6 +67,7 @@ class FrontierCommand(HeaprSubcommand):
             help="choose the smallest model that costs no more, and mark it",
         )
         measuring.add_argument("--points", type=int, default=5, help="measured of each curve (default: %(default)s)")
+        add_loading_options(parser)
         names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
 
@@ -90,7 +98,7 @@ class FrontierCommand(HeaprSubcommand):
         statistics = load_statistics(args.statistics)
         measure = None
         if args.measure is not None:
-            model, tokenizer = load_model(args.model)
+            model, tokenizer = load_model(args.model, **model_options_from(args))
             windows = args.windows, args.window_length
             measure = text_measure(model, tokenizer, statistics, config, args.measure, *windows)
         points = frontier(statistics, config, ratios, args.criteria, args.layouts, measure, args.points)
@@ -105,7 +113,12 @@ class FrontierCommand(HeaprSubcommand):
         if args.json:
             return
         if args.max_loss_increase is not None:
-            what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed" if chosen else "none"
+            what = "none"
+            if chosen:
+                known = (
+                    "calibrated, not measured itself" if chosen.measured is None else f"measured {_with_error(chosen)}"
+                )
+                what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed ({known})"
             print(f"chosen for a loss increase of at most {args.max_loss_increase}: {what}")
         if args.output:
             print(f"Frontier written to {args.output}")
@@ -163,4 +176,4 @@ def frontier_text(points: list[FrontierPoint]) -> str:
 
 
 def _with_error(point: FrontierPoint) -> str:
-    return "" if point.measured is None else f"{point.measured:.4f} +- {point.error:.4f}"
+    return "" if point.measured is None else f"{point.measured:.4f} ± {point.error:.4f}"

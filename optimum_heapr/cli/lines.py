@@ -30,11 +30,23 @@ def skipped_lines(samples: list[int]) -> list[str]:
 
 
 def search_lines(plan: PruningPlan) -> list[str]:
-    """What was measured to find out how much can go."""
-    return [
-        f"removed {point['ratio']:.2%}: loss {point['increase']:+.5f} +- {point['error']:.5f} nats a token, measured"
+    """What was measured to find out how much can go, and which of it was taken."""
+    if not plan.search:
+        return []
+    head = f"measured, to stay within {plan.config.max_loss_increase} nats a token with one standard error on top:"
+    return [head] + [
+        f"  removed {point['ratio']:.2%}: loss {point['increase']:+.5f} ± {point['error']:.5f}"
+        + (", taken" if point["ratio"] == plan.ratio else "")
         for point in plan.search
     ]
+
+
+def rounding_lines(plan: PruningPlan, multiple: int) -> list[str]:
+    """One line if one width for all experts, rounded up to a multiple, left more than was asked for."""
+    goal, asked = plan.config.goal
+    if goal != "ratio" or plan.config.allocation != "uniform" or plan.ratio > asked - 0.005:
+        return []
+    return [f"less than asked, as one width for all is rounded up to a multiple of {multiple}"]
 
 
 def rectangle_lines(plan: PruningPlan) -> list[str]:
@@ -86,9 +98,15 @@ def _reconstruction_lines(plan: PruningPlan) -> list[str]:
     ]
 
 
-def measured_lines(report: dict[str, Any]) -> list[str]:
-    """What was measured before and after, in a line or two."""
+def measured_lines(report: dict[str, Any] | None, asked: bool) -> list[str]:
+    """What was measured before and after, in a line or two, or why nothing was although that was `asked` for."""
+    if report is None:
+        return ["not measured: the weights were never all in memory; 'evaluate' compares two models"] if asked else []
     lines = []
+    if not report["loss"].get("measured") and not report.get("problems") and asked:
+        lines.append(
+            "not measured: no text was held out from these statistics; name --eval-dataset, or use 'evaluate'"
+        )
     if measured := report["loss"].get("measured"):
         lines.append(
             f"measured loss {measured['before']['loss']:.4f} -> {measured['after']['loss']:.4f}, "

@@ -115,6 +115,11 @@ def add_model_options(parser: argparse.ArgumentParser, several: bool = False) ->
         help="folder, name on the Hub, or 'demo' for the embedded model"
         + ("; several are compared" if several else ""),
     )
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `from_pretrained` needs besides a name."""
     loading = parser.add_argument_group("Loading options")
     loading.add_argument("--dtype", default="auto", help=f"weights' dtype: {', '.join(DTYPES)}")
     loading.add_argument("--device-map", default=None, help="where the weights go, e.g. auto")

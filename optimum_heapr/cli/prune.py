@@ -135,7 +135,7 @@ class PruneCommand(HeaprSubcommand):
             del pruner  # before the files that the matrices of its statistics may be mapped from
         if state is not None:
             end_processes(state)
-        for line in [*compensation_lines(plan), *(measured_lines(report) if report else ())]:
+        for line in [*compensation_lines(plan), *measured_lines(report, plan.config.eval_samples > 0)]:
             print(line)
         print(f"Pruned model written to {self.args.output}, with heapr/report.html")
         push(self.args)

@@ -16,6 +16,7 @@ from ..report.tables import report_tables
 from .lines import (
     compensation_lines,
     rectangle_lines,
+    rounding_lines,
     search_lines,
     skipped_lines,
     source_lines,
@@ -76,6 +77,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"layout {config.layout}",
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
             f"{f'{asked:.2%}' if goal == 'ratio' else f'{goal}={asked}'}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
+            *rounding_lines(plan, multiple),
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
             *search_lines(plan),

@@ -23,8 +23,24 @@ def test_estimate(outline, run):
     assert f"{parameters:,} parameters" in result.output and "6 experts of 12 in 2 layers" in result.output
     rows = [line.split() for line in result.output.splitlines()]
     assert ["variable", "25.0%"] in [row[:2] for row in rows] and [row[0] for row in rows if row].count("uniform") >= 2
-    assert sum(row[-1] == "fits" for row in rows if row) + result.output.count("does not fit at any ratio") == 2
     assert [row[0] for row in rows[-3:]] == ["plain", "offload", "streaming"] and rows[-1][-1] == "min"
+
+
+def test_every_size_says_whether_it_fits(outline, run):
+    weights = 4 * tiny_model().num_parameters()
+    flags = ["--ratios", 0.1, 0.25, 0.5, "--width-multiple", 1, "--dtype", "float32"]
+    result = run("estimate", "-m", outline, *flags, "--memory-of-gpu", weights)
+    assert result.status == 0, result.error
+    sizes = [line.split() for line in result.output.splitlines() if line.startswith(("variable", "uniform"))]
+    for layout in ("variable", "uniform"):
+        verdicts = [row[-1] for row in sizes if row[0] == layout]
+        assert verdicts == sorted(verdicts, reverse=True) and verdicts.count("fits") >= 2, (
+            "what is smaller fits as well"
+        )
+    assert "time" not in result.output, "nobody said how fast"
+    small = run("estimate", "-m", outline, *flags, "--memory-of-gpu", 10)
+    assert small.output.count("does not fit at any ratio") == 2 and "fits" not in small.output
+    assert "memory" not in run("estimate", "-m", outline, *flags).output.replace("--memory", "")
 
 
 def test_json_has_all_of_it(outline, run):
@@ -41,6 +57,7 @@ def test_json_has_all_of_it(outline, run):
         (["--memory-of-gpu", "much"], "memory_of_gpu='much': must be a number of bytes"),
         (["--dtype", "int4"], "dtype='int4': must be one of"),
         (["--tflops", -1], "tflops=-1: must be a positive number"),
+        (["--tflops", 40], "tflops=40, bandwidth=None: the time takes both"),
         (["--seq-length", 1], "seq_length=1"),
     ],
 )

@@ -14,8 +14,11 @@ def test_prune_searches_and_says_what_it_measured(inputs, run, tmp_path):
     assert result.status == 0, result.error
     plan = PruningPlan.load(tmp_path / "pruned")
     assert plan.search and plan.config.goal == ("max_loss_increase", 0.5)
+    lines = result.output.splitlines()
     for point in plan.search:
-        assert f"removed {point['ratio']:.2%}: loss {point['increase']:+.5f} +- {point['error']:.5f}" in result.output
+        line = f"  removed {point['ratio']:.2%}: loss {point['increase']:+.5f} ± {point['error']:.5f}"
+        assert line + (", taken" if point["ratio"] == plan.ratio else "") in lines
+    assert result.output.count(", taken") == 1 and "to stay within 0.5 nats a token" in result.output
     assert "asked max_loss_increase=0.5" in result.output
     shown = run("inspect", tmp_path / "pruned" / "heapr" / "plan.safetensors")
     assert shown.status == 0 and f"removed {plan.search[0]['ratio']:.2%}: loss" in shown.output

@@ -16,10 +16,10 @@ from tests.cli.conftest import listing
 @pytest.mark.parametrize(
     ("flags", "available", "expected"),
     [
-        ([], 2**40, "plain: needs"),
-        ([], 2**10, "streaming: needs"),
-        (["--memory", "streaming", "--activation-memory", "20KB"], 2**40, "streaming: needs"),
-        (["--memory", "offload"], 2**40, "offload: needs"),
+        ([], 2**40, "memory plain: needs"),
+        ([], 2**10, "memory streaming: needs"),
+        (["--memory", "streaming", "--activation-memory", "20KB"], 2**40, "memory streaming: needs"),
+        (["--memory", "offload"], 2**40, "memory offload: needs"),
         (["--memory", "plain"], 2**10, None),
         (["--device-map", "cpu"], 2**10, None),
     ],

@@ -79,7 +79,7 @@ def prune(inputs, here, *flags, model=None, output=None):
 
 def without_estimate(output: str) -> str:
     """What is printed besides the memory that a calibration needs, which is said before anything loads."""
-    return re.sub(r"^(plain|streaming): needs .*\n", "", output, flags=re.MULTILINE)
+    return re.sub(r"^memory (plain|streaming): needs .*\n", "", output, flags=re.MULTILINE)
 
 
 def check(result, command: str, named: list[str], late: bool = False):
