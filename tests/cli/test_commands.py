@@ -47,6 +47,22 @@ def test_calibrate_overwrites_only_when_told(run, inputs, tmp_path):
     assert AtomicStatistics.load(output).num_tokens > 0
 
 
+@pytest.mark.parametrize("flags", [["-s"], ["--memory", "streaming"]])
+def test_prune_says_where_nothing_was_measured(flags, run, inputs, tmp_path):
+    flags = [*flags, inputs.statistics] if flags == ["-s"] else [*flags, *inputs.calibration]
+    asked = ["prune", "-m", inputs.model, "--ratio", 0.3, *flags]
+    result = run(*asked, "-o", tmp_path / "one")
+    assert result.status == 0 and result.output.count("not measured: ") == 1 and "'evaluate'" in result.output
+    assert "not measured" not in run(*asked, "-o", tmp_path / "other", "--eval-samples", 0).output, "nobody asked"
+
+
+def test_less_than_asked_is_said(run, inputs):
+    flags = ["--layout", "uniform", "--ratio", 0.4, "--dry-run"]
+    result = run("plan", "-s", inputs.statistics, *flags, "--width-multiple", 5)
+    assert "less than asked, as one width for all is rounded up to a multiple of 5" in result.output, result
+    assert "less than asked" not in run("plan", "-s", inputs.statistics, "--ratio", 0.4, "--dry-run").output
+
+
 def test_plan_needs_statistics_alone(run, inputs, tmp_path):
     output = tmp_path / "plan.safetensors"
     result = run("plan", "-s", inputs.statistics, "-o", output, "--ratio", "0.4", "--min-width", "2")

@@ -57,6 +57,7 @@ def test_a_chart_and_the_chosen_point(inputs, run, tmp_path):
         (["--measure", "demo"], "--measure and --model go together"),
         (["--max-loss-increase", 0.1], "is chosen by what was measured; add --measure"),
         (["--criteria", "heap"], "must be one of"),
+        (["--measure", "demo", "-m", "demo", "--dtype", "int4"], "dtype='int4': must be one of"),
     ],
 )
 def test_refusals(flags, expected, inputs, run):
