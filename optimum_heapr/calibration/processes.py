@@ -87,10 +87,11 @@ def start_processes() -> Accelerator:
         HeaprError: as [`check_launcher`].
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import is_initialized
 
     check_launcher()
     asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
-    if asked and "WORLD_SIZE" not in os.environ:
+    if asked and "WORLD_SIZE" not in os.environ and not is_initialized():
         # Without several GPUs in this host, or with --cpu, accelerate prepares for several processes and starts one.
         logger.warning(
             "accelerate launch was asked for several processes but started one, which does all the work. On CPUs use "

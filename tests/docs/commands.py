@@ -180,7 +180,7 @@ RULES = (
     (r"vllm serve ", Commands.served),
     (r"curl ", Commands.shell),
     (r"python -m pip install ", Commands.installation),
-    (r"([A-Z_0-9]+=\S+ )?python (-m pytest|(docs|benchmarks|recipes)/)", Commands.of_the_repository),
+    (r"([A-Z_0-9]+=\S+ )?python (-m pytest|(docs|benchmarks|recipes|tests/versions)/)", Commands.of_the_repository),
     (r"(ruff|git worktree) ", Commands.of_others),
 )
 
