@@ -123,7 +123,7 @@ class HeaprPruner:
 
     def calibrate(
         self,
-        dataset: HeaprConfig | Dataset | str | None = None,
+        dataset: HeaprConfig | Dataset | Sequence[str] | str | None = None,
         state_path: str | os.PathLike | None = None,
         resume: bool = False,
         save_every: int = 0,
@@ -135,7 +135,7 @@ class HeaprPruner:
 
         Args:
             dataset (`HeaprConfig`, `Dataset` or `str`, *optional*): a config whose calibration part is used, or data in place of
-                `config.dataset`: a path, a name on the Hub, or rows with a column `text`, `messages` or `input_ids`.
+                `config.dataset`: a path, a name on the Hub, texts, or rows with a column `text`, `messages` or `input_ids`.
             state_path (`str`, *optional*): file, or with `memory="streaming"` folder, that an interrupted run goes on from.
             resume, keep_state (`bool`): go on from there, if it exists; leave it, to be removed once the statistics are safe.
             save_every (`int`): micro-batches between two savings; 0 saves on SIGTERM and Ctrl-C only. Streaming saves each layer.

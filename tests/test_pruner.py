@@ -298,3 +298,10 @@ def test_errors_of_loading_name_the_model(tmp_path):
     (tmp_path / "llama" / "model.safetensors").unlink()
     with pytest.raises(HeaprError, match=r"model='.*llama': cannot be loaded .*model\.safetensors"):
         load_model(tmp_path / "llama")
+
+
+def test_options_of_the_config_are_not_options_of_loading(tmp_path):
+    with pytest.raises(
+        HeaprError, match=r"ratio=0.3: is an option of HeaprConfig; pass config=HeaprConfig\(ratio=0.3\)"
+    ):
+        HeaprPruner.from_pretrained(tmp_path, ratio=0.3)

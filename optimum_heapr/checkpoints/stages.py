@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..budget import check_in_memory
 from ..hub.base_model import BaseModel
+from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.sizes import parse_size
 from .loaded import LoadedModel
@@ -59,6 +61,10 @@ def load_stages(
         HeaprError: if the model or the statistics cannot be loaded, `memory` or `activation_memory` is unknown, or
             `max_loss_increase` is asked for and the model will not be in memory.
     """
+    for option in dataclasses.fields(config):
+        if option.name in model_options:
+            value = f"{option.name}={model_options[option.name]!r}"
+            raise HeaprError(f"{value}: is an option of HeaprConfig; pass config=HeaprConfig({value})")
     budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
     if memory not in ("plain", "offload", "streaming"):
         memory, estimate = choose_memory(name, config, memory, budget, **model_options)

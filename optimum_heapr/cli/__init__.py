@@ -1,9 +1,12 @@
 # Licensed under the Apache License, Version 2.0
 """`optimum-cli heapr`: one file a command. Only argument parsing is imported before a command runs."""
 
+from argparse import Action
+
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .apply import ApplyCommand
+from .base import one_line_errors
 from .calibrate import CalibrateCommand
 from .demo import DemoCommand
 from .estimate import EstimateCommand
@@ -43,3 +46,19 @@ class HeaprCommand(BaseOptimumCLICommand):
             # also lies on PYTHONPATH. The second stands for what the first registered.
             from_defaults_factory, parser = True, subparsers.choices[self.COMMAND.name]
         super().__init__(subparsers, args, command, from_defaults_factory, parser)
+        if not from_defaults_factory:
+            one_line_errors(self.parser, lambda: self.subparsers.choices)
+
+    @staticmethod
+    def parse_args(parser):
+        parser.add_argument("--version", action=_Version, nargs=0, help="print the version of optimum-heapr, and exit")
+
+
+class _Version(Action):
+    """Prints the version of the package; it is looked up when it is asked for."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+
+        print(version("optimum-heapr"))
+        parser.exit()

@@ -1,19 +1,25 @@
 # Licensed under the Apache License, Version 2.0
-"""What all commands share: errors as one line with exit status 2, and what is said when a run is interrupted."""
+"""What all commands share: errors as one line with exit status 2, `--quiet`, and what is said when a run is interrupted."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import sys
-from typing import TYPE_CHECKING, ClassVar
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from ..utils.errors import HeaprError
+from ..utils import logging
+from ..utils.errors import HeaprError, did_you_mean
 
 
 if TYPE_CHECKING:
-    pass
+    from argparse import ArgumentParser
 
 
 class HeaprSubcommand(BaseOptimumCLICommand):
@@ -22,25 +28,106 @@ class HeaprSubcommand(BaseOptimumCLICommand):
     NAME: ClassVar[str]
     HELP: ClassVar[str]
 
+    def __init__(self, *args: Any, from_defaults_factory: bool = False, **kwargs: Any):
+        super().__init__(*args, from_defaults_factory=from_defaults_factory, **kwargs)
+        if not from_defaults_factory:
+            self.parser.add_argument(
+                "-q", "--quiet", action="store_true", help="print errors alone, and what --json asks for"
+            )
+            one_line_errors(self.parser, lambda: self.parser._option_string_actions)
+
     def run(self) -> None:
-        if not sys.stderr.isatty():
-            # The libraries read these when they are imported, later: a log gets lines, an error is the only one.
-            for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-                os.environ.setdefault(variable, "1")
+        if not sys.stderr.isatty() or self.args.quiet:
+            # The libraries read these when they are imported, later: a log gets lines, and few of them.
+            names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+            logging.bars_are_lines = not self.args.quiet and not any(name in os.environ for name in names)
+            for name in names:
+                os.environ.setdefault(name, "1")
         try:
-            self.execute()
+            with _terminated_like_interrupted(), _quiet(self.args):
+                self.execute()
         except HeaprError as error:
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt as error:
-            from ..utils.files import beside
-
-            state = beside(getattr(self.args, "output", None) or "", ".state")
-            left = str(error) or "nothing half-written was left behind"
+        except (KeyboardInterrupt, _Terminated) as error:
+            state = f"{getattr(self.args, 'output', None)}.state"
+            left = "nothing half-written was left behind"
             if hasattr(self.args, "resume") and os.path.exists(state):
                 left = f"{state} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM)
 
     def execute(self) -> None:
         raise NotImplementedError
+
+
+class _Terminated(BaseException):
+    """SIGTERM, where Ctrl-C is a `KeyboardInterrupt`."""
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Until the block ends, SIGTERM unwinds the stack as Ctrl-C does, so that temporary files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == 128 + signal.SIGTERM:  # a calibration has saved where it is, and ends
+            raise _Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _quiet(args: Any) -> Iterator[None]:
+    """With `--quiet` nothing but errors is printed, and what `--json` asks for."""
+    if not args.quiet:
+        yield
+        return
+    from logging import WARNING, disable, root
+
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if not getattr(args, "json", False):
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        before = root.manager.disable
+        disable(WARNING)
+        try:
+            yield
+        finally:
+            disable(before)
+
+
+def one_line_errors(parser: ArgumentParser, known: Any) -> None:
+    """Makes a parser say what is wrong in one line, with the nearest flag or command, and nothing else.
+
+    Args:
+        parser (`ArgumentParser`): of a command.
+        known (`Callable`): gives the flags or commands that there are.
+    """
+    parse = parser.parse_known_args
+
+    def error(message: str) -> NoReturn:
+        wrong = re.search(r"(?:invalid choice: '([^']*)'|unknown flag '([^']*)')", message)
+        hint = did_you_mean(wrong[1] or wrong[2], known()) if wrong else ""
+        parser.exit(2, f"{parser.prog}: error: {message}{hint or '; --help says what there is'}\n")
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        namespace, left = parse(*args, **kwargs)
+        flags = _flags(left)
+        if flags:
+            parser.error(f"unknown flag {flags[0]!r}")
+        return namespace, left
+
+    parser.error, parser.parse_known_args = error, parse_known_args
+
+
+def _flags(arguments: Iterable[str]) -> list[str]:
+    return [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .base import HeaprSubcommand
+from .options import number
 
 
 class DemoCommand(HeaprSubcommand):
@@ -16,7 +17,7 @@ class DemoCommand(HeaprSubcommand):
             "-o", "--output", default=None, help="folder for the pruned model (default: a temporary one)"
         )
         parser.add_argument("--overwrite", action="store_true", help="replace an output that this package wrote")
-        parser.add_argument("--ratio", type=float, default=0.25, help="share of the atomic experts to remove (0.25)")
+        parser.add_argument("--ratio", type=number, default=0.25, help="share of the atomic experts to remove (0.25)")
 
     def execute(self) -> None:
         import tempfile

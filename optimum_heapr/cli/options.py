@@ -11,6 +11,7 @@ from typing import Any
 from ..configuration import HeaprConfig
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.options import Options, option_type, option_types, read_mapping
+from ..utils.sizes import written_number
 
 
 CALIBRATION_OPTIONS = (
@@ -155,11 +156,12 @@ def check_dtype(dtype: str) -> None:
 
 
 def number(text: str) -> int | float:
-    """A flag's value as a number, the way argparse wants it."""
-    try:
-        return int(text)
-    except ValueError:
+    """A flag's value as a number, the way argparse wants it: plain, or as `25%`, `8M`, `18k`."""
+    for read in (int, float, written_number):
         try:
-            return float(text)
+            value = read(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            continue
+        if value is not None:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number; write 0.25, 25%, 8000000 or 8M")

@@ -109,7 +109,7 @@ def load_calibration_data(
     Args:
         config (`HeaprConfig`): its calibration part is used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed unless the data has `input_ids`.
-        dataset (`Dataset`, `IterableDataset` or `str`, *optional*): used in place of `config.dataset`.
+        dataset (`Dataset`, `IterableDataset`, `str` or list of texts, *optional*): used in place of `config.dataset`.
         part (`Callable`, *optional*): takes the rows of each source and its name, returns the rows to use; by default all.
 
     Raises:
@@ -120,12 +120,14 @@ def load_calibration_data(
 
     dataset = config.dataset if dataset is None else dataset
     check_named(dataset)
+    if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(text, str) for text in dataset):
+        dataset = datasets.Dataset.from_dict({config.text_column: list(dataset)})
     if not isinstance(dataset, (str, os.PathLike)):
         name = type(dataset).__name__
         if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
             raise HeaprError(
-                f"dataset: is of type {name}; pass a path, a name on the Hub, or one split as a `datasets.Dataset`, such as "
-                "Dataset.from_dict({'text': texts})"
+                f"dataset: is of type {name}; pass a path, a name on the Hub, a list of texts, or one split as a "
+                "`datasets.Dataset`"
             )
         samples, held_out = _samples(part(dataset, name), name, config.num_samples, config, tokenizer)
         return CalibrationData(samples, name, config.seed, config.seq_length, [], *_parted(held_out, config))

@@ -6,6 +6,7 @@ Optimum attaches its handler to the logger named `optimum`, so the names here be
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -43,15 +44,54 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress(iterable: Iterable | None = None, **kwargs: Any):
-    """A `tqdm` bar: one for each phase of the pipeline.
+LINE_EVERY = 30.0
+"""Seconds between two lines about the progress, where that goes to no terminal."""
 
-    It is silent off a terminal, on every rank but the first, and when `HF_HUB_DISABLE_PROGRESS_BARS` is set.
+
+def progress(iterable: Iterable | None = None, **kwargs: Any):
+    """A `tqdm` bar: one for each phase of the pipeline. Off a terminal, such as in a log, a line every `LINE_EVERY` seconds.
+
+    It is silent on every rank but the first, for what takes less than that, and when `HF_HUB_DISABLE_PROGRESS_BARS` or
+    `TQDM_DISABLE` is set.
     """
     from tqdm.auto import tqdm
 
-    off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
-    return tqdm(iterable, disable=off or not is_main_process() or not sys.stderr.isatty(), **kwargs)
+    names = () if bars_are_lines else ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+    off = any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
+    if sys.stderr.isatty():
+        return tqdm(iterable, disable=off or not is_main_process(), **kwargs)
+    return _lines()(iterable, disable=off or not is_main_process(), **{"mininterval": LINE_EVERY, **kwargs})
+
+
+bars_are_lines = False
+"""Whether the command line has switched off the bars of libraries, which is not the wish of the user."""
+
+
+@functools.cache
+def _lines() -> type:
+    from tqdm import tqdm
+
+    class Lines(tqdm):
+        """A bar that is a line from time to time: what is done, and how long the rest will take."""
+
+        monitor_interval = 0  # no thread that shows a bar which does not move
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            state = self.format_dict
+            if state["elapsed"] < self.mininterval or self.n == self.total:
+                return
+            speed = state["rate"] or (self.n - self.initial) / state["elapsed"]
+            left = self.format_interval((self.total - self.n) / speed) if self.total and speed else "?"
+            share = f"{self.n / self.total:.0%}, " if self.total else ""
+            done = f"{self.n:,}" + (f" of {self.total:,}" if self.total else "")
+            print(
+                f"{self.desc or 'Progress'}: {share}{done}, {left} left {self.postfix or ''}".rstrip(), file=sys.stderr
+            )
+
+        def close(self) -> None:
+            self.disable = True
+
+    return Lines
 
 
 def show_throughput(bar: Any, tokens: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import HeaprError, did_you_mean, reason_of
 from .public import public_name
+from .sizes import written_number
 
 
 if TYPE_CHECKING:
@@ -183,6 +184,9 @@ def _checked_type(name: str, value: Any, annotation: Any) -> Any:
     kind = option_type(annotation)
     if value is None and kind is not annotation:
         return None
+    if kind in (int, float) and isinstance(value, str):
+        number = written_number(value)
+        value = value if number is None else number
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, os.PathLike):

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""Sizes in bytes as people write them."""
+"""Numbers and sizes in bytes as people write them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from .errors import HeaprError
 
 _UNITS = {"": 1, "b": 1, **{f"{k}b": 1000**n for n, k in enumerate("kmgt", 1)}}
 _UNITS |= {f"{k}ib": 1024**n for n, k in enumerate("kmgt", 1)}
+
+
+_FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def written_number(text: str) -> int | float | None:
+    """The number of `"25%"`, `"8M"`, `"1.5 B"` or `"18k"`; `None` if it is something else, a plain number among that."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([%kmbt])\s*", text.lower())
+    if match is None:
+        return None
+    if match[2] == "%":
+        return float(match[1]) / 100
+    value = float(match[1]) * _FACTORS[match[2]]
+    return round(value) if abs(value - round(value)) < 1e-6 else value
 
 
 def parse_size(name: str, text: str) -> int:

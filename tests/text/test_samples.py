@@ -251,6 +251,15 @@ def test_the_split_of_a_saved_collection(folder):
         open_dataset(folder / "dict", split="validation")
 
 
+def test_a_list_of_texts_is_data(tokenizer):
+    texts = ["one text about this", "another about that"]
+    config = HeaprConfig(num_samples=2, seq_length=8)
+    expected = load_calibration_data(config, tokenizer, texts_as_dataset(texts)).samples
+    for text_column in ("text", "body"):
+        found = load_calibration_data(config.replace(text_column=text_column), tokenizer, texts).samples
+        assert [sample.tolist() for sample in found] == [sample.tolist() for sample in expected]
+
+
 # What is refused
 
 
@@ -261,7 +270,7 @@ def refused(match, dataset, tokenizer=None, **options):
 
 
 def test_no_data_at_all_is_refused(tokenizer):
-    for wrong in (["one text", "another"], 3, datasets.DatasetDict({"train": texts_as_dataset(["one text"])})):
+    for wrong in ([], [1, 2], {"text": "one"}, 3, datasets.DatasetDict({"train": texts_as_dataset(["one text"])})):
         with pytest.raises(HeaprError, match=f"dataset: is of type {type(wrong).__name__}; pass a path"):
             load_calibration_data(HeaprConfig(), tokenizer, wrong)
     refused("dataset=None: name the text, a local file or a dataset on the Hub", None, tokenizer)

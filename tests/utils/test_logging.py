@@ -89,8 +89,28 @@ def test_a_bar_over_layers_names_them(monkeypatch):
     assert "model.layers.1.mlp.experts" in stream.getvalue()
 
 
-def test_off_a_terminal_nothing_is_shown(monkeypatch):
+def test_off_a_terminal_there_are_lines_of_what_takes_long(monkeypatch):
+    for name in ("RANK", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress(range(8), desc="Calibrating", unit="batch") as bar:
+        bar._time = lambda: now[0]
+        bar.start_t = bar.last_print_t = now[0]
+        for _ in bar:
+            now[0] += 20.0  # 160 seconds in all
+    lines = stream.getvalue().splitlines()
+    assert 2 <= len(lines) <= 5 and all(line.startswith("Calibrating: ") for line in lines), lines
+    done = int(lines[0].split("%")[0].split()[-1]) / 100 * 8
+    assert f"{done:.0f} of 8" in lines[0] and lines[0].endswith(
+        f"0{int(20 * (8 - done)) // 60}:{int(20 * (8 - done)) % 60:02} left"
+    )
+
+
+def test_off_a_terminal_nothing_is_shown_of_what_is_short(monkeypatch):
     stream = io.StringIO()
+    for name in ("RANK", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stderr", stream)
     bar = progress(range(3))
     for _ in bar:

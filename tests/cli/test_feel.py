@@ -1,0 +1,62 @@
+# Licensed under the Apache License, Version 2.0
+"""What the command line says of mistakes, and how much it says at all."""
+
+import os
+import signal
+
+import pytest
+
+from optimum_heapr import HeaprConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plann"], "invalid choice: 'plann'"),
+        (["plan", "--rato", "0.3"], """unknown flag '--rato'; did you mean "--ratio"?"""),
+        (["plan", "--crterion=obs"], """unknown flag '--crterion'; did you mean "--criterion"?"""),
+        (["plan", "--zzz"], "unknown flag '--zzz'; --help says what there is"),
+        (["plan", "--ratio", "half"], "'half' is not a number; write 0.25, 25%, 8000000 or 8M"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_nearest(arguments, expected, inputs, run):
+    statistics = ["-s", inputs.statistics] if arguments[0] == "plan" else []
+    result = run(*arguments, *statistics)
+    assert result.status == 2 and expected in result.error and result.error.count("\n") == 1
+    if arguments == ["plann"]:
+        assert result.error.endswith('did you mean "plan"?\n')
+
+
+def test_version(run):
+    from importlib.metadata import version
+
+    result = run("--version")
+    assert result.status == 0 and result.output == version("optimum-heapr") + "\n"
+
+
+def test_numbers_are_read_as_people_write_them(inputs, run):
+    plain = run("plan", "-s", inputs.statistics, "--ratio", 0.5, "--dry-run")
+    assert run("plan", "-s", inputs.statistics, "--ratio", "50%", "--dry-run") == plain
+    assert HeaprConfig(target_parameters="8M").target_parameters == 8_000_000
+    assert HeaprConfig.from_dict({"ratio": "12.5%", "num_samples": "2k"}).ratio == 0.125
+
+
+def test_quiet_prints_errors_alone(inputs, run, tmp_path):
+    result = run("plan", "-s", inputs.statistics, "-o", tmp_path / "plan.safetensors", "--quiet")
+    assert result.status == 0 and result.output == result.error == "" and (tmp_path / "plan.safetensors").exists()
+    assert run("frontier", "-s", inputs.statistics, "--ratios", "0.5", "--json", "-q").output.startswith("[")
+    assert "width_multiple" in run("plan", "-s", inputs.statistics, "-q", "--width-multiple", 99).error
+
+
+def test_sigterm_says_what_ctrl_c_says(inputs, run, monkeypatch, tmp_path):
+    from optimum_heapr import PruningPlan
+
+    def killed(self, path):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PruningPlan, "save", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("plan", "-s", inputs.statistics, "-o", tmp_path / "plan.safetensors")
+    assert result.status == 128 + signal.SIGTERM
+    assert result.error == "optimum-cli heapr plan: interrupted; nothing half-written was left behind\n"
+    assert signal.getsignal(signal.SIGTERM) == before
