@@ -77,7 +77,7 @@ def compensate_together(
             pruned = walk.branch("pruned", number)
         with decoder.layer(number) as layer:
             called = calls_of(walk, number, layer, {_PLAN: rerouting})
-            trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned else {}
+            trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned and blocks else {}
             fitted = {
                 block.path: _fitted(
                     decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan
