@@ -9,6 +9,7 @@ does not hold then, the MLP is something else and is left alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -63,6 +64,13 @@ class BlockInputs:
     def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
         """By path of the shared expert: its activations, scale in, [tokens, I]."""
         return ((name, torch.cat(self._activations[name])) for name in self.shared)
+
+    def only(self, tokens: torch.Tensor) -> BlockInputs:
+        """The same calls for some of the tokens, by number; not how they are routed in a pruned model."""
+        other = copy.copy(self)
+        other._routing = [tuple(part[tokens] for part in self.routing())]
+        other._activations = {name: [part[tokens]] for name, part in self.shared_activations()}
+        return other
 
     def hooks(self, model: torch.nn.Module, block: ExpertBlock) -> list:
         """Hooks that collect each call of the block."""

@@ -160,20 +160,23 @@ def _fitted(
     plan: PruningPlan,
 ) -> FittedBlock:
     """What a block becomes; the plan says what that did."""
-    kept, config = plan.kept[block.path], plan.config
-    fitted = fit_block(block, inputs, kept, config.ridge, inputs.rerouting(_PLAN))
-    plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
+    kept, config, rerouting = plan.kept[block.path], plan.config, inputs.rerouting(_PLAN)
+
+    def fit(tokens: torch.Tensor | None) -> FittedBlock:
+        if tokens is None:
+            return fit_block(block, inputs, kept, config.ridge, rerouting)
+        chosen = None if rerouting is None else (rerouting[0][tokens], rerouting[1][tokens])
+        return fit_block(block, inputs.only(tokens), kept, config.ridge, chosen)
+
     if trained_on is None:
-        return fitted
-    both = inputs.shared.keys() & trained_on.shared.keys()
-    for calls in (inputs, trained_on):
-        calls.shared = {path: mlp for path, mlp in calls.shared.items() if path in both}
-    with switched_experts(model, [block]):
-        target = block_output(block, inputs)
-    del inputs  # of the unpruned model, which have served
-    fitted, errors = reconstruct_block(block, kept, fitted, trained_on, target, config)
-    if errors:
-        plan.reconstruction[block.path] = errors
+        fitted = fit(None)
+    else:
+        trained_on.shared = {path: mlp for path, mlp in trained_on.shared.items() if path in inputs.shared}
+        with switched_experts(model, [block]):
+            target = block_output(block, inputs, trained_on.shared)
+        fitted, errors = reconstruct_block(block, kept, fit, trained_on, target, config)
+        plan.reconstruction |= {block.path: errors} if errors else {}
+    plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
     return fitted
 
 

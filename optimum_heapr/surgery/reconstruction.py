@@ -11,13 +11,14 @@ included, from the fit on, to
 the pruned model: for what the pruned layers below make of it. So a layer makes up for what was lost below it, too. The
 router stays as it is, and where it sends a token is known before a block is trained.
 
-A part of the tokens is held out, and decides for each block whether the fit or what was trained from it is kept.
+A part of the tokens is held out of the fit and of training, and decides for each block whether what was trained is kept; if not,
+the block is as it is without: fitted to all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -51,25 +52,27 @@ STRETCHES, HELD_OUT = 64, 8
 
 
 @torch.no_grad()
-def block_output(block: ExpertBlock, inputs: BlockInputs) -> torch.Tensor:
-    """What a block of the unpruned model gives, shared experts included, [tokens, d], in float32 or better.
+def block_output(block: ExpertBlock, inputs: BlockInputs, shared: Container[str]) -> torch.Tensor:
+    """What a block of the unpruned model gives, [tokens, d], in float32 or better.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         inputs (`BlockInputs`): what it was called with.
+        shared (`Container[str]`): paths of the shared experts whose output is part of it.
     """
     calls = inputs.routing()
     output = torch.cat([block.module(*part) for part in zip(*(call.split(TOKENS_AT_ONCE) for call in calls))])
     output = output.to(_exact(output.dtype))
     for name, activations in inputs.shared_activations():
-        output += F.linear(activations, inputs.shared[name].down_proj.weight)
+        if name in shared:
+            output += F.linear(activations, inputs.shared[name].down_proj.weight)
     return output
 
 
 def reconstruct_block(
     block: ExpertBlock,
     kept: list[torch.Tensor],
-    fitted: FittedBlock,
+    fit: Callable[[torch.Tensor | None], FittedBlock],
     inputs: TrainingInputs,
     target: torch.Tensor,
     config: HeaprConfig,
@@ -79,7 +82,7 @@ def reconstruct_block(
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert.
-        fitted (`FittedBlock`): what compensation made of it, where training begins.
+        fit (`Callable`): what compensation makes of it, fitted to the tokens of these numbers, or to all.
         inputs (`TrainingInputs`): what it is called with in the pruned model.
         target (`torch.Tensor`): what it is to give for the same tokens, [tokens, d].
         config (`HeaprConfig`): `reconstruction_steps`, `reconstruction_learning_rate` and `seed` are used.
@@ -92,12 +95,13 @@ def reconstruct_block(
     """
     place = torch.arange(len(target)) // max(len(target) // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
     held_out, tokens = (torch.where(part)[0].to(target.device) for part in (place, ~place))
-    if fitted.error_before == 0:  # nothing is removed
-        return fitted, {}
     if not target[held_out].square().sum() > 0:  # none, or not finite
         logger.warning(
             "%s: nothing held out of %d tokens to train it by; it stays as it was fitted", block.path, len(target)
         )
+        return fit(None), {}
+    fitted = fit(tokens)  # or it would know those that decide
+    if fitted.error_before == 0:  # nothing is removed
         return fitted, {}
     student = Student(block, kept, inputs)
     found = {"removed": student.error(target, held_out)}
@@ -111,23 +115,24 @@ def reconstruct_block(
     better = error < found["fitted"]  # not if it is not a number
     if not better:
         logger.warning("%s: training did not make it better; it stays as it was fitted", block.path)
-    return trained if better else fitted, {**found, "kept": "trained" if better else "fitted"}
+    return trained if better else fit(None), {**found, "kept": "trained" if better else "fitted"}
 
 
 def inputs_bytes(block: ExpertBlock, tokens: int) -> int:
-    """What the inputs of one block in the pruned model take, while it is fitted and trained: those of shared experts, too."""
-    return 2 * tokens * block.hidden_size * block.module.down_proj.dtype.itemsize
+    """What is there besides, while a block is fitted that is then trained: its inputs in the pruned model, and its target."""
+    stored = block.module.down_proj.dtype.itemsize
+    return tokens * block.hidden_size * (2 * stored + max(stored, 4))  # shared experts may have inputs of their own
 
 
 def training_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What training one block takes at most, shared experts left aside.
 
-    Per token its inputs, twice while micro-batches are joined, and the target; per weight itself, its gradient, two moments
+    Per token its inputs, twice while micro-batches are joined, those in the unpruned model, and the target; per weight itself, its gradient, two moments
     of that, and what it was and is stored as; and what the backward of a step needs.
     """
     stored, width, hidden = block.module.down_proj.dtype.itemsize, block.width, block.hidden_size
     exact = max(stored, 4)
-    of_tokens = 2 * inputs_bytes(block, tokens) + tokens * hidden * exact
+    of_tokens = tokens * hidden * (5 * stored + exact)
     of_weights = block.num_experts * 3 * width * hidden * (4 * exact + 2 * stored)
     of_step = TOKENS_AT_ONCE * (top_k or block.num_experts) * 2 * (2 * hidden + 5 * width) * exact
     return of_tokens + of_weights + of_step
