@@ -49,20 +49,22 @@ class HeaprSubcommand(BaseOptimumCLICommand):
         except HeaprError as error:
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        except (KeyboardInterrupt, _Terminated) as error:
-            state = f"{getattr(self.args, 'output', None)}.state"
-            left = "nothing half-written was left behind"
+        except KeyboardInterrupt as error:
+            from ..utils.files import beside
+
+            state = beside(getattr(self.args, "output", None) or "", ".state")
+            left = str(error) or "nothing half-written was left behind"
             if hasattr(self.args, "resume") and os.path.exists(state):
                 left = f"{state} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM)
+            sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
 
     def execute(self) -> None:
         raise NotImplementedError
 
 
-class _Terminated(BaseException):
-    """SIGTERM, where Ctrl-C is a `KeyboardInterrupt`."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is an interruption like Ctrl-C."""
 
 
 @contextlib.contextmanager
