@@ -133,7 +133,8 @@ def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor], sourc
             loss = sum(F.cross_entropy(part.float(), target, reduction="sum").item() for part, target in parts)
             if not math.isfinite(loss):
                 raise HeaprError(
-                    f"loss={loss}: not finite in window {index} of {source!r}; load the model in bfloat16"
+                    f"loss={loss}: not finite in window {index} of {source!r}; load the model in bfloat16 or float32, "
+                    "and if it is, look at its weights"
                 )
             losses.append(loss)
             tokens += len(window)

@@ -120,6 +120,8 @@ def _loading_errors(name: str | os.PathLike) -> Iterator[None]:
         hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         if glob.has_magic(str(name)) and os.path.isdir(name):
             hint = "; `datasets` takes *, ? and [ in the name of a folder for a pattern: rename it, or name the files in it"
+        if isinstance(error, ConnectionError):
+            hint = "; name a file that is here, or try again where the Hub can be reached"
         raise HeaprError(f"dataset={str(name)!r}: cannot be loaded ({reason}){hint}") from error
 
 

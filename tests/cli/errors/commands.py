@@ -1,7 +1,34 @@
 # Licensed under the Apache License, Version 2.0
-"""Recipes, and what evaluate and inspect are asked for."""
+"""Command lines that cannot be parsed, recipes, and what evaluate and inspect are asked for."""
 
 from tests.cli.errors.table import foreign, lines, mistake, prune
+
+
+@mistake(early=True)
+def an_option_that_there_is_not(inputs, here):
+    flags = [*inputs.calibration, "--ration", "0.3"]
+    return prune(inputs, here, *flags), ["unrecognized arguments: --ration 0.3", 'did you mean "--ratio"?', "--help"]
+
+
+@mistake(early=True)
+def an_option_of_another_command(inputs, here):
+    flags = ["-s", inputs.statistics, "-o", here / "out", "--memory=plain"]
+    return ["plan", *flags], ["unrecognized arguments: --memory=plain; ", "heapr plan --help lists the options"]
+
+
+@mistake(early=True)
+def a_word_too_many(inputs, here):
+    return ["inspect", inputs.plan, inputs.statistics], [f"unrecognized arguments: {inputs.statistics}; "]
+
+
+@mistake(early=True)
+def an_output_that_is_not_named(inputs, here):
+    return ["apply", "-m", inputs.model, "-p", inputs.plan], ["required: -o/--output; optimum-cli heapr apply --help"]
+
+
+@mistake(early=True)
+def a_number_that_is_none(inputs, here):
+    return prune(inputs, here, *inputs.calibration, "--save-every", "often"), ["--save-every", "'often'", "--help"]
 
 
 @mistake
