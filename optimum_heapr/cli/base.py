@@ -123,9 +123,9 @@ def one_line_errors(parser: ArgumentParser, known: Any) -> None:
 
     def parse_known_args(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         namespace, left = parse(*args, **kwargs)
-        flags = _flags(left)
-        if flags:
-            parser.error(f"unknown flag {flags[0]!r}")
+        if left:  # the parser above would say that it knows none of them
+            flags = _flags(left)
+            parser.error(f"unknown flag {flags[0]!r}" if flags else f"unexpected argument {left[0]!r}")
         return namespace, left
 
     parser.error, parser.parse_known_args = error, parse_known_args

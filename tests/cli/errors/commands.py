@@ -7,23 +7,28 @@ from tests.cli.errors.table import foreign, lines, mistake, prune
 @mistake(early=True)
 def an_option_that_there_is_not(inputs, here):
     flags = [*inputs.calibration, "--ration", "0.3"]
-    return prune(inputs, here, *flags), ["unrecognized arguments: --ration 0.3", 'did you mean "--ratio"?', "--help"]
+    return prune(inputs, here, *flags), ["unknown flag '--ration'", 'did you mean "--ratio"?']
 
 
 @mistake(early=True)
 def an_option_of_another_command(inputs, here):
     flags = ["-s", inputs.statistics, "-o", here / "out", "--memory=plain"]
-    return ["plan", *flags], ["unrecognized arguments: --memory=plain; ", "heapr plan --help lists the options"]
+    return ["plan", *flags], ["unknown flag '--memory'", "--help says what there is"]
 
 
 @mistake(early=True)
-def a_word_too_many(inputs, here):
-    return ["inspect", inputs.plan, inputs.statistics], [f"unrecognized arguments: {inputs.statistics}; "]
+def statistics_without_their_flag(inputs, here):
+    return ["plan", inputs.statistics, "-o", here / "out"], ["required: -s/--statistics", "--help"]
+
+
+@mistake(early=True)
+def a_word_behind_the_flags(inputs, here):
+    return ["families", "qwen3_moe"], ["unexpected argument 'qwen3_moe'", "--help"]
 
 
 @mistake(early=True)
 def an_output_that_is_not_named(inputs, here):
-    return ["apply", "-m", inputs.model, "-p", inputs.plan], ["required: -o/--output; optimum-cli heapr apply --help"]
+    return ["apply", "-m", inputs.model, "-p", inputs.plan], ["required: -o/--output; --help says what there is"]
 
 
 @mistake(early=True)
