@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,17 +88,21 @@ def start_processes() -> Accelerator:
         HeaprError: as [`check_launcher`].
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import is_initialized
 
     check_launcher()
     asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
-    if asked and "WORLD_SIZE" not in os.environ and not is_initialized():
+    if asked and "WORLD_SIZE" not in os.environ:
         # Without several GPUs in this host, or with --cpu, accelerate prepares for several processes and starts one.
-        logger.warning(
-            "accelerate launch was asked for several processes but started one, which does all the work. On CPUs use "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
+        _say_that_one_was_started()
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+@functools.cache  # a run connects its processes before it loads, and again where it measures
+def _say_that_one_was_started() -> None:
+    logger.warning(
+        "accelerate launch was asked for several processes but started one, which does all the work. On CPUs use "
+        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+    )
 
 
 def check_placement(model: torch.nn.Module, num_processes: int) -> None:

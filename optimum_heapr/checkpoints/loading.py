@@ -124,6 +124,10 @@ def load_model(
             "causal language model"
         ) from error
     except (AssertionError, RuntimeError) as error:  # of PyTorch, about devices that are not there or are full
+        if "negative dimension" in str(error):
+            raise HeaprError(
+                f"model={str(name)!r}: config.json names a size below 0 ({reason_of(error)}); copy the model again"
+            ) from error
         if model_options.get("device_map") is None:
             raise
         raise HeaprError(

@@ -80,7 +80,7 @@ def routed_experts(model: PreTrainedModel) -> dict[str, RoutedExperts]:
     """The expert blocks of a model by path; none for a dense model, or one whose experts are not on the interface."""
     widths = getattr(model.config, "expert_widths", None)
     if widths is not None:
-        modules = {path: model.get_submodule(path) for path in widths}
+        modules = {path: _below_adapters(model.get_submodule(path)) for path in widths}
         return {
             path: RoutedExperts(module, widths[path], 3 * _hidden_size(module) + 2 * bool(module.has_bias))
             for path, module in modules.items()
@@ -137,6 +137,13 @@ def _active_parameters(model: PreTrainedModel, parameters: int, tokens: Counts) 
         used = top_k * sum(share * width for share, width in zip(shares, block.widths)) / total
         active -= block.parameters_each * (sum(block.widths) - used)
     return round(active)
+
+
+def _below_adapters(module: torch.nn.Module) -> torch.nn.Module:
+    """The experts themselves, which PEFT wraps once for each parameter that it adapts."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _hidden_size(experts: torch.nn.Module) -> int:

@@ -22,6 +22,8 @@ def reason_of(error: BaseException) -> str:
         return f"it has no {error.args[0]!r}"
     if isinstance(error, (TypeError, AttributeError, LookupError)):
         return "something in it is not of the kind that it must be"
+    if isinstance(error, ValueError) and str(error).startswith(("invalid literal for", "could not convert string")):
+        return f"something in it must be a number, and is {str(error).rpartition(': ')[2]}"
     if isinstance(error, StopIteration):
         return "it has no rows"
     if isinstance(error, RecursionError):

@@ -33,6 +33,7 @@ def test_the_nearest_name_is_suggested(value, hint):
     ("error", "reason"),
     [
         (KeyError("document"), "it has no 'document'"),
+        (ValueError("invalid literal for int() with base 10: 'x'"), "something in it must be a number, and is 'x'"),
         (
             TypeError("list indices must be integers or slices, not str"),
             "something in it is not of the kind that it must be",
@@ -85,7 +86,7 @@ class Terminal(io.StringIO):
     ],
 )
 def test_progress_bars_are_shown_on_the_terminal_of_the_first_rank_only(monkeypatch, terminal, environment, shown):
-    for name in ("RANK", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    for name in ("RANK", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

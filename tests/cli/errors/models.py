@@ -43,6 +43,14 @@ def broken_config(inputs, here):
 
 
 @mistake
+def a_size_below_zero(inputs, here):
+    model = copied_model(inputs, here / "broken")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": -8}))
+    return prune(inputs, here, *inputs.calibration, model=model), [str(model), "config.json", "below 0"]
+
+
+@mistake
 def already_pruned(inputs, here):
     return prune(inputs, here, *inputs.calibration, model=inputs.pruned), [str(inputs.pruned), "pruned already"]
 
