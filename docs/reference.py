@@ -74,11 +74,20 @@ def canonical_name(thing: Any) -> str:
 def commands_markdown() -> str:
     """The page of commands, from their parsers."""
     from optimum_heapr.cli import HeaprCommand
+    from optimum_heapr.cli.base import COMMON_FLAGS
 
+    common = [f"| `{', '.join(flags)}` | {help} |" for flags, help in COMMON_FLAGS.items()]
     parts = [
         "# Command line",
         "`optimum-cli heapr COMMAND --help` prints the same. Exit status is 2 for what a user can correct, with one line "
         "on standard error that says how, and 130 after Ctrl-C.",
+        "All commands take:",
+        "\n".join(["| Option | |", "|---|---|", *common]),
+        "With `--json` standard output is that document and nothing else, as `optimum-cli heapr plan ... --json | jq .planned_size` "
+        "wants it; what went wrong is still one line on standard error. `plan`, `apply` and `prune` give the content of "
+        "[`report.json`](../guides/report.md) with `planned_size`, `parameter_ratio`, the `search` of a loss, and where the "
+        "`output` is; `calibrate` and `merge` what was measured on what, and the tokens of each expert; the others what their "
+        "tables show, in full.",
         "This page is made from the commands by `python docs/build.py --update-commands`.",
     ]
     for subcommand in HeaprCommand.SUBCOMMANDS:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input
@@ -30,7 +32,7 @@ class ApplyCommand(HeaprSubcommand):
             "and --dequantize imply it; the result is the same",
         )
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..utils.files import check_output_folder
 
         args = self.args
@@ -41,6 +43,7 @@ class ApplyCommand(HeaprSubcommand):
         from ..checkpoints.saving import apply_streaming
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
+        from .documents import plan_document
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)
@@ -53,9 +56,9 @@ class ApplyCommand(HeaprSubcommand):
         else:
             size = saving["max_shard_size"]
             apply_streaming(args.model, plan, args.output, args.overwrite, size, args.statistics, **options)
-        print(plan_table(plan))
+        self.show(plan_table(plan))
         print(f"Pruned model written to {args.output}")
-        push(args)
+        return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}
 
 
 def add_output_options(parser, required: bool = True) -> None:
@@ -86,13 +89,15 @@ def check_push(args) -> None:
         raise HeaprError("private=True: is about a repository on the Hub; name one with --push-to-hub")
 
 
-def push(args) -> None:
-    """Uploads the output, if that was asked for."""
-    if args.push_to_hub:
-        from ..hub.push import push_folder
+def push(args) -> str | None:
+    """Uploads the output, if that was asked for; returns the address of the commit then."""
+    if not args.push_to_hub:
+        return None
+    from ..hub.push import push_folder
 
-        commit = push_folder(args.output, args.push_to_hub, private=args.private or None)
-        print(f"Pushed to the Hub: {commit}")
+    commit = push_folder(args.output, args.push_to_hub, private=args.private or None)
+    print(f"Pushed to the Hub: {commit}")
+    return str(commit)
 
 
 def save_options_from(args) -> dict:

@@ -1,9 +1,11 @@
 # Licensed under the Apache License, Version 2.0
-"""What all commands share: errors as one line with exit status 2, `--quiet`, and what is said when a run is interrupted."""
+"""What all commands share: errors as one line with exit status 2, `--json`, `--quiet`, and what is said when a run is interrupted."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import signal
@@ -22,8 +24,17 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
 
 
+COMMON_FLAGS = {
+    ("--json",): "print one JSON document in place of tables, and messages to standard error",
+    ("-q", "--quiet"): "print errors alone, and what --json asks for",
+}
+
+
 class HeaprSubcommand(BaseOptimumCLICommand):
-    """A command of `optimum-cli heapr`: subclasses set `NAME` and `HELP`, add their flags and implement `execute`."""
+    """A command of `optimum-cli heapr`: subclasses set `NAME` and `HELP`, add their flags and implement `execute`.
+
+    What `execute` prints is for people: results by `show`, messages by `print`. What it returns is for programs.
+    """
 
     NAME: ClassVar[str]
     HELP: ClassVar[str]
@@ -31,9 +42,8 @@ class HeaprSubcommand(BaseOptimumCLICommand):
     def __init__(self, *args: Any, from_defaults_factory: bool = False, **kwargs: Any):
         super().__init__(*args, from_defaults_factory=from_defaults_factory, **kwargs)
         if not from_defaults_factory:
-            self.parser.add_argument(
-                "-q", "--quiet", action="store_true", help="print errors alone, and what --json asks for"
-            )
+            for flags, help in COMMON_FLAGS.items():
+                self.parser.add_argument(*flags, action="store_true", help=help)
             one_line_errors(self.parser, lambda: self.parser._option_string_actions)
 
     def run(self) -> None:
@@ -44,8 +54,10 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             for name in names:
                 os.environ.setdefault(name, "1")
         try:
-            with _terminated_like_interrupted(), _quiet(self.args):
-                self.execute()
+            with _terminated_like_interrupted(), _messages(self.args):
+                found = self.execute()
+            if self.args.json and found is not None:
+                print(json.dumps(_valid(found), indent=2))
         except HeaprError as error:
             print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -59,8 +71,27 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
             sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
+        """Does what the command is for.
+
+        Returns:
+            What `--json` prints, of plain JSON types; `None` in a process that has nothing to say, as all but the first.
+        """
         raise NotImplementedError
+
+    def show(self, *parts: object, sep: str = "\n") -> None:
+        """Prints results as text, unless they are asked for as JSON."""
+        if parts and not self.args.json:
+            print(*parts, sep=sep, flush=True)
+
+
+def _valid(found: Any) -> Any:
+    """The same without what JSON has no word for: numbers that are none are null."""
+    if isinstance(found, dict):
+        return {name: _valid(part) for name, part in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_valid(part) for part in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 class _Terminated(KeyboardInterrupt):
@@ -89,16 +120,15 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(args: Any) -> Iterator[None]:
-    """With `--quiet` nothing but errors is printed, and what `--json` asks for."""
+def _messages(args: Any) -> Iterator[None]:
+    """What is printed until the block ends goes to standard error with `--json`, and with `--quiet` nowhere but for errors."""
     if not args.quiet:
-        yield
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            yield
         return
     from logging import WARNING, disable, root
 
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        if not getattr(args, "json", False):
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         before = root.manager.disable
         disable(WARNING)
         try:

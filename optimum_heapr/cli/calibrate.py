@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input, check_texts, source_names
@@ -32,7 +34,7 @@ class CalibrateCommand(HeaprSubcommand):
         # With criterion obs the order of removal is computed here, once for all plans.
         add_config_options(parser, (*CALIBRATION_OPTIONS, "criterion", "ridge"))
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..utils.artefacts import check_output_artefact
 
         config = config_from(self.args)
@@ -46,6 +48,7 @@ class CalibrateCommand(HeaprSubcommand):
         from ..calibration.processes import start_processes
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process
+        from .documents import statistics_document
         from .tables import statistics_table
 
         start_processes()  # before anything can go wrong in one of them: then the others are told
@@ -57,8 +60,11 @@ class CalibrateCommand(HeaprSubcommand):
             del pruner
             if is_main_process():
                 statistics.save(self.args.output, grams=not self.args.no_grams)
-            lines = statistics_table(statistics), statistics.cost, f"Statistics written to {self.args.output}"
+            text, found = (statistics_table(statistics), statistics.cost), statistics_document(statistics)
             del statistics  # before the files that its matrices may be mapped from
         end_processes(state)
-        if is_main_process():
-            print(*lines, sep="\n")
+        if not is_main_process():
+            return None
+        self.show(*text)
+        print(f"Statistics written to {self.args.output}")
+        return {"output": self.args.output, **found}

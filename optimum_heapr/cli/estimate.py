@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import HeaprSubcommand
 from .options import add_config_options, check_dtype, config_from, number
@@ -45,7 +45,6 @@ class EstimateCommand(HeaprSubcommand):
         parser.add_argument("--dtype", default="auto", help="weights' dtype (default: what the configuration says)")
         parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
         parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-        parser.add_argument("--json", action="store_true", help="print all of it as JSON")
         names = (
             "num_samples",
             "seq_length",
@@ -59,9 +58,7 @@ class EstimateCommand(HeaprSubcommand):
             parser, (*names, "width_multiple", "align_for", "tensor_parallel"), title="What is asked for"
         )
 
-    def execute(self) -> None:
-        import json
-
+    def execute(self) -> Any:
         from ..utils.sizes import parse_size
 
         args = self.args
@@ -81,7 +78,8 @@ class EstimateCommand(HeaprSubcommand):
             args.dtype,
             **{name: value for name, value in hub.items() if value},
         )
-        print(json.dumps(found.to_dict(), indent=2) if args.json else estimate_text(found))
+        self.show(estimate_text(found))
+        return found.to_dict()
 
 
 def estimate_text(found: Estimate) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .options import add_model_options, model_options_from
@@ -52,11 +54,8 @@ class EvaluateCommand(HeaprSubcommand):
         speed.add_argument("--new-tokens", type=int, default=64, help="tokens written after each (default: 64)")
         speed.add_argument("--repetitions", type=int, default=5, help="of which the median counts (default: 5)")
         parser.add_argument("--batch-size", type=int, default=1, help="of benchmarks and speed (default: 1)")
-        parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
-    def execute(self) -> None:
-        import json
-
+    def execute(self) -> Any:
         args = self.args
         if not (args.dataset or args.tasks or args.speed):
             raise HeaprError("dataset=[]: nothing to evaluate; name text with --dataset, --tasks, or --speed")
@@ -87,12 +86,10 @@ class EvaluateCommand(HeaprSubcommand):
             model, tokenizer = load_model(name, allow_quantized=True, **model_options_from(args))
             comparison.add(name, place(model), tokenizer, self._weight_files(model) if args.speed else ())
             del model  # the next one may need its memory
-        if args.json:
-            print(json.dumps(comparison.results, indent=2))
-            return
         tables = {"perplexity": perplexity_table, "tasks": tasks_table, "speed": speed_table, "storage": storage_table}
         found = comparison.results
-        print("\n\n".join(made(found[kind]) for kind, made in tables.items() if found[kind]))
+        self.show(*(made(found[kind]) for kind, made in tables.items() if found[kind]), sep="\n\n")
+        return found
 
     def _weight_files(self, model) -> list[str]:
         """The files that a model was loaded from; none if they are not safetensors."""

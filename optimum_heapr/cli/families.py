@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from .base import HeaprSubcommand
 
 
@@ -14,13 +17,14 @@ class FamiliesCommand(HeaprSubcommand):
     def parse_args(parser):
         parser.add_argument("--markdown", action="store_true", help="print the table of the documentation page")
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..families import families_markdown, scan_families
         from .tables import table
 
         families = scan_families()
         if self.args.markdown:
-            print(families_markdown(families))
+            self.show(families_markdown(families))
         else:
             rows = [[family.model_type, family.model_class, family.status, family.note] for family in families]
-            print(table(["model type", "class", "status", "note"], rows))
+            self.show(table(["model type", "class", "status", "note"], rows))
+        return [asdict(family) for family in families]

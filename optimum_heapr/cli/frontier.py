@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..configuration import GOALS
 from ..utils.errors import HeaprError
@@ -44,7 +44,6 @@ class FrontierCommand(HeaprSubcommand):
             "-o", "--output", metavar="DIR", help="write frontier.json there, and the chart as SVG: loss against size"
         )
         parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote there")
-        parser.add_argument("--json", action="store_true", help="print the points as JSON")
         measuring = parser.add_argument_group(
             "Measuring some of the points, which corrects the estimates of the others"
         )
@@ -71,9 +70,7 @@ class FrontierCommand(HeaprSubcommand):
         names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
 
-    def execute(self) -> None:
-        import json
-
+    def execute(self) -> Any:
         from ..utils.files import check_output_folder, replace_folder, write_json
 
         args = self.args
@@ -109,9 +106,7 @@ class FrontierCommand(HeaprSubcommand):
                 write_json(folder / "frontier.json", written)
                 for name, chart in frontier_charts(written, chosen and chosen.to_dict()).items():
                     (folder / f"{name}.svg").write_text(chart, encoding="utf-8")
-        print(json.dumps(written, indent=2) if args.json else frontier_text(points))
-        if args.json:
-            return
+        self.show(frontier_text(points))
         if args.max_loss_increase is not None:
             what = "none"
             if chosen:
@@ -122,6 +117,7 @@ class FrontierCommand(HeaprSubcommand):
             print(f"chosen for a loss increase of at most {args.max_loss_increase}: {what}")
         if args.output:
             print(f"Frontier written to {args.output}")
+        return written
 
 
 def ratios_of(text: str) -> list[float]:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import HeaprSubcommand
 
 
 if TYPE_CHECKING:
+    from ..planning.comparison import BlockComparison
     from ..planning.plan import PruningPlan
 
 
@@ -26,38 +27,44 @@ class InspectCommand(HeaprSubcommand):
             help="a second plan of the same model, or a folder that holds one: what both keep, layer by layer",
         )
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..calibration.statistics import FORMAT as STATISTICS_FORMAT
         from ..calibration.statistics import AtomicStatistics
+        from ..planning.comparison import compare_plans
         from ..planning.plan import PruningPlan
-        from ..report.content import build_report
         from ..report.files import read_report
         from ..utils.artefacts import artefact_format
         from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
+        from .documents import comparison_document, plan_document, statistics_document
         from .lines import rectangle_lines, search_lines
         from .tables import importance_table, report_text, size_line, statistics_table
 
         if self.args.other is not None:
-            print(comparison_table(*map(PruningPlan.load, (self.args.path, self.args.other))))
-            return
+            plans = [PruningPlan.load(path) for path in (self.args.path, self.args.other)]
+            compared = compare_plans(*plans)
+            self.show(comparison_table(*plans, compared))
+            return comparison_document(compared)
         path = Path(self.args.path)
         if path.is_dir():
             report = own_file(path, REPORT_NAME)
             path = report if report.is_file() else own_file(path, PLAN_NAME)
         if path.suffix == ".json":
-            print(report_text(read_report(path)))
-        elif artefact_format(path) == STATISTICS_FORMAT:
+            report = read_report(path)
+            self.show(report_text(report))
+            return report
+        if artefact_format(path) == STATISTICS_FORMAT:
             statistics = AtomicStatistics.load(path)
-            print(statistics_table(statistics), importance_table(statistics), sep="\n\n")
-        else:
-            plan = PruningPlan.load(path)
-            report = report_text(build_report(plan, plan.model["model_type"]))
-            print(report, "\n".join([size_line(plan), *search_lines(plan), *rectangle_lines(plan)]), sep="\n\n")
+            self.show(statistics_table(statistics), importance_table(statistics), sep="\n\n")
+            return statistics_document(statistics)
+        plan = PruningPlan.load(path)
+        found = plan_document(plan)
+        lines = "\n".join([size_line(plan), *search_lines(plan), *rectangle_lines(plan)])
+        self.show(report_text(found), lines, sep="\n\n")
+        return found
 
 
-def comparison_table(first: PruningPlan, second: PruningPlan) -> str:
+def comparison_table(first: PruningPlan, second: PruningPlan, compared: list[BlockComparison]) -> str:
     """What two plans keep, each and both, layer by layer."""
-    from ..planning.comparison import compare_plans
     from .tables import table
 
     rows = [
@@ -69,7 +76,7 @@ def comparison_table(first: PruningPlan, second: PruningPlan) -> str:
             f"{block.by_chance:.2f}",
             *(f"{loss:.5f}" for loss in block.loss_increase),
         ]
-        for block in compare_plans(first, second)
+        for block in compared
     ]
     header = ["block", "first keeps", "second", "both", "overlap", "by chance", "est. loss +, first", "second"]
     asked = [f"{name}: {plan!r}" for name, plan in (("first", first), ("second", second))]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input
 
@@ -19,16 +21,18 @@ class MergeCommand(HeaprSubcommand):
             "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
         )
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..utils.artefacts import check_output_artefact
 
         check_output_is_not_input(self.args.output, *self.args.statistics)
         check_output_artefact(self.args.output, self.args.overwrite)
         from ..calibration.merging import merge_statistics
         from ..calibration.statistics import AtomicStatistics
+        from .documents import statistics_document
         from .tables import statistics_table
 
         merged = merge_statistics([AtomicStatistics.load(path) for path in self.args.statistics])
         merged.save(self.args.output)
-        print(statistics_table(merged))
+        self.show(statistics_table(merged))
         print(f"Statistics written to {self.args.output}")
+        return {"output": self.args.output, **statistics_document(merged)}

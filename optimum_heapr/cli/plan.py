@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input, check_serves
 from .options import STATISTICS_ARE_ENOUGH, add_config_options, config_from
@@ -28,7 +30,7 @@ class PlanCommand(HeaprSubcommand):
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
         add_config_options(parser, (*STATISTICS_ARE_ENOUGH, "seed"))
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..utils.artefacts import check_output_artefact
 
         config = config_from(self.args)
@@ -37,13 +39,15 @@ class PlanCommand(HeaprSubcommand):
             check_output_artefact(self.args.output, self.args.overwrite)
         from ..hub.statistics import load_statistics
         from ..planning.plan import PruningPlan
+        from .documents import plan_document
         from .tables import plan_table
 
         statistics = load_statistics(self.args.statistics)
         check_serves(statistics, config)
         plan = PruningPlan.build(statistics, config)
         plan.warn_of_widths()
-        print(plan_table(plan))
+        self.show(plan_table(plan))
         if not self.args.dry_run:
             plan.save(self.args.output)
             print(f"Plan written to {self.args.output}")
+        return {"output": None if self.args.dry_run else self.args.output, **plan_document(plan)}

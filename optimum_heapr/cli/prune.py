@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 from ..utils.errors import HeaprError
 from .apply import add_output_options, check_push, push, save_options_from
@@ -59,7 +60,7 @@ class PruneCommand(HeaprSubcommand):
         measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
         add_config_options(parser, (*PLANNING_OPTIONS, *measuring, *EVALUATION_OPTIONS))
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..utils.artefacts import check_output_artefact
         from ..utils.files import check_output_folder
 
@@ -85,6 +86,7 @@ class PruneCommand(HeaprSubcommand):
         from ..pruner import HeaprPruner
         from ..report.observation import check_prompts
         from ..utils.logging import is_main_process
+        from .documents import plan_document
         from .lines import compensation_lines, measured_lines
         from .tables import plan_table
 
@@ -119,23 +121,23 @@ class PruneCommand(HeaprSubcommand):
                 del pruner
                 if state is not None and not self.args.dry_run:
                     end_processes(state)
-                return
+                return None
             if pruner.statistics.cost is not None:
-                print(pruner.statistics.cost)
+                self.show(pruner.statistics.cost)
             keeps = kept is not None and measures
             with kept_statistics(pruner.statistics, kept, config.compensates_experts) if keeps else nullcontext():
                 plan = pruner.plan()
-                print(plan_table(plan))
+                self.show(plan_table(plan))
                 if self.args.dry_run:
                     del pruner
-                    return
+                    return {"output": None, **plan_document(plan, self.args.model)}
                 pruner.apply(plan, measure=True, prompts=self.args.prompt)
                 pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
             report = pruner.report
             del pruner  # before the files that the matrices of its statistics may be mapped from
         if state is not None:
             end_processes(state)
-        for line in [*compensation_lines(plan), *measured_lines(report, plan.config.eval_samples > 0)]:
-            print(line)
+        self.show(*compensation_lines(plan), *measured_lines(report, plan.config.eval_samples > 0))
         print(f"Pruned model written to {self.args.output}, with heapr/report.html")
-        push(self.args)
+        found = {**plan_document(plan, self.args.model), **(report or {})}
+        return {"output": self.args.output, "pushed": push(self.args), **found}

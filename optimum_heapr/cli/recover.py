@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
@@ -36,7 +36,7 @@ class RecoverCommand(HeaprSubcommand):
         names = [option.name for option in dataclasses.fields(RecoveryConfig)]
         add_config_options(parser, names, RecoveryConfig)
 
-    def execute(self) -> None:
+    def execute(self) -> Any:
         from ..recovery.configuration import RecoveryConfig
         from ..recovery.state import RunFolder
         from ..utils.files import beside, check_output_folder
@@ -55,13 +55,15 @@ class RecoverCommand(HeaprSubcommand):
         with RunFolder(beside(args.output, ".state"), args.resume) as folder:
             report = self._recover(config, folder)
         end_processes()
-        if is_main_process():
-            print(table(["stage", "held-out loss", "difference"], report.rows()))
-            if report.improved:
-                what = "Merged model" if args.merge else "Adapter"
-                print(f"{what} of step {report.best_step} of {report.steps} written to {args.output}")
-            else:
-                print(f"Nothing improved in {report.steps} steps; nothing was written to {args.output}")
+        if not is_main_process():
+            return None
+        self.show(table(["stage", "held-out loss", "difference"], report.rows()))
+        if report.improved:
+            what = "Merged model" if args.merge else "Adapter"
+            print(f"{what} of step {report.best_step} of {report.steps} written to {args.output}")
+        else:
+            print(f"Nothing improved in {report.steps} steps; nothing was written to {args.output}")
+        return {"output": args.output if report.improved else None, **dataclasses.asdict(report)}
 
     def _recover(self, config: RecoveryConfig, folder: RunFolder) -> RecoveryReport:
         """Loads, trains and writes; returns what was measured."""
