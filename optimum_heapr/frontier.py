@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .evaluation.metric import mean_with_error
+from .evaluation.losses import mean_with_error
 from .evaluation.perplexity import evaluation_windows, source_name, window_losses
 from .experts import find_expert_blocks
 from .planning.errors import UnreachableRatio

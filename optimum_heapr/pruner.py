@@ -3,7 +3,7 @@
 
     model -> calibrate -> AtomicStatistics -> plan -> PruningPlan -> apply -> pruned model -> save
 
-Each step takes the artefact of the one before and can be run on its own, also in another process.
+Each step takes the artefact of the one before, can be run on its own, also in another process, and imports what it needs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .budget import plan_for
 from .calibration.statistics import AtomicStatistics
-from .checkpoints.loaded import LoadedModel
-from .checkpoints.stages import load_stages
 from .configuration import HeaprConfig
 from .experts import BROKEN_OFF, find_expert_blocks
-from .frontier import FrontierPoint, frontier, text_measure
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
 from .report.content import without_measurements
 from .report.observation import check_prompts
-from .surgery.feasibility import check_feasible
 from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
@@ -39,6 +34,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .frontier import FrontierPoint
     from .recovery.configuration import RecoveryConfig
     from .recovery.report import RecoveryReport
 
@@ -70,6 +66,8 @@ class HeaprPruner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: HeaprConfig | None = None,
     ):
+        from .checkpoints.loaded import LoadedModel
+
         find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
         self._stages, self.tokenizer = LoadedModel(model), tokenizer
         self.config = HeaprConfig.checked(config)
@@ -111,6 +109,8 @@ class HeaprPruner:
         Raises:
             HeaprError: if the model cannot be found or pruned, or the statistics are unreadable or of another model.
         """
+        from .checkpoints.stages import load_stages
+
         config = HeaprConfig.checked(config)
         loaded = load_stages(model, config, statistics, memory, activation_memory, **model_options)
         pruner = cls(loaded.stages.model, loaded.tokenizer, config)
@@ -119,6 +119,8 @@ class HeaprPruner:
 
     def check(self, config: HeaprConfig | None = None) -> None:
         """Refuses with a `HeaprError`, before calibration, what `config` asks for and this model cannot have."""
+        from .surgery.feasibility import check_feasible
+
         check_feasible(self.model, config or self.config)
 
     def calibrate(
@@ -166,9 +168,7 @@ class HeaprPruner:
             HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
         """
         statistics, config = self._stages.measured(statistics, self.statistics), self.config.replace(**changes)
-        if config.num_experts == "auto":
-            return self._stages.best_rectangle(statistics, config, self.calibration_data, self.tokenizer)
-        return plan_for(self.model, self.tokenizer, statistics, config, self.calibration_data)
+        return self._stages.plan(statistics, config, self.calibration_data, self.tokenizer)
 
     def frontier(self, measure: Dataset | str | None = None, **options: Any) -> list[FrontierPoint]:
         """Size and loss of many plans, as [`~optimum_heapr.frontier.frontier`] with these `options`; nothing is cut.
@@ -176,6 +176,8 @@ class HeaprPruner:
         Args:
             measure (`Dataset` or `str`, *optional*): text to measure a few of them on, which corrects the estimates of all.
         """
+        from .frontier import frontier, text_measure
+
         of_model = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
         measured = None if measure is None else text_measure(*of_model, measure)
         return frontier(*of_model[2:], measure=measured, **options)
@@ -243,10 +245,8 @@ class HeaprPruner:
         """
         from .recovery.session import recover_in_memory
 
-        plan = self._pruned_by()
-        self._stages.model, self.recovery_report = recover_in_memory(
-            self.model, self.tokenizer, dataset, config, teacher, plan, **options
-        )
+        found = recover_in_memory(self.model, self.tokenizer, dataset, config, teacher, self._pruned_by(), **options)
+        self._stages.model, self.recovery_report = found
         if self.report is not None and self.recovery_report.improved:
             self.report = without_measurements(self.report, "the model was trained after it was cut and measured")
         return self.recovery_report

@@ -10,7 +10,7 @@ import torch
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.budget import MEASUREMENTS, largest_cut
-from optimum_heapr.evaluation.metric import mean_with_error
+from optimum_heapr.evaluation.losses import mean_with_error
 from optimum_heapr.evaluation.perplexity import window_losses
 from optimum_heapr.planning.plan import PruningPlan
 from tests.helpers import SENTENCES, random_statistics, tiny_model, tiny_tokenizer

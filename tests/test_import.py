@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+from optimum_heapr import HeaprConfig, PruningPlan
+from optimum_heapr.report.content import build_report
 from tests import processes
+from tests.helpers import random_statistics
 
 
 # Model families whose modeling code was imported; the auto classes' own tables are no family.
@@ -62,6 +65,49 @@ def test_command_line_is_light():
         "print(json.dumps([name for name in heavy if name in sys.modules]))"
     )
     assert found == []
+
+
+def test_the_pruner_costs_no_more_than_the_auto_classes():
+    """What takes long is imported by what needs it: `evaluate` and the model code of transformers take seconds each."""
+    found = run_python(
+        "import json, sys\nfrom transformers import AutoModelForCausalLM\nbefore = set(sys.modules)\n"
+        "from optimum_heapr import HeaprPruner\nnew = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(json.dumps(sorted(new - sys.stdlib_module_names)))"
+    )
+    assert found == ["optimum_heapr"]
+
+
+@pytest.fixture
+def artefacts(tmp_path):
+    statistics = random_statistics()
+    statistics.save(tmp_path / "statistics.safetensors")
+    plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.3))
+    plan.save(tmp_path / "plan.safetensors")
+    (tmp_path / "report.json").write_text(json.dumps(build_report(plan, "qwen3_moe")))
+    return tmp_path
+
+
+def heavy_modules(*commands: list[str]) -> list[str]:
+    """What commands import that takes long, once they have printed something."""
+    return run_python(
+        "import contextlib, io, json, sys\nfrom optimum.commands.optimum_cli import main\n"
+        f"for command in {[list(map(str, command)) for command in commands]!r}:\n"
+        "    sys.argv = ['optimum-cli', 'heapr', *command]\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):\n        main()\n"
+        "    assert text.getvalue(), command\n"
+        "heavy = ['torch', 'transformers', 'datasets', 'evaluate', 'accelerate', 'huggingface_hub', 'scipy']\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))"
+    )
+
+
+def test_what_prints_text_imports_nothing_heavy(artefacts):
+    files = [artefacts / name for name in ("statistics.safetensors", "plan.safetensors", "report.json")]
+    looking = [["inspect", file, *json] for file in files for json in ([], ["--json"])]
+    assert heavy_modules(["--help"], ["prune", "--help"], *looking, ["inspect", files[1], files[1]]) == []
+
+
+def test_a_plan_is_made_by_torch_alone(artefacts):
+    assert heavy_modules(["plan", "-s", artefacts / "statistics.safetensors", "--dry-run"]) == ["torch"]
 
 
 def test_public_names_are_found_when_asked_for():

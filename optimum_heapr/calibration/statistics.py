@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from ..fingerprint import check_same_model, model_fingerprint
 from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
 from ..utils.values import TensorValue
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..experts import ExpertBlock
     from ..utils.temporary import TemporaryFolder
     from .cost import Cost
@@ -83,7 +84,7 @@ class BlockStatistics(TensorValue):
 
     def per_token(self, total: torch.Tensor) -> torch.Tensor:
         """A sum over the tokens of each expert, [E, ...], divided by how many these are."""
-        return total / self.token_count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
+        return total / self.token_count.clip(min=1).reshape(-1, *[1] * (total.ndim - 1))
 
     @property
     def has_grams(self) -> bool:
@@ -176,7 +177,10 @@ class AtomicStatistics(TensorValue):
     @property
     def unreached(self) -> dict[str, list[int]]:
         """Experts that no calibration token was routed to, by block; blocks without any are left out."""
-        found = {path: torch.nonzero(~block.reached).flatten().tolist() for path, block in self.blocks.items()}
+        found = {
+            path: [expert for expert, reached in enumerate(block.reached.tolist()) if not reached]
+            for path, block in self.blocks.items()
+        }
         return {path: experts for path, experts in found.items() if experts}
 
     def save(self, path: str | os.PathLike, grams: bool = True) -> None:
@@ -196,13 +200,17 @@ class AtomicStatistics(TensorValue):
         write_artefact(path, FORMAT, tensors, {"fingerprint": self.fingerprint, "blocks": list(self.blocks)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> AtomicStatistics:
+    def load(cls, path: str | os.PathLike, framework: str = "pt") -> AtomicStatistics:
         """Reads what [`save`] wrote.
+
+        Args:
+            path (`str`): the file.
+            framework (`str`): `np` for NumPy arrays in place of tensors: enough to look at, and torch is not imported for it.
 
         Raises:
             HeaprError: if the file is missing, truncated, or something else.
         """
-        tensors, metadata = read_artefact(path, FORMAT)
+        tensors, metadata = read_artefact(path, FORMAT, framework)
         required = [part.name for part in fields(BlockStatistics) if part.default is MISSING]
         optional = [part.name for part in fields(BlockStatistics) if part.default is not MISSING]
         try:
@@ -243,12 +251,12 @@ class AtomicStatistics(TensorValue):
                         f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
-                values = tensor.diagonal(dim1=1, dim2=2) if tensor is not None and tensor.dim() == 3 else tensor
-                if values is not None and not values.isfinite().all():
+                values = tensor.diagonal(0, 1, 2) if tensor is not None and tensor.ndim == 3 else tensor
+                if values is not None and not np.isfinite(np.asarray(values)).all():
                     raise HeaprError(
                         f"statistics={str(path)!r}: {block_path}.{part.name} holds values that are not finite; calibrate again"
                     )
-            if block.has_curves and not (block.removal_order.sort(dim=1).values == torch.arange(width)).all():
+            if block.has_curves and not (np.sort(np.asarray(block.removal_order)) == np.arange(width)).all():
                 raise HeaprError(
                     f"statistics={str(path)!r}: {block_path}.removal_order must name each of {width} atomic experts once; "
                     "calibrate again"
@@ -260,4 +268,6 @@ class AtomicStatistics(TensorValue):
         Raises:
             HeaprError: if the fingerprints differ; the message names both values.
         """
+        from ..fingerprint import check_same_model, model_fingerprint
+
         check_same_model(self.fingerprint["model"], model_fingerprint(model, list(blocks)), "statistics")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..budget import plan_for
 from ..calibration.runner import calibrate, frozen_in_evaluation_mode
 from ..calibration.state import StateFile
 from ..criteria.obs import store_removal_curves
@@ -125,6 +126,18 @@ class LoadedModel:
             HeaprError: naming what differs.
         """
         check_orientation(self.model, check_plan(self.model, plan), plan)
+
+    def plan(
+        self,
+        statistics: AtomicStatistics,
+        config: HeaprConfig,
+        data: CalibrationData | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> PruningPlan:
+        """What stays: looked up, or for some options measured with the model and the text."""
+        if config.num_experts == "auto":
+            return self.best_rectangle(statistics, config, data, tokenizer)
+        return plan_for(self.model, tokenizer, statistics, config, data)
 
     def best_rectangle(
         self,

@@ -40,7 +40,7 @@ class InspectCommand(HeaprSubcommand):
         from .tables import importance_table, report_text, size_line, statistics_table
 
         if self.args.other is not None:
-            plans = [PruningPlan.load(path) for path in (self.args.path, self.args.other)]
+            plans = [PruningPlan.load(path, "np") for path in (self.args.path, self.args.other)]
             compared = compare_plans(*plans)
             self.show(comparison_table(*plans, compared))
             return comparison_document(compared)
@@ -53,10 +53,10 @@ class InspectCommand(HeaprSubcommand):
             self.show(report_text(report))
             return report
         if artefact_format(path) == STATISTICS_FORMAT:
-            statistics = AtomicStatistics.load(path)
+            statistics = AtomicStatistics.load(path, "np")
             self.show(statistics_table(statistics), importance_table(statistics), sep="\n\n")
             return statistics_document(statistics)
-        plan = PruningPlan.load(path)
+        plan = PruningPlan.load(path, "np")
         found = plan_document(plan)
         lines = "\n".join([size_line(plan), *search_lines(plan), *rectangle_lines(plan)])
         self.show(report_text(found), lines, sep="\n\n")

@@ -7,7 +7,8 @@ import re
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
-from ..criteria import importance
+import numpy as np
+
 from ..planning.alignment import effective_multiple
 from ..planning.size import planned_sizes
 from ..report.markdown import summary, title
@@ -196,16 +197,17 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def importance_table(statistics: AtomicStatistics, criterion: str = "heapr") -> str:
-    """Quantiles of the importance in each layer."""
+def importance_table(statistics: AtomicStatistics) -> str:
+    """Quantiles in each layer of the importance as published, `1/2 mean(h^2) mean((dL/dh)^2)`, of experts that tokens reached."""
     rows = []
-    for path, scores in importance(statistics, criterion).items():
-        measured = scores[statistics.blocks[path].reached].double().flatten().sort().values
+    for path, block in statistics.blocks.items():
+        squares = (np.asarray(block.mean(name), np.float64) for name in ("activation_sq_sum", "gradient_sq_sum"))
+        measured = np.sort(0.5 * np.prod(list(squares), axis=0)[np.asarray(block.reached)], axis=None)
         if len(measured):
             places = [round(share * (len(measured) - 1)) for share in (0.0, 0.1, 0.5, 0.9, 1.0)]
             rows.append([path, *(f"{measured[place]:.3g}" for place in places)])
     header = ["block", "least", "10 %", "median", "90 %", "most"]
-    return f"importance of atomic experts, criterion {criterion}\n{table(header, rows)}"
+    return f"importance of atomic experts, criterion heapr\n{table(header, rows)}"
 
 
 def serving_line(statistics: AtomicStatistics) -> str:

@@ -14,7 +14,7 @@ import torch
 from ..demo import DEMO_MODEL
 from ..utils.errors import HeaprError
 from ..utils.positions import positions_of, warn_of_positions
-from .metric import TokenPerplexity, mean_with_error
+from .losses import mean_with_error, perplexity
 from .perplexity import evaluation_mode, evaluation_windows, window_losses
 from .size import ModelSize, routing_counts
 from .speed import measure_speed
@@ -98,7 +98,7 @@ class Comparison:
         windows = evaluation_windows(tokenizer, dataset, **self.text_options)
         warn_of_positions(model, windows)
         losses, counts = window_losses(model, windows, dataset), [len(window) - 1 for window in windows]
-        found = {"dataset": dataset, **TokenPerplexity().compute(predictions=losses, references=counts)}
+        found = {"dataset": dataset, **perplexity(losses, counts)}
         if dataset not in self._first:
             self._first[dataset] = windows, losses
             return found

@@ -1,11 +1,10 @@
 # Licensed under the Apache License, Version 2.0
 """Token-level perplexity as an `evaluate.Metric` that needs no download."""
 
-import math
-from collections.abc import Sequence
-
 import datasets
 import evaluate
+
+from .losses import perplexity
 
 
 class TokenPerplexity(evaluate.Metric):
@@ -20,8 +19,8 @@ class TokenPerplexity(evaluate.Metric):
     assert round(result["loss"], 3) == 2.1
     ```
 
-    The result holds `perplexity`, `loss` (nats a token), `loss_standard_error` (samples are drawn, not tokens; 0 for one
-    sample) and `num_tokens`.
+    The result is that of [`~optimum_heapr.evaluation.losses.perplexity`], which this package computes by itself: importing
+    `evaluate` takes longer than importing torch.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -35,22 +34,4 @@ class TokenPerplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
-        loss, error = mean_with_error(predictions, references)
-        return {
-            "perplexity": math.exp(min(loss, 700.0)),
-            "loss": loss,
-            "loss_standard_error": error,
-            "num_tokens": sum(references),
-        }
-
-
-def mean_with_error(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Mean over tokens of what was summed over samples, and its standard error: that of a ratio of two sums over samples.
-
-    Of the differences between two models on the same samples it gives the error of the difference, which is much smaller
-    than the errors of the two losses: hard samples are hard for both.
-    """
-    tokens, samples = sum(counts), len(counts)
-    mean = math.fsum(totals) / tokens
-    squares = math.fsum((total - mean * count) ** 2 for total, count in zip(totals, counts))
-    return mean, math.sqrt(squares * samples / (samples - 1)) / tokens if samples > 1 else 0.0
+        return perplexity(predictions, references)

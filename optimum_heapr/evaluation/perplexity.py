@@ -21,7 +21,7 @@ from ..text.sources import open_dataset
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
 from ..utils.positions import warn_of_positions
-from .metric import TokenPerplexity
+from .losses import perplexity
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def evaluate_perplexity(
         dataset_config, split, text_column (`str`): as in `HeaprConfig`; a protocol has its own.
 
     Returns:
-        `dict[str, float]`: `perplexity`, `loss`, `loss_standard_error`, `num_tokens`; see [`TokenPerplexity`].
+        `dict[str, float]`: `perplexity`, `loss`, `loss_standard_error`, `num_tokens`; see [`~optimum_heapr.evaluation.losses.perplexity`].
 
     Raises:
         HeaprError: if the data is missing or too short, or the loss is not finite.
@@ -59,7 +59,7 @@ def evaluate_perplexity(
     windows = evaluation_windows(tokenizer, dataset, seq_length, num_samples, dataset_config, split, text_column)
     warn_of_positions(model, windows)
     losses = window_losses(model, windows, source_name(dataset))
-    return TokenPerplexity().compute(predictions=losses, references=[len(window) - 1 for window in windows])
+    return perplexity(losses, [len(window) - 1 for window in windows])
 
 
 def evaluation_windows(

@@ -47,37 +47,6 @@ def dropped_experts(
     return dropped
 
 
-def check_dropped(dropped: dict[str, list[int]], kept: dict[str, list[torch.Tensor]], storage: dict[str, Any]) -> None:
-    """Refuses experts that go from routers and are not empty, or more of one block than of another.
-
-    Args:
-        dropped (`dict[str, list[int]]`): of a plan, by block path.
-        kept (`dict[str, list[torch.Tensor]]`): by block path, for each expert the kept indices.
-        storage (`dict`): of the plan; says what goes with an expert besides.
-
-    Raises:
-        HeaprError: naming the block.
-    """
-    if not dropped:
-        return
-    if set(dropped) != set(kept) or len(set(map(len, dropped.values()))) > 1:
-        raise HeaprError("plan: each block must drop the same number of experts from its router; plan again")
-    if not {"parameters", "bytes"} <= set(storage.get("routing", {})):
-        raise HeaprError("plan: drops experts, and does not say what rows of routers go with them; plan again")
-    for path, numbers in dropped.items():
-        experts = kept[path]
-        if sorted(set(numbers)) != numbers or not all(0 <= number < len(experts) for number in numbers):
-            raise HeaprError(
-                f"plan: the experts {numbers} that {path} drops must rise within [0, {len(experts)}); plan again"
-            )
-        filled = next((number for number in numbers if len(experts[number])), None)
-        if filled is not None or len(numbers) == len(experts):
-            raise HeaprError(
-                f"plan: {path} drops expert {numbers[0] if filled is None else filled}, and must keep an expert, and nothing of "
-                "those that it drops; plan again"
-            )
-
-
 def saved_by_dropping(statistics: AtomicStatistics, config: HeaprConfig, unit: str) -> int:
     """What goes with the dropped experts besides their atomic experts: rows of routers, and biases of outputs.
 

@@ -5,28 +5,22 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..configuration import HeaprConfig
-from ..criteria import importance
-from ..criteria.obs import store_removal_curves
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.companions import PLAN_NAME, own_file
 from ..utils.errors import HeaprError, reason_of
 from ..utils.public import public_data
 from ..utils.values import TensorValue
 from .alignment import warn_of_stock_widths
-from .allocation import allocate
-from .distribution import importance_distribution
-from .document import NEWER, check_document
-from .dropping import check_dropped, dropped_experts
-from .estimate import estimated_loss_increase
-from .goal import Goal
+from .document import NEWER, check_document, check_dropped
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..calibration.statistics import AtomicStatistics
 
 
@@ -94,28 +88,9 @@ class PruningPlan(TensorValue):
             HeaprError: if the statistics are not finite or the ratio, or the target, cannot be reached; see
                 [`~optimum_heapr.planning.allocation.allocate`].
         """
-        goal = Goal.of(config, statistics)
-        if config.criterion == "obs":
-            store_removal_curves(statistics, config.ridge)  # scores, estimate and the next plan are look-ups then
-        scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
-        dropped = dropped_experts(statistics, config)
-        kept = allocate(scores, config, statistics.unreached, goal, dropped)
-        return cls(
-            kept=kept,
-            original_width={path: block.width for path, block in statistics.blocks.items()},
-            config=config,
-            model=statistics.fingerprint["model"],
-            loss_increase={
-                path: estimated_loss_increase(block, kept[path], statistics.num_tokens, config)
-                for path, block in statistics.blocks.items()
-            },
-            unreached=statistics.unreached,
-            data=statistics.fingerprint["data"],
-            tokens={path: block.token_count.tolist() for path, block in statistics.blocks.items()},
-            storage=statistics.fingerprint.get("storage", {}),
-            importance=importance_distribution(scores, kept),
-            dropped=dropped,
-        )
+        from .building import build_plan  # the criteria and torch are for making a plan, not for looking at one
+
+        return build_plan(statistics, config)
 
     @property
     def widths(self) -> dict[str, list[int]]:
@@ -187,6 +162,8 @@ class PruningPlan(TensorValue):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""
+        import torch
+
         tensors = {}
         for block, experts in self.kept.items():
             tensors[f"{block}.widths"] = torch.tensor([len(indices) for indices in experts], dtype=torch.int32)
@@ -205,25 +182,27 @@ class PruningPlan(TensorValue):
         write_artefact(path, FORMAT, tensors, document)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> PruningPlan:
+    def load(cls, path: str | os.PathLike, framework: str = "pt") -> PruningPlan:
         """Reads what [`save`] wrote and checks that it fits together.
 
         Args:
             path (`str`): a file, or the folder of a pruned model.
+            framework (`str`): `np` for NumPy arrays in place of tensors: enough to look at, and torch is not imported for it.
 
         Raises:
             HeaprError: if the file is missing, truncated, something else, or its indices do not fit its widths.
         """
         path = own_file(path, PLAN_NAME) if os.path.isdir(path) else path
-        tensors, document = read_artefact(path, FORMAT)
+        tensors, document = read_artefact(path, FORMAT, framework)
         try:
             check_document(document)
             kept = {}
             for block in document["blocks"]:
-                indices, widths = tensors[f"{block}.kept_indices"].long(), tensors[f"{block}.widths"].tolist()
+                indices, widths = tensors[f"{block}.kept_indices"], tensors[f"{block}.widths"].tolist()
                 if min(widths) < 0 or sum(widths) != len(indices):
                     raise ValueError(f"{block} has {len(indices)} kept indices, and its widths ask for {sum(widths)}")
-                kept[block] = list(indices.split(widths))
+                indices = indices.long() if framework == "pt" else indices
+                kept[block] = [indices[end - width : end] for width, end in zip(widths, accumulate(widths))]
             try:
                 config = HeaprConfig.from_artefact(document["config"])
             except HeaprError as error:

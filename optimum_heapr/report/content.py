@@ -7,7 +7,7 @@ import dataclasses
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.metric import TokenPerplexity, mean_with_error
+from ..evaluation.losses import mean_with_error, perplexity
 from ..utils.public import public_data, public_name, public_text
 
 
@@ -116,13 +116,12 @@ def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
 def _measured(before: list[float], after: list[float], workload: Workload) -> dict[str, Any]:
     counts = [len(window) - 1 for window in workload.windows]
     increase, error = mean_with_error([second - first for first, second in zip(before, after)], counts)
-    metric = TokenPerplexity()
     return {
         "source": public_name(workload.source),
         "held_out": workload.held_out,
         "windows": len(counts),
-        "before": metric.compute(predictions=before, references=counts),
-        "after": metric.compute(predictions=after, references=counts),
+        "before": perplexity(before, counts),
+        "after": perplexity(after, counts),
         "increase": increase,
         "increase_standard_error": error,
     }

@@ -36,8 +36,15 @@ def write_artefact(
         write_tensors(temporary, shapes, lambda name: iter([tensors[name].cpu()]), metadata)
 
 
-def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_artefact(
+    path: str | os.PathLike, format: str, framework: str = "pt"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads what [`write_artefact`] wrote: tensors on the CPU, and the document.
+
+    Args:
+        path (`str`): the file.
+        format (`str`): that it must have.
+        framework (`str`): `np` for NumPy arrays in place of tensors, as one who only looks at them need not wait for torch.
 
     Raises:
         HeaprError: if the file is missing, truncated, of another format or of a newer version.
@@ -48,7 +55,7 @@ def read_artefact(path: str | os.PathLike, format: str) -> tuple[dict[str, torch
     if not Path(path).is_file():
         raise HeaprError(f"{what}={str(path)!r}: no such file; name a file that this package wrote")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != format:
                 found = metadata.get("format", "unmarked")
@@ -103,7 +110,7 @@ def artefact_format(path: str | os.PathLike) -> str | None:
     if not Path(path).is_file():
         raise HeaprError(f"path={str(path)!r}: no such file; name a statistics file, a plan or a pruned model")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return (file.metadata() or {}).get("format")
     except _damage() as error:
         raise HeaprError(f"path={str(path)!r}: truncated or not a safetensors file ({reason_of(error)})") from error

@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 
 class TensorValue:
     """Base of data classes that hold tensors, whose own `==` would ask a tensor for one truth value.
@@ -26,10 +24,10 @@ class TensorValue:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two values are equal: tensors in type, shape and every element, containers in all that they hold."""
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        both = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
-        return both and first.dtype == second.dtype and torch.equal(first, second)
+    """Whether two values are equal: tensors or arrays in type, shape and every element, containers in all that they hold."""
+    if hasattr(first, "dtype") or hasattr(second, "dtype"):
+        alike = type(first) is type(second) and first.dtype == second.dtype and first.shape == second.shape
+        return alike and bool((first == second).all())
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
     if isinstance(first, list | tuple) and type(first) is type(second):

@@ -1,0 +1,39 @@
+# Licensed under the Apache License, Version 2.0
+"""Tables of artefacts that were read without torch."""
+
+import pytest
+import torch
+
+from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+from optimum_heapr.cli.tables import importance_table, plan_table, statistics_table
+from optimum_heapr.criteria import importance
+from tests.helpers import random_statistics
+
+
+@pytest.fixture
+def statistics():
+    return random_statistics(width=32, unreached={1: [2]})
+
+
+def test_tables_are_the_same_of_arrays_and_of_tensors(statistics, tmp_path):
+    plan = PruningPlan.build(statistics, HeaprConfig(ratio=0.3))
+    for artefact, tables in ((statistics, (statistics_table, importance_table)), (plan, (plan_table,))):
+        artefact.save(tmp_path / "artefact")
+        arrays = type(artefact).load(tmp_path / "artefact", "np")
+        assert [table(arrays) for table in tables] == [table(artefact) for table in tables]
+        assert arrays == type(artefact).load(tmp_path / "artefact", "np") != artefact
+
+
+def test_importance_is_that_of_the_criterion_where_tokens_were(statistics):
+    rows = [line.split() for line in importance_table(statistics).splitlines()[3:]]
+    for row, (path, scores) in zip(rows, importance(statistics, "heapr").items(), strict=True):
+        reached = scores[statistics.blocks[path].reached].double()
+        assert row[0] == path and row[1::4] == [f"{reached.min():.3g}", f"{reached.max():.3g}"]
+
+
+def test_damage_is_refused_by_either(statistics, tmp_path):
+    next(iter(statistics.blocks.values())).fisher_sum[0, 0] = torch.nan
+    statistics.save(tmp_path / "artefact")
+    for framework in ("pt", "np"):
+        with pytest.raises(ValueError, match="fisher_sum holds values that are not finite"):
+            AtomicStatistics.load(tmp_path / "artefact", framework)
