@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .evaluation.perplexity import evaluation_windows
 from .experts import find_expert_blocks
-from .frontier import Measure, loss_measure
+from .measuring import Measure, loss_measure
 from .planning.errors import UnreachableRatio
 from .planning.plan import PruningPlan
 from .text.samples import load_calibration_data
@@ -62,7 +62,7 @@ def largest_cut(statistics: AtomicStatistics, config: HeaprConfig, measure: Meas
     Args:
         statistics (`AtomicStatistics`): of the model that is measured.
         config (`HeaprConfig`): `max_loss_increase` is set.
-        measure (`Callable`): such as [`~optimum_heapr.frontier.loss_measure`] gives.
+        measure (`Callable`): such as [`~optimum_heapr.measuring.loss_measure`] gives.
 
     Returns:
         `PruningPlan`: with what was measured in `search`.

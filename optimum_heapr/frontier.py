@@ -4,31 +4,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .evaluation.losses import mean_with_error
-from .evaluation.perplexity import evaluation_windows, source_name, window_losses
-from .experts import find_expert_blocks
 from .planning.errors import UnreachableRatio
 from .planning.plan import PruningPlan
 from .planning.size import planned_sizes
-from .surgery.masking import masked
 from .utils.errors import HeaprError
 from .utils.logging import get_logger
-from .utils.placement import place
-from .utils.positions import warn_of_positions
 
 
 if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from .calibration.statistics import AtomicStatistics
     from .configuration import HeaprConfig
-    from .text.samples import CalibrationData
+    from .measuring import Measure
 
 
 logger = get_logger(__name__)
@@ -37,9 +27,6 @@ RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 19))
 MEASURED_POINTS = 5
 MATTERS = 30
 """Of a curve, what is estimated at less than this part of its largest loss is not measured: noise would hide it."""
-
-Measure = Callable[[PruningPlan], tuple[float, float]]
-"""Gives the measured increase of the loss under a plan, in nats a token, and its standard error."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +80,7 @@ def frontier(
         config (`HeaprConfig`): all but ratio, criterion and layout.
         ratios (`Sequence[float]`): asked for; those that a layout cannot have are left out and said.
         criteria, layouts (`Sequence[str]`, *optional*): those of `config` by default.
-        measure (`Callable`, *optional*): such as [`loss_measure`] gives.
+        measure (`Callable`, *optional*): such as [`~optimum_heapr.measuring.loss_measure`] gives.
         points (`int`): measured of each curve, at least 2.
 
     Returns:
@@ -186,66 +173,3 @@ def smallest_within(points: Sequence[FrontierPoint], max_loss_increase: float) -
     ]
     within = [point for point, loss in losses if loss is not None and loss <= max_loss_increase]
     return min(within, key=lambda point: point.parameters, default=None)
-
-
-def text_measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    statistics: AtomicStatistics,
-    config: HeaprConfig,
-    text: Dataset | str,
-    windows: int = 24,
-    window_length: int = 512,
-) -> Measure:
-    """[`loss_measure`] on windows of some text, once it is known that this model and the statistics serve.
-
-    Args:
-        model (`PreTrainedModel`): unpruned, in memory.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model.
-        statistics (`AtomicStatistics`): what plans are made from, and compensated with.
-        config (`HeaprConfig`): `compensate` is used.
-        text (`Dataset` or `str`): as for [`~optimum_heapr.evaluation.perplexity.evaluate_perplexity`].
-        windows, window_length (`int`): how many, and tokens in each.
-
-    Raises:
-        HeaprError: if the model is another one, the text cannot be read, or compensation needs more than there is.
-    """
-    statistics.check_model(model, find_expert_blocks(model))
-    if config.compensates_blocks:
-        raise HeaprError(
-            "compensation_scope='block': a frontier measures without it, or with the scope 'expert'; max_loss_increase measures it"
-        )
-    if config.compensates_experts:
-        for path, block in statistics.blocks.items():
-            block.check_grams(path, "compensate=True", gradients=False)
-    found = evaluation_windows(tokenizer, text, window_length, windows)
-    place(model)
-    warn_of_positions(model, found)
-    return loss_measure(model, found, source_name(text), statistics)
-
-
-def loss_measure(
-    model: PreTrainedModel,
-    windows: Sequence[torch.Tensor],
-    source: str = "text",
-    statistics: AtomicStatistics | None = None,
-    data: CalibrationData | None = None,
-) -> Measure:
-    """Measures plans on one model, which is masked and not cut: it stays as it is.
-
-    Args:
-        model (`PreTrainedModel`): unpruned, in memory.
-        windows (`Sequence[torch.Tensor]`): token ids, as `evaluation.perplexity.evaluation_windows` makes them.
-        source (`str`): what messages call the text.
-        statistics, data (*optional*): what plans with compensation need, as for
-            [`~optimum_heapr.surgery.masking.masked`].
-    """
-    counts = [len(window) - 1 for window in windows]
-    unpruned = window_losses(model, windows, source)
-
-    def measure(plan: PruningPlan) -> tuple[float, float]:
-        with masked(model, plan, statistics, data):
-            pruned = window_losses(model, windows, source)
-        return mean_with_error([after - before for before, after in zip(unpruned, pruned)], counts)
-
-    return measure

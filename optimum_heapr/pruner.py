@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration.statistics import AtomicStatistics
 from .configuration import HeaprConfig
 from .experts import BROKEN_OFF, find_expert_blocks
+from .frontier import FrontierPoint, frontier
 from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .frontier import FrontierPoint
     from .recovery.configuration import RecoveryConfig
     from .recovery.report import RecoveryReport
 
@@ -176,7 +176,7 @@ class HeaprPruner:
         Args:
             measure (`Dataset` or `str`, *optional*): text to measure a few of them on, which corrects the estimates of all.
         """
-        from .frontier import frontier, text_measure
+        from .measuring import text_measure
 
         of_model = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
         measured = None if measure is None else text_measure(*of_model, measure)

@@ -7,7 +7,8 @@ import pytest
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.frontier import _spread, frontier, loss_measure, smallest_within
+from optimum_heapr.frontier import _spread, frontier, smallest_within
+from optimum_heapr.measuring import loss_measure
 from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.planning.size import planned_sizes
 from tests.helpers import calibration_data, tiny_model

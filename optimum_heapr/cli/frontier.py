@@ -88,8 +88,9 @@ class FrontierCommand(HeaprSubcommand):
             check_output_is_not_input(args.output, args.statistics, args.model, args.measure, args.config)
             check_output_folder(args.output, args.overwrite)
         from ..checkpoints.loading import load_model
-        from ..frontier import frontier, smallest_within, text_measure
+        from ..frontier import frontier, smallest_within
         from ..hub.statistics import load_statistics
+        from ..measuring import text_measure
         from ..report.frontier_chart import frontier_charts
 
         statistics = load_statistics(args.statistics)
