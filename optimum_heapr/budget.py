@@ -42,12 +42,14 @@ class _End:
         ratio (`float`): asked for.
         reached (`float`): by the plan.
         loss (`float`): increase and one standard error, nats a token.
+        error (`float`): that standard error.
         plan (`PruningPlan`, *optional*): that was measured.
     """
 
     ratio: float
     reached: float
     loss: float
+    error: float = 0.0
     plan: PruningPlan | None = None
 
 
@@ -57,7 +59,8 @@ def largest_cut(statistics: AtomicStatistics, config: HeaprConfig, measure: Meas
     It costs what was measured and one standard error on top: on other text of the kind it is then within the budget about five
     times in six, where the mean alone would be every other time. The range of ratios is cut where a straight line
     through the logarithms of the losses at its ends meets the budget, and halved where that left most of it, or
-    an end was not measured. At most `MEASUREMENTS` plans are measured.
+    an end was not measured. At most `MEASUREMENTS` plans are measured, and no more once the ends differ by less than their error:
+    what lies between them cannot be told apart.
 
     Args:
         statistics (`AtomicStatistics`): of the model that is measured.
@@ -72,7 +75,12 @@ def largest_cut(statistics: AtomicStatistics, config: HeaprConfig, measure: Meas
     """
     budget, search, halves = config.max_loss_increase, [], True
     low, high = _End(0.0, 0.0, 0.0), _End(1.0, 1.0, math.inf)
-    while high.ratio - low.ratio > RESOLUTION and len(search) < MEASUREMENTS and low.loss < ENOUGH * budget:
+    while (
+        high.ratio - low.ratio > RESOLUTION
+        and not _alike(low, high)
+        and len(search) < MEASUREMENTS
+        and low.loss < ENOUGH * budget
+    ):
         found = _plan_between(statistics, config, low, high, 0.5 if halves else _share(budget, low, high))
         if found is None:
             break
@@ -86,7 +94,7 @@ def largest_cut(statistics: AtomicStatistics, config: HeaprConfig, measure: Meas
         increase, error = measure(plan)
         search.append({"ratio": plan.ratio, "increase": increase, "error": error})
         logger.info("%.2f %% removed: loss + %.5f +- %.5f nats a token", 100 * plan.ratio, increase, error)
-        end = _End(ratio, plan.ratio, increase + error, plan)
+        end = _End(ratio, plan.ratio, increase + error, error, plan)
         before = high.ratio - low.ratio
         low, high = (end, high) if end.loss <= budget else (low, end)
         halves = high.ratio - low.ratio > 0.8 * before
@@ -164,6 +172,12 @@ def plan_for(
     plan = largest_cut(statistics, config, loss_measure(model, windows, source, statistics, data))
     plan.warn_of_widths()
     return plan
+
+
+def _alike(low: _End, high: _End) -> bool:
+    """Whether both ends were measured, and differ by no more than their error."""
+    measured = low.plan is not None and high.plan is not None
+    return measured and high.loss - low.loss <= max(low.error, high.error)
 
 
 def _share(budget: float, low: _End, high: _End) -> float:

@@ -36,6 +36,7 @@ class FrontierPoint:
     Attributes:
         criterion, layout (`str`): as of `HeaprConfig`.
         ratio (`float`): share of the routed atomic experts that goes, reached.
+        asked (`float`): the ratio to ask for, which gives that.
         parameters, active_parameters, num_bytes (`int`, *optional*): as of [`~optimum_heapr.planning.size.PlannedSize`].
         estimated (`float`): increase of the loss from the statistics, nats a token. It is low, and not comparable between
             criteria.
@@ -47,6 +48,7 @@ class FrontierPoint:
     criterion: str
     layout: str
     ratio: float
+    asked: float
     parameters: int
     active_parameters: int | None
     num_bytes: int | None
@@ -55,9 +57,18 @@ class FrontierPoint:
     error: float | None = None
     calibrated: float | None = None
 
+    @property
+    def method(self) -> tuple[str, str]:
+        """What the points of one curve have in common: criterion and layout."""
+        return self.criterion, self.layout
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
+
+    def config(self, others: HeaprConfig) -> HeaprConfig:
+        """The config that asks for this plan; what a point does not say is as in `others`."""
+        return others.replace(criterion=self.criterion, layout=self.layout, ratio=self.asked)
 
 
 def frontier(
@@ -68,6 +79,7 @@ def frontier(
     layouts: Sequence[str] | None = None,
     measure: Measure | None = None,
     points: int = MEASURED_POINTS,
+    max_loss_increase: float | None = None,
 ) -> list[FrontierPoint]:
     """A plan at each ratio, for each criterion and layout, from statistics alone; some of them measured.
 
@@ -82,6 +94,8 @@ def frontier(
         criteria, layouts (`Sequence[str]`, *optional*): those of `config` by default.
         measure (`Callable`, *optional*): such as [`~optimum_heapr.measuring.loss_measure`] gives.
         points (`int`): measured of each curve, at least 2.
+        max_loss_increase (`float`, *optional*): measure also what it takes until what [`smallest_within`] it gives is a point
+            that was measured.
 
     Returns:
         `list[FrontierPoint]`: curve by curve, with rising ratios.
@@ -89,54 +103,70 @@ def frontier(
     Raises:
         HeaprError: if an option is wrong, the statistics do not serve a criterion, or no ratio can be had.
     """
+    if max_loss_increase is not None and measure is None:
+        raise HeaprError(
+            f"max_loss_increase={max_loss_increase}: is chosen by what was measured; name a text to measure on"
+        )
     if points < 2:
         raise HeaprError(f"points={points}: must be at least 2, the ends of a curve")
+
+    def measured(point: FrontierPoint) -> FrontierPoint:
+        increase, error = measure(PruningPlan.build(statistics, point.config(config)))
+        return replace(point, measured=increase, error=error)
+
     found: list[FrontierPoint] = []
     for criterion in criteria or (config.criterion,):
         for layout in layouts or (config.layout,):
             asked = config.replace(criterion=criterion, layout=layout, ratio=min(ratios))
             curve = _curve(statistics, asked, sorted(ratios))
-            if not curve:
-                continue
-            found += (
-                [point for point, _ in curve] if measure is None else _measured(statistics, curve, measure, points)
-            )
+            if curve and measure is not None:
+                some = _spread([_log(point.estimated) for point in curve], points)
+                curve = _corrected([measured(point) if at in some else point for at, point in enumerate(curve)])
+            found += curve
     if not found:
         raise HeaprError(f"ratios={list(ratios)}: none can be had in this layout; ask for others")
+    while max_loss_increase is not None:
+        chosen = smallest_within(found, max_loss_increase)
+        if chosen is None or chosen.measured is not None:
+            break
+        found[found.index(chosen)] = measured(chosen)
+        places = [at for at, point in enumerate(found) if point.method == chosen.method]
+        for at, point in zip(places, _corrected([found[at] for at in places])):
+            found[at] = point
     return found
 
 
-def _curve(
-    statistics: AtomicStatistics, config: HeaprConfig, ratios: list[float]
-) -> list[tuple[FrontierPoint, HeaprConfig]]:
-    curve: dict[float, tuple[FrontierPoint, HeaprConfig]] = {}
+def _curve(statistics: AtomicStatistics, config: HeaprConfig, ratios: list[float]) -> list[FrontierPoint]:
+    curve: dict[float, FrontierPoint] = {}
     for ratio in ratios:
-        asked = config.replace(ratio=ratio)
         try:
-            plan = PruningPlan.build(statistics, asked)
+            plan = PruningPlan.build(statistics, config.replace(ratio=ratio))
         except UnreachableRatio as error:
             logger.warning("%s, %s: %s", config.criterion, config.layout, error)
             continue
         _, after = planned_sizes(plan)
         sizes = (after.parameters, after.active_parameters, after.num_bytes)
-        point = FrontierPoint(config.criterion, config.layout, plan.ratio, *sizes, plan.estimated_loss_increase)
-        curve.setdefault(plan.ratio, (point, asked))  # a layout may round two ratios to one
+        method = (config.criterion, config.layout)
+        # A layout may round two ratios to one.
+        curve.setdefault(plan.ratio, FrontierPoint(*method, plan.ratio, ratio, *sizes, plan.estimated_loss_increase))
     return [curve[ratio] for ratio in sorted(curve)]
 
 
-def _measured(
-    statistics: AtomicStatistics, curve: list[tuple[FrontierPoint, HeaprConfig]], measure: Measure, points: int
-) -> list[FrontierPoint]:
-    """The points of a curve, some of them measured, all of them corrected by that where it can be told from noise."""
-    scale = [math.log(max(point.estimated, 1e-12)) for point, _ in curve]
-    measured = {index: measure(PruningPlan.build(statistics, curve[index][1])) for index in _spread(scale, points)}
-    places = [(scale[at], math.log(increase) - scale[at]) for at, (increase, _) in measured.items() if increase > 0]
-    done = []
-    for index, (point, _) in enumerate(curve):
-        increase, error = measured.get(index, (None, None))
-        corrected = math.exp(scale[index] + _between(places, scale[index])) if places else None
-        done.append(replace(point, measured=increase, error=error, calibrated=corrected))
-    return done
+def _corrected(curve: list[FrontierPoint]) -> list[FrontierPoint]:
+    """The points of a curve, corrected by those that were measured where that can be told from noise."""
+    places = [
+        (_log(point.estimated), math.log(point.measured) - _log(point.estimated))
+        for point in curve
+        if point.measured is not None and point.measured > 0
+    ]
+    return [
+        replace(point, calibrated=math.exp(at + _between(places, at)) if places else None)
+        for point, at in ((point, _log(point.estimated)) for point in curve)
+    ]
+
+
+def _log(estimate: float) -> float:
+    return math.log(max(estimate, 1e-12))
 
 
 def _spread(values: list[float], count: int) -> list[int]:
@@ -162,7 +192,8 @@ def _between(places: list[tuple[float, float]], value: float) -> float:
 def smallest_within(points: Sequence[FrontierPoint], max_loss_increase: float) -> FrontierPoint | None:
     """The smallest model whose loss rises by no more than that, if there is one.
 
-    What counts is what was measured, with one standard error on top, or else the calibrated estimate.
+    What counts is what was measured, with one standard error on top, or else the calibrated estimate; [`frontier`] with
+    `max_loss_increase` measures what is the smallest then.
 
     Args:
         points (`Sequence[FrontierPoint]`): of a frontier that was measured.

@@ -55,8 +55,17 @@ def test_the_most_goes_that_the_budget_allows(cost, budget, statistics):
 
 
 def test_the_standard_error_counts(statistics):
-    plan = largest_cut(statistics, HeaprConfig(max_loss_increase=0.3), Curve(lambda ratio: ratio, error=0.1))
-    assert 0.19 <= plan.ratio <= 0.2
+    plan = largest_cut(statistics, HeaprConfig(max_loss_increase=0.3), Curve(lambda ratio: ratio, error=0.01))
+    assert 0.27 <= plan.ratio <= 0.29
+
+
+def test_the_search_ends_where_its_ends_cannot_be_told_apart(statistics):
+    """Each is 0.1 uncertain: what lies less than that below the budget is as good as any, and costs no more measurements."""
+    fine, coarse = Curve(lambda ratio: ratio, error=0.001), Curve(lambda ratio: ratio, error=0.1)
+    config = HeaprConfig(max_loss_increase=0.3)
+    assert largest_cut(statistics, config, fine).ratio == pytest.approx(0.29, abs=0.01)
+    assert 0.1 <= largest_cut(statistics, config, coarse).ratio <= 0.2
+    assert len(coarse.ratios) < len(fine.ratios)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +126,11 @@ def config_of(texts, **options):
 
 def windows_measured(monkeypatch):
     """The windows of every measurement from here on."""
-    from optimum_heapr import frontier
+    from optimum_heapr import measuring
     from optimum_heapr.report import observation
 
     seen = {"search": set(), "report": set()}
-    for name, module in (("search", frontier), ("report", observation)):
+    for name, module in (("search", measuring), ("report", observation)):
 
         def measured(model, windows, source="text", name=name, real=module.window_losses):
             seen[name] |= {tuple(window.tolist()) for window in windows}

@@ -105,6 +105,24 @@ def test_refusals(statistics):
         frontier(statistics, HeaprConfig(width_multiple=12), (0.01,))
 
 
+def test_what_is_chosen_was_measured(statistics):
+    """The estimate corrected by the ends says half; measured there it costs more, and the next that was measured is taken."""
+    measured = []
+
+    def measure(plan):
+        measured.append(plan.ratio)
+        return plan.ratio if plan.ratio < 0.45 or plan.ratio > 0.6 else 2.0, 0.05
+
+    points = frontier(statistics, HeaprConfig(), RATIOS, measure=measure, points=2, max_loss_increase=0.6)
+    chosen = smallest_within(points, 0.6)
+    assert chosen.measured == chosen.ratio == pytest.approx(0.4, abs=0.01) and len(measured) == len(set(measured)) == 3
+    assert [point.measured is not None for point in points] == [False, False, True, True, True]
+    assert points[3].measured == points[3].calibrated == pytest.approx(2.0)
+    assert chosen.config(HeaprConfig()) == HeaprConfig(ratio=0.4)
+    with pytest.raises(HeaprError, match="max_loss_increase=0.6: is chosen by what was measured"):
+        frontier(statistics, HeaprConfig(), RATIOS, max_loss_increase=0.6)
+
+
 def test_the_smallest_model_within_a_budget(statistics):
     points = frontier(statistics, HeaprConfig(), RATIOS, measure=lambda plan: (plan.ratio, 0.05), points=3)
     chosen = smallest_within(points, 0.52)

@@ -179,7 +179,7 @@ class LoadedModel:
         if measured is not None:
             tokenizer, prompts = measured
             place(self.model)  # saved statistics do not need it there
-            workload = Workload.of(plan.config, tokenizer, data, prompts)
+            workload = Workload.of(plan.config, tokenizer, data, prompts, plan.data.get("sha256"))
             if workload is None and prompts is not None:
                 logger.warning(
                     "prompts are not completed, as nothing is measured: name an eval_dataset, or calibrate on text that has "

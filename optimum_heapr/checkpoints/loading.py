@@ -14,7 +14,7 @@ from ..experts import find_expert_blocks
 from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean, reason_of
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, without_warnings
 from ..utils.quantized import unquantized_loading
 from .origins import base_of_adapter, hub_options_in, load_configuration, place_of
 
@@ -238,7 +238,8 @@ def choose_memory(
     from ..layerwise.layers import check_layers
 
     try:
-        model, _ = load_model(name, skeleton=True, **{**model_options, "device_map": None})
+        with without_warnings():  # the loading that follows says what is wrong
+            model, _ = load_model(name, skeleton=True, **{**model_options, "device_map": None})
         estimate = MemoryEstimate.of(model, config)
     except HeaprError:
         # Sizes are read from safetensors; what else can be loaded, or why it cannot be, is for the loading to say.

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from ..layerwise.source import parameters_of
 from ..utils.placement import without_storage
@@ -41,7 +44,8 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: s
     hub_options.pop("trust_remote_code", None)
     stored = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
     options = {**options, "config": config, "state_dict": stored, "device_map": "meta"}
-    model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
+    with _without_bar():
+        model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
     _tie_duplicates(model, reader)
     model.config.name_or_path = path
     if model.can_generate():
@@ -51,6 +55,19 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: s
             made = {"config_file_name": "config.json", "_from_model_config": True}
             model.generation_config = GenerationConfig.from_pretrained(path, **made, **hub_options)
     return model
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No bar says that weights are loaded, for none are."""
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def empty_model(

@@ -126,15 +126,8 @@ def _messages(args: Any) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             yield
         return
-    from logging import WARNING, disable, root
-
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        before = root.manager.disable
-        disable(WARNING)
-        try:
-            yield
-        finally:
-            disable(before)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), logging.without_warnings():
+        yield
 
 
 def one_line_errors(parser: ArgumentParser, known: Any) -> None:

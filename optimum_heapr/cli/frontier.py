@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+import shlex
+from argparse import ArgumentTypeError, Namespace
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import GOALS
+from ..configuration import GOALS, HeaprConfig
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
 from .checks import check_output_is_not_input
 from .options import (
+    LOADING_OPTIONS,
     PLANNING_OPTIONS,
     add_config_options,
     add_loading_options,
+    config_flags,
     config_from,
+    flags_of,
+    given,
     model_options_from,
     number,
 )
@@ -55,17 +60,15 @@ class FrontierCommand(HeaprSubcommand):
             "--model",
             help="the unpruned model; it is masked, not cut, and compensated within experts if asked for",
         )
-        measuring.add_argument("--windows", type=int, default=24, help="windows of the text (default: %(default)s)")
-        measuring.add_argument(
-            "--window-length", type=int, default=512, help="tokens in a window (default: %(default)s)"
-        )
+        measuring.add_argument("--windows", type=int, help="windows of the text (default: 24)")
+        measuring.add_argument("--window-length", type=int, help="tokens in a window (default: 512)")
         measuring.add_argument(
             "--max-loss-increase",
             type=number,
             metavar="NATS",
-            help="choose the smallest model that costs no more, and mark it",
+            help="choose the smallest model that measurably costs no more, mark it, and print the command that makes it",
         )
-        measuring.add_argument("--points", type=int, default=5, help="measured of each curve (default: %(default)s)")
+        measuring.add_argument("--points", type=int, help="measured of each curve (default: 5)")
         add_loading_options(parser)
         names = [name for name in PLANNING_OPTIONS if name not in GOALS]
         add_config_options(parser, (*names, "seed"))
@@ -79,46 +82,70 @@ class FrontierCommand(HeaprSubcommand):
             raise HeaprError(
                 f"measure={args.measure!r}, model={args.model!r}: --measure and --model go together; give both, or neither"
             )
-        if args.max_loss_increase is not None and args.measure is None:
-            raise HeaprError(
-                f"max_loss_increase={args.max_loss_increase}: is chosen by what was measured; add --measure and --model"
-            )
+        if args.model is None:
+            measuring = given(args, "max_loss_increase", "windows", "window_length", "points") | loading_given(args)
+            if measuring:
+                name = next(iter(measuring))
+                raise HeaprError(
+                    f"{name}={measuring[name]}: is about measuring; add --measure and --model, or leave it out"
+                )
         ratios = ratios_of(args.ratios)
         if args.output:
             check_output_is_not_input(args.output, args.statistics, args.model, args.measure, args.config)
             check_output_folder(args.output, args.overwrite)
-        from ..checkpoints.loading import load_model
         from ..frontier import frontier, smallest_within
         from ..hub.statistics import load_statistics
-        from ..measuring import text_measure
         from ..report.frontier_chart import frontier_charts
 
         statistics = load_statistics(args.statistics)
         measure = None
         if args.measure is not None:
+            from ..checkpoints.loading import load_model
+            from ..measuring import text_measure
+
             model, tokenizer = load_model(args.model, **model_options_from(args))
-            windows = args.windows, args.window_length
-            measure = text_measure(model, tokenizer, statistics, config, args.measure, *windows)
-        points = frontier(statistics, config, ratios, args.criteria, args.layouts, measure, args.points)
-        chosen = None if args.max_loss_increase is None else smallest_within(points, args.max_loss_increase)
-        written = [point.to_dict() for point in points]
+            windows = given(args, "windows", "window_length")
+            measure = text_measure(model, tokenizer, statistics, config, args.measure, **windows)
+        compared = given(args, "criteria", "layouts", "points", "max_loss_increase")
+        points = frontier(statistics, config, ratios, measure=measure, **compared)
+        found: dict[str, Any] = {"points": [point.to_dict() for point in points]}
+        bound = args.max_loss_increase
+        if bound is not None:
+            chosen = smallest_within(points, bound)
+            command = None if chosen is None else prune_command(args, chosen.config(config))
+            found |= {"max_loss_increase": bound, "chosen": chosen and chosen.to_dict(), "command": command}
         if args.output:
             with replace_folder(args.output, args.overwrite) as folder:
-                write_json(folder / "frontier.json", written)
-                for name, chart in frontier_charts(written, chosen and chosen.to_dict()).items():
+                write_json(folder / "frontier.json", found)
+                for name, chart in frontier_charts(found["points"], found.get("chosen")).items():
                     (folder / f"{name}.svg").write_text(chart, encoding="utf-8")
         self.show(frontier_text(points))
-        if args.max_loss_increase is not None:
-            what = "none"
-            if chosen:
-                known = (
-                    "calibrated, not measured itself" if chosen.measured is None else f"measured {_with_error(chosen)}"
-                )
-                what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed ({known})"
-            print(f"chosen for a loss increase of at most {args.max_loss_increase}: {what}")
+        if bound is not None:
+            self.show(*chosen_lines(found, chosen))
         if args.output:
             print(f"Frontier written to {args.output}")
-        return written
+        return found
+
+
+def chosen_lines(found: dict[str, Any], chosen: FrontierPoint | None) -> list[str]:
+    """What was chosen, and the command that makes it."""
+    head = f"chosen for a loss increase of at most {found['max_loss_increase']}: "
+    if chosen is None:
+        return [head + "none; ask for smaller ratios, or allow more"]
+    what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed (measured {_with_error(chosen)})"
+    return [head + what, f"  {found['command']}"]
+
+
+def loading_given(args: Namespace) -> dict[str, Any]:
+    """The flags about loading a model that say something."""
+    return {name: value for name, value in given(args, *LOADING_OPTIONS).items() if value != "auto"}
+
+
+def prune_command(args: Namespace, config: HeaprConfig) -> str:
+    """The command line that prunes as a config says, from the statistics and with the model of these arguments."""
+    inputs = ["-m", args.model, "-s", args.statistics, *flags_of(loading_given(args))]
+    measured = ["--eval-dataset", args.measure, "-o", "pruned"]
+    return shlex.join(["optimum-cli", "heapr", "prune", *inputs, *config_flags(config), *measured])
 
 
 def ratios_of(text: str) -> list[float]:

@@ -46,6 +46,9 @@ PLANNING_OPTIONS = tuple(
 STATISTICS_ARE_ENOUGH = tuple(name for name in PLANNING_OPTIONS if name != "max_loss_increase")
 
 
+LOADING_OPTIONS = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -140,9 +143,29 @@ def model_options_from(args: argparse.Namespace) -> dict[str, Any]:
         HeaprError: if there is no such dtype.
     """
     check_dtype(args.dtype)
-    names = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
-    given = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in given.items() if value}
+    return given(args, *LOADING_OPTIONS)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What was given of flags that stand for nothing otherwise."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    """Flags as they are written on a command line, booleans by their name alone."""
+    words: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def config_flags(config: HeaprConfig) -> list[str]:
+    """The flags of `prune` that make a config of the default one."""
+    default, values = HeaprConfig().to_dict(), config.to_dict()
+    del values["statistics"]  # names a file there
+    return flags_of({name: value for name, value in values.items() if value != default[name]})
 
 
 def check_dtype(dtype: str) -> None:

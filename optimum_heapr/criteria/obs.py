@@ -104,10 +104,18 @@ def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> N
     Raises:
         HeaprError: if they would have to be computed and the statistics are vectors.
     """
-    bar = progress(statistics.blocks.items(), desc="Ordering", unit="layer")
+    missing = [item for item in statistics.blocks.items() if not _are_stored(item[1], ridge)]
+    if not missing:  # as for every plan but the first, which are not to show a bar each
+        return
+    bar = progress(missing, desc="Ordering", unit="layer")
     for path, block in bar:
         bar.set_postfix_str(path, refresh=False)
         store_removal_curve(path, block, ridge)
+
+
+def _are_stored(block: BlockStatistics, ridge: float) -> bool:
+    scaled = block.removal_scale is not None or block.activation_gram_sum is None
+    return block.has_curves and scaled and torch.equal(block.removal_ridge, _ridges(block, ridge))
 
 
 def store_removal_curve(path: str, block: BlockStatistics, ridge: float = 0.01) -> None:

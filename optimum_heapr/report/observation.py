@@ -38,7 +38,7 @@ class Workload:
 
     Attributes:
         source (`str`): where it comes from.
-        held_out (`bool`): whether it is what calibration on that text left over.
+        held_out (`bool`): whether it is known to be what calibration left over of its text.
         windows (`list[torch.Tensor]`): token ids, each window predicted from its own beginning.
         prompts (`list[torch.Tensor]`): token ids to go on from.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): without it nothing is completed.
@@ -57,6 +57,7 @@ class Workload:
         tokenizer: PreTrainedTokenizerBase | None,
         data: CalibrationData | None,
         prompts: list[str] | None = None,
+        calibrated_on: str | None = None,
     ) -> Workload | None:
         """What a config asks to measure on: `eval_dataset`, or else what calibration held out; `None` if there is nothing.
 
@@ -66,6 +67,7 @@ class Workload:
             data (`CalibrationData`, *optional*): what calibration ran on, with what it left over.
             prompts (`list[str]`, *optional*): texts to complete, in place of beginnings of windows; rendered by the chat
                 template, if there is one.
+            calibrated_on (`str`, *optional*): hash of what the statistics were measured on, if that may be other text than `data`.
 
         Raises:
             HeaprError: if the data is missing or too short.
@@ -85,6 +87,9 @@ class Workload:
         else:
             given = prompt_ids(prompts, tokenizer)
         is_held_out = config.eval_dataset is None
+        if is_held_out and calibrated_on not in (None, data.fingerprint["sha256"]):
+            logger.warning("%s: the statistics are of other text, and may be of some that is measured on", source)
+            is_held_out = False
         return cls(source, is_held_out, windows, given, tokenizer)
 
 
@@ -156,6 +161,11 @@ def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torc
             first = index + 1
             break
     return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
+
+
+def reads_held_out(config: HeaprConfig) -> bool:
+    """Whether what calibration leaves over of `config.dataset` is to be measured on."""
+    return config.dataset is not None and config.eval_dataset is None and config.eval_samples > 0
 
 
 def check_prompts(

@@ -6,11 +6,12 @@ Optimum attaches its handler to the logger named `optimum`, so the names here be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .memory import peak_memory
@@ -37,6 +38,18 @@ class _Logger(logging.LoggerAdapter):
         if self.isEnabledFor(level):
             options["stacklevel"] = options.get("stacklevel", 1) + 1
             self.logger._log(level, message, arguments, **options)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Until the block ends no logger says anything but errors: for what is done again, and said then, or is not to be said."""
+    manager = logging.root.manager
+    before = manager.disable
+    manager.disable = max(before, logging.WARNING)
+    try:
+        yield
+    finally:
+        manager.disable = before
 
 
 def is_main_process() -> bool:

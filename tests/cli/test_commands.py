@@ -316,6 +316,12 @@ def test_prune_reports(run, inputs, tmp_path):
     assert other.status == 0 and "on demo" in other.output
     none = run("prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "none")
     assert none.status == 0 and "measured loss" not in none.output and "not measured: " in none.output
+    asked = ["prune", "-m", inputs.model, "-s", inputs.statistics, "--dataset", inputs.text, "--seq-length", 24]
+    same = run(*asked, "--num-samples", 9, "--eval-samples", 3, "-o", tmp_path / "same")
+    assert same.status == 0 and "on text.jsonl that calibration did not see" in same.output and not same.error
+    another = run(*asked, "--num-samples", 3, "--eval-samples", 3, "-o", tmp_path / "another")
+    assert another.status == 0 and "on text.jsonl\n" in another.output
+    assert "the statistics are of other text" in another.error, "what was held out may have been calibrated on"
     missing = run(
         "prune", "-m", inputs.model, "-s", inputs.statistics, "-o", tmp_path / "x", "--eval-dataset", "gone.jsonl"
     )

@@ -44,7 +44,7 @@ def test_numbers_are_read_as_people_write_them(inputs, run):
 def test_quiet_prints_errors_alone(inputs, run, tmp_path):
     result = run("plan", "-s", inputs.statistics, "-o", tmp_path / "plan.safetensors", "--quiet")
     assert result.status == 0 and result.output == result.error == "" and (tmp_path / "plan.safetensors").exists()
-    assert run("frontier", "-s", inputs.statistics, "--ratios", "0.5", "--json", "-q").output.startswith("[")
+    assert run("frontier", "-s", inputs.statistics, "--ratios", "0.5", "--json", "-q").output.startswith("{")
     assert "width_multiple" in run("plan", "-s", inputs.statistics, "-q", "--width-multiple", 99).error
 
 

@@ -2,10 +2,11 @@
 """`optimum-cli heapr frontier`."""
 
 import json
+import shlex
 
 import pytest
 
-from optimum_heapr import HeaprError
+from optimum_heapr import HeaprError, PruningPlan
 from optimum_heapr.cli.frontier import ratios_of
 
 
@@ -29,7 +30,7 @@ def test_measured(inputs, run):
     flags = ["-m", inputs.model, "--measure", text, "--windows", 2, "--window-length", 16, "--points", 2]
     result = run("frontier", "-s", inputs.statistics, "--ratios", "0.2,0.4,0.6", *flags, "--json")
     assert result.status == 0, result.error
-    points = json.loads(result.output)
+    points = json.loads(result.output)["points"]
     assert [point["measured"] is None for point in points] == [False, True, False]
     assert all(point["calibrated"] is not None for point in points)
 
@@ -42,7 +43,9 @@ def test_a_chart_and_the_chosen_point(inputs, run, tmp_path):
     result = run(*asked, "--max-loss-increase", 50)
     assert result.status == 0, result.error
     assert "chosen for a loss increase of at most 50: heapr, variable, 59.7% removed" in result.output
-    assert len(json.loads((output / "frontier.json").read_text())) == 3
+    written = json.loads((output / "frontier.json").read_text())
+    assert len(written["points"]) == 3 and written["chosen"] == written["points"][-1]
+    assert written["command"] in result.output
     assert "chosen: heapr" in (output / "frontier.svg").read_text()
     assert run(*asked).status == 2, "what is there is not replaced unasked"
     result = run(*asked, "--max-loss-increase", -50, "--overwrite")
@@ -50,12 +53,39 @@ def test_a_chart_and_the_chosen_point(inputs, run, tmp_path):
     assert "chosen" not in (output / "frontier.svg").read_text()
 
 
+def test_the_command_that_is_printed_makes_what_was_chosen(inputs, run, tmp_path):
+    text = inputs.calibration[inputs.calibration.index("--dataset") + 1]
+    flags = ["-m", inputs.model, "--measure", text, "--windows", 2, "--window-length", 16, "--dtype", "float32"]
+    flags += [
+        "--criterion",
+        "fisher",
+        "--layout",
+        "padded",
+        "--protect",
+        "model.layers.0.*:1,2",
+        "--protect-unreached",
+    ]
+    found = run("frontier", "-s", inputs.statistics, "--ratios", "0.2:0.6:0.1", *flags, "--max-loss-increase", 50)
+    chosen = next(line for line in found.output.splitlines() if "optimum-cli heapr prune" in line)
+    words = shlex.split(chosen)[2:-1]
+    assert words[words.index("--dtype") + 1] == "float32"
+    result = run(*words, tmp_path / "pruned", "--eval-samples", 1, "--seq-length", 16)
+    assert result.status == 0 and "measured loss" in result.output, result.error
+    plan = PruningPlan.load(tmp_path / "pruned")
+    config = plan.config
+    assert (config.criterion, config.layout, config.ratio, config.protect_unreached) == ("fisher", "padded", 0.6, True)
+    assert config.protect == "model.layers.0.*:1,2" and f"{plan.ratio:.1%} removed" in found.output
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--ratios", "half"], "ratios='half': must be FIRST:LAST:STEP"),
         (["--measure", "demo"], "--measure and --model go together"),
-        (["--max-loss-increase", 0.1], "is chosen by what was measured; add --measure"),
+        (["--max-loss-increase", 0.1], "max_loss_increase=0.1: is about measuring; add --measure and --model"),
+        (["--windows", 4], "windows=4: is about measuring"),
+        (["--points", 4], "points=4: is about measuring"),
+        (["--dtype", "float32"], "dtype=float32: is about measuring"),
         (["--criteria", "heap"], "must be one of"),
         (["--measure", "demo", "-m", "demo", "--dtype", "int4"], "dtype='int4': must be one of"),
     ],
