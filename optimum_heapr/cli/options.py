@@ -46,6 +46,10 @@ PLANNING_OPTIONS = tuple(
 STATISTICS_ARE_ENOUGH = tuple(name for name in PLANNING_OPTIONS if name != "max_loss_increase")
 
 
+RECOMMENDED = "--criterion obs --compensate --compensation-scope block"
+"""What loses least in `docs/source/benchmarks.md`, as it is written everywhere."""
+
+
 LOADING_OPTIONS = ("dtype", "device_map", "revision", "trust_remote_code", "dequantize")
 
 

@@ -23,6 +23,7 @@ from .lines import (
     source_lines,
     unreached_lines,
 )
+from .options import RECOMMENDED
 
 
 if TYPE_CHECKING:
@@ -223,8 +224,8 @@ def serving_line(statistics: AtomicStatistics) -> str:
             f"calibrate without --no-grams for it; {rest}"
         )
     return (
-        "serves every ratio, layout and criterion but obs, and --compensate within experts not: calibrate with --criterion obs, "
-        f"which is what we recommend, for these; {rest}"
+        "serves every ratio, layout and criterion but obs, and --compensate within experts not: calibrate with --criterion obs "
+        f"for these, and for what we recommend, {RECOMMENDED}; {rest}"
     )
 
 

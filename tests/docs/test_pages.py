@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from optimum_heapr import HeaprConfig
+from optimum_heapr.cli.options import RECOMMENDED
 from tests.docs.pages import ENVIRONMENTS, PAGES, ROOT, RUN, SHOWN, has_to_run, page_name, snippets
 
 
@@ -42,3 +44,27 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "mailto:")):
             assert os.path.exists(page.parent / target), f"{page_name(page)} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_one_way_to_prune_is_recommended(page):
+    """Wherever something better than the defaults is recommended or pruned with, it is the same, and written the same way."""
+    paragraphs = page.read_text(encoding="utf-8").split("\n\n")
+    in_python = 'criterion="obs", compensate=True, compensation_scope="block"'
+    for paragraph in paragraphs:
+        words = " ".join(paragraph.split())
+        if re.search(r"\bwe recommend\b", words) and "obs" in words:
+            assert in_python in words or RECOMMENDED in words, words
+    for snippet in snippets(page):
+        for command in re.findall(r"heapr prune .*", snippet.code):
+            if re.search(r"--(criterion|compensat)", command) and "--dry-run" not in command:
+                assert RECOMMENDED in command, command
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes").glob("*/prune_*.yaml")), ids=lambda path: path.parent.name
+)
+def test_recipes_are_as_published_or_as_recommended(recipe):
+    config = HeaprConfig.from_file(recipe)
+    words = f"--criterion {config.criterion} --compensate --compensation-scope {config.compensation_scope}"
+    assert (config.criterion, config.compensate) == ("heapr", False) or (config.compensate and words == RECOMMENDED)
