@@ -22,7 +22,7 @@ from .hub.push import push_folder, split_push_options
 from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
 from .report.content import without_measurements
-from .report.observation import check_prompts, reads_held_out
+from .report.observation import check_prompts, needs_text
 from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
@@ -205,12 +205,10 @@ class HeaprPruner:
         statistics = self.statistics if statistics is None else load_statistics(statistics)
         check_prompts(prompts, self.tokenizer, measure)
         self._stages.check(plan)  # before minutes are spent on it
-        needed = plan.config.compensates_blocks or (measure and reads_held_out(plan.config))
-        if needed and self.calibration_data is None:
+        if self.calibration_data is None and needs_text(plan.config, measure):
             self.calibration_data = load_calibration_data(plan.config, self.tokenizer)
-        measured = (self.tokenizer, prompts) if measure else None
-        self.report = self._stages.apply(plan, statistics, self.calibration_data, measured)
-        self.applied_plan = plan
+        data, measured = self.calibration_data, (self.tokenizer, prompts) if measure else None
+        self.report, self.applied_plan = self._stages.apply(plan, statistics, data, measured), plan
         return self.model
 
     def prune(self, prompts: Sequence[str] | None = None, **changes: Any) -> PreTrainedModel:

@@ -85,7 +85,7 @@ class PruneCommand(HeaprSubcommand):
         storing = save_options_from(self.args)
         from ..calibration.processes import start_processes
         from ..pruner import HeaprPruner
-        from ..report.observation import check_prompts, reads_held_out
+        from ..report.observation import check_prompts, needs_text
         from ..utils.logging import is_main_process
         from .documents import plan_document
         from .lines import compensation_lines, measured_lines
@@ -94,7 +94,7 @@ class PruneCommand(HeaprSubcommand):
         start_processes()  # before anything can go wrong in one of them: then the others are told
         searches = config.max_loss_increase is not None and config.eval_dataset is None
         calibrates = self.args.statistics is None or config.compensates_blocks or searches
-        reads = calibrates or (reads_held_out(config) and not self.args.dry_run)
+        reads = calibrates or needs_text(config, measures=not self.args.dry_run)
         # Without a dataset there may be statistics beside the model.
         check_texts(config, reads and config.dataset is not None, evaluates=not self.args.dry_run)
         if self.args.statistics is not None and self.args.memory == "auto":

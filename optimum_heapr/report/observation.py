@@ -163,9 +163,10 @@ def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torc
     return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
 
 
-def reads_held_out(config: HeaprConfig) -> bool:
-    """Whether what calibration leaves over of `config.dataset` is to be measured on."""
-    return config.dataset is not None and config.eval_dataset is None and config.eval_samples > 0
+def needs_text(config: HeaprConfig, measures: bool) -> bool:
+    """Whether applying a plan reads `config.dataset`: to compensate blocks or, if it `measures`, for what calibration left over."""
+    leaves_over = config.dataset is not None and config.eval_dataset is None and config.eval_samples > 0
+    return config.compensates_blocks or (measures and leaves_over)
 
 
 def check_prompts(
