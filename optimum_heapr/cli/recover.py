@@ -38,10 +38,12 @@ class RecoverCommand(HeaprSubcommand):
 
     def execute(self) -> Any:
         from ..recovery.configuration import RecoveryConfig
+        from ..recovery.reporting import check_reporting
         from ..recovery.state import RunFolder
         from ..utils.files import beside, check_output_folder
 
         args, config = self.args, config_from(self.args, RecoveryConfig)
+        check_reporting(config)
         check_output_is_not_input(args.output, args.model, args.teacher, args.config, *source_names(config))
         check_output_folder(args.output, args.overwrite)
         if config.distills and args.teacher is None:

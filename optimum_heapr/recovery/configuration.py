@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..utils.errors import HeaprError
+from ..utils.errors import HeaprError, did_you_mean
 from ..utils.options import Options, option
 
 
 CONFIG_NAME = "recovery_config.json"
 
 TARGETS = ("attention", "experts", "router", "all")
+
+REPORTERS = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Where the losses of a training can be reported to, and the packages that do it, of which one is enough."""
 
 
 @dataclass(repr=False)
@@ -64,6 +67,8 @@ class RecoveryConfig(Options):
             Compute in bfloat16 (autocast).
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Compute each layer twice and keep less for the backward.
+        report_to (`str`, *optional*):
+            Report the losses while the training runs, through the `Trainer`: `trackio`, `wandb` or `tensorboard`.
         dataset (`str`, *optional*):
             Training text: a local file or folder, the name of a dataset on the Hub, `wikitext2`, or a mixture with weights,
             as for calibration.
@@ -105,6 +110,9 @@ class RecoveryConfig(Options):
     patience: int = option(3, "measurements without an improvement before the training stops")
     bf16: bool = option(False, "compute in bfloat16")
     gradient_checkpointing: bool = option(False, "compute each layer twice and keep less")
+    report_to: str | None = option(
+        None, f"report the losses while the training runs: {', '.join(REPORTERS)} (default: nowhere)"
+    )
     dataset: str | None = option(
         None, "training text: a file or folder, a dataset on the Hub, wikitext2, or a mixture"
     )
@@ -137,6 +145,9 @@ class RecoveryConfig(Options):
             value = getattr(self, name)
             if not 0 <= value < 1 or (low[0] == "(" and value == 0):
                 raise HeaprError(f"{name}={value}: must lie in {low}")
+        if self.report_to is not None and self.report_to not in REPORTERS:
+            hint = did_you_mean(self.report_to, REPORTERS)
+            raise HeaprError(f"report_to={self.report_to!r}: must be one of {', '.join(REPORTERS)}{hint}")
         if self.seed >= 2**32:
             raise HeaprError(f"seed={self.seed}: must be below 2**32; name a smaller one")
         if self.cross_entropy_weight == self.distillation_weight == 0:

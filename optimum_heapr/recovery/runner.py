@@ -26,6 +26,7 @@ from .adapter import (
 )
 from .data import RecoveryData
 from .report import RecoveryReport
+from .reporting import reporting_callbacks
 from .targets import adapter_config
 from .teacher import held_out_loss
 
@@ -110,7 +111,8 @@ def recover(
             "distillation_weight to 0"
         )
     identity, dtypes = identity_of(model), {name: parameter.dtype for name, parameter in model.named_parameters()}
-    folder.begin({"model": identity, "config": config.to_dict(), "data": _fingerprints(data)})
+    trained = config.replace(report_to=None)  # a run may go on and report elsewhere
+    folder.begin({"model": identity, "config": trained.to_dict(), "data": _fingerprints(data)})
 
     running = [model] if teacher is None or teacher.model is None else [model, teacher.model]
     with ExitStack() as stack:
@@ -203,7 +205,8 @@ def _trainer(
         args=arguments,
         train_dataset=Samples(data.training.samples, data.order(config), cache),
         eval_dataset=Samples(data.held_out.samples, list(range(len(data.held_out.samples)))),
-        callbacks=[EarlyStoppingCallback(config.patience), MeasureLastStep(), KeepBestAndLast()],
+        callbacks=[EarlyStoppingCallback(config.patience), MeasureLastStep(), KeepBestAndLast()]
+        + reporting_callbacks(config),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -253,7 +256,7 @@ def _arguments(config: RecoveryConfig, folder: RunFolder, is_bfloat16: bool) -> 
         use_cpu=not has_accelerator(),
         dataloader_pin_memory=has_accelerator(),
         disable_tqdm=_no_bars(),
-        report_to="none",
+        report_to="none",  # by `reporting_callbacks`
         seed=config.seed,
     )
     # Of several GPUs that one process sees, the Trainer would take all: nn.DataParallel, which copies the model for every

@@ -12,6 +12,7 @@ from .adapter import check_pruned
 from .configuration import RecoveryConfig
 from .data import RecoveryData
 from .output import save_adapter
+from .reporting import check_reporting
 from .runner import recover
 from .state import RunFolder
 from .teacher import Teacher
@@ -49,6 +50,7 @@ def recover_in_memory(
     """
     check_pruned(model)
     config = RecoveryConfig.checked(config)
+    check_reporting(config)
     data = RecoveryData.load(config, tokenizer, dataset)
     with ExitStack() as stack:
         # A folder that is there is gone on from; a temporary one is empty.
