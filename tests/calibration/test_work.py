@@ -112,7 +112,9 @@ def test_offloaded_layers_are_read_twice_a_micro_batch(small, tmp_path, monkeypa
     names, get = [], OffloadedWeightsLoader.__getitem__
 
     def recorded(self, name):
-        tensor = get(self, name)  # raises for what is only asked for: accelerate 1.10 looks for scales of 8-bit weights
+        tensor = get(
+            self, name
+        )  # raises for what is only asked for: accelerate 1.10 looks for scales of 8-bit weights
         names.append(name)
         return tensor
 

@@ -19,15 +19,16 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs" / "source").rglob("*.md"), *
 # Environments that snippets may name, and the script that makes each and runs its snippets.
 ENVIRONMENTS = {"vLLM": "tests/serving/run_vllm.sh", "llama.cpp": "tests/serving/run_llama_cpp.sh"}
 
-# What pages name and this machine does not have, and what is taken in its place.
+# What pages name and this machine does not have, and what is taken in its place: a model by a small one of its family.
+SMALL_MODELS = {"small-qwen3_moe": "qwen3_moe", "small-qwen2_moe": "qwen2_moe", "small-deepseek": "deepseek"}
 STAND_INS = {
-    "Qwen/Qwen3-30B-A3B": "demo",
-    "Qwen/Qwen2-57B-A14B": "demo",
-    "Qwen/Qwen1.5-MoE-A2.7B-Chat": "demo",
-    "Qwen/Qwen1.5-MoE-A2.7B": "demo",
-    "deepseek-ai/deepseek-moe-16b-base": "demo",
-    "-m moe-a": "-m demo",
-    "--teacher moe-a": "--teacher demo",
+    "Qwen/Qwen3-30B-A3B": "small-qwen3_moe",
+    "Qwen/Qwen2-57B-A14B": "small-qwen2_moe",
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat": "small-qwen2_moe",
+    "Qwen/Qwen1.5-MoE-A2.7B": "small-qwen2_moe",
+    "deepseek-ai/deepseek-moe-16b-base": "small-deepseek",
+    "-m moe-a": "-m small-qwen3_moe",
+    "--teacher moe-a": "--teacher small-qwen3_moe",
     "HuggingFaceFW/fineweb[sample-10BT/train]": "demo",
     "Salesforce/wikitext[wikitext-2-raw-v1/train]": "text.jsonl",
     "HuggingFaceH4/ultrachat_200k[train_sft]": "demo",

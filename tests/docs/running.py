@@ -11,7 +11,8 @@ import pytest
 from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.demo import demo_texts
 from tests.docs.commands import Commands
-from tests.docs.pages import ROOT, here, page_name, recipe_here, snippets
+from tests.docs.pages import ROOT, SMALL_MODELS, here, page_name, recipe_here, snippets
+from tests.helpers import tiny_model, tiny_tokenizer
 
 
 # Files that pages take to be there.
@@ -28,6 +29,10 @@ doc_to_target: answer
 metric_list: [{metric: acc}]
 """
 ROWS = [{"question": "A list can be", "choices": [" changed", " eaten"], "answer": answer} for answer in (0, 1)]
+
+
+# Experts as those of the demo: widths that the pages name are there.
+SIZES = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "max_position_embeddings": 512}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -51,6 +56,10 @@ def run_page(page: Path, folder: Path, environments: Collection[str] = ()) -> No
     tasks.mkdir()
     write_rows(tasks / "rows.jsonl", ROWS)
     (tasks / "here.yaml").write_text(TASK.replace("FOLDER", str(tasks)))
+    code = "".join(here(snippet.code) for snippet in snippets(page))
+    for name in filter(code.__contains__, SMALL_MODELS):
+        tiny_model(SMALL_MODELS[name], **SIZES).save_pretrained(folder / name)
+        tiny_tokenizer(folder / name)
     namespace: dict = {"__name__": "__main__"}
     with Commands() as commands:
         for snippet in snippets(page):
