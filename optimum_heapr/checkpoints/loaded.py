@@ -17,6 +17,7 @@ from ..hub.base_model import BaseModel
 from ..hub.statistics import load_statistics
 from ..layerwise.decoder import Decoder
 from ..report.content import build_report
+from ..report.jump import jump_text, jumped
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_compensation, check_plan
 from ..surgery.rectangles import best_rectangle
@@ -24,7 +25,9 @@ from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.placement import place
+from ..utils.public import public_text
 from ..utils.sizes import parse_size
+from .culprit import find_culprit
 from .orientation import check_orientation, written_as_stored
 from .saving import save_companions
 
@@ -50,13 +53,19 @@ class LoadedModel:
     Args:
         model (`PreTrainedModel`): it is changed in place.
         base (`BaseModel`, *optional*): what it is called; by default what it was loaded from says.
+        model_options (`dict`, *optional*): as for [`~optimum_heapr.checkpoints.loading.load_model`], which loaded it; without
+            them it may have been made or changed since.
     """
 
     state_class: type[StateFile] | type[StateFolder] = StateFile
 
-    def __init__(self, model: PreTrainedModel, base: BaseModel | None = None):
+    def __init__(
+        self, model: PreTrainedModel, base: BaseModel | None = None, model_options: dict[str, Any] | None = None
+    ):
         self.model = model
         self._base = base
+        kept_out = ("device_map", "offload_folder")
+        self._options = model_options and {key: value for key, value in model_options.items() if key not in kept_out}
 
     @property
     def base(self) -> BaseModel:
@@ -189,7 +198,24 @@ class LoadedModel:
         base, before = self.base, observe(self.model, plan.tokens, workload)
         apply_plan(self.model, plan, statistics, data)
         written_as_stored(self.model)
-        return build_report(plan, base.name, before, observe(self.model, plan.routed_tokens, workload), workload)
+        after = observe(self.model, plan.routed_tokens, workload)
+        report = build_report(plan, base.name, before, after, workload)
+        if jumped(report["loss"]):
+            report["loss"]["jump"] = self._culprit(workload, before.losses, after.losses)
+            logger.warning("%s", jump_text(report))
+        return report
+
+    def _culprit(self, workload: Workload, before: list[float], after: list[float]) -> dict[str, Any]:
+        """The layer that made the loss jump, or why it is not known."""
+        if self._options is None:
+            return {"unknown": "the model was not loaded by from_pretrained, and its unpruned layers are gone"}
+        try:
+            path = self.model.config._name_or_path
+            return find_culprit(self.model, workload, before, after, path, **self._options)
+        except HeaprError as error:
+            return {"unknown": public_text(str(error))}
+        except Exception as error:  # the pruned model is there, and is not thrown away for want of a name
+            return {"unknown": public_text(" ".join(f"{type(error).__name__}: {error}".split())[:300])}
 
     def save(
         self,

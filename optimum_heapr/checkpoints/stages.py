@@ -74,6 +74,6 @@ def load_stages(
     model, tokenizer, measured = load_measured(name, statistics, reuse=config.dataset is None, **options)
     base = BaseModel.of(model, hub_options_in(model_options))
     if memory == "plain":
-        return Loaded(LoadedModel(model, base), tokenizer, measured)
+        return Loaded(LoadedModel(model, base, model_options), tokenizer, measured)
     stages = StreamedCheckpoint if memory == "streaming" else OffloadedModel
     return Loaded(stages(model, base, model_options, budget), tokenizer, measured)

@@ -57,6 +57,11 @@ class PruneCommand(HeaprSubcommand):
             "-s FILE goes on from them",
         )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write no model")
+        parser.add_argument(
+            "--strict",
+            action="store_true",
+            help="write nothing and exit with status 2 if the loss rises far beyond the estimate, or is not measured",
+        )
         # What to measure follows from the rest; --statistics names a file here.
         measuring = [name for name in CALIBRATION_OPTIONS if name != "statistics"]
         add_config_options(parser, (*PLANNING_OPTIONS, *measuring, *EVALUATION_OPTIONS))
@@ -74,6 +79,11 @@ class PruneCommand(HeaprSubcommand):
             )
             check_output_folder(self.args.output, self.args.overwrite)
             check_push(self.args)
+        if self.args.strict and (self.args.dry_run or config.eval_samples == 0):
+            reason = "a dry run" if self.args.dry_run else "eval_samples=0"
+            raise HeaprError(
+                f"strict=True: looks at what is measured, and {reason} measures nothing; leave out one of them"
+            )
         if self.args.save_statistics:
             check_output_is_not_input(
                 self.args.save_statistics, self.args.statistics, self.args.config, *source_names(config)
@@ -85,6 +95,7 @@ class PruneCommand(HeaprSubcommand):
         storing = save_options_from(self.args)
         from ..calibration.processes import start_processes
         from ..pruner import HeaprPruner
+        from ..report.jump import refuse_jump
         from ..report.observation import check_prompts, needs_text
         from ..utils.logging import is_main_process
         from .documents import plan_document
@@ -104,6 +115,11 @@ class PruneCommand(HeaprSubcommand):
                 raise HeaprError(
                     f"packed=True: needs the model in memory, and this one is calibrated with --memory {options['memory']}; "
                     "leave --packed out, or pass --memory plain"
+                )
+            if self.args.strict and options["memory"] != "plain":
+                raise HeaprError(
+                    f"strict=True: looks at what is measured with the model in memory, and --memory is {options['memory']}; leave "
+                    "--strict out and use 'evaluate', or pass --memory plain"
                 )
             state, saving = state_from(self.args, options["memory"])
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
@@ -134,6 +150,8 @@ class PruneCommand(HeaprSubcommand):
                     del pruner
                     return {"output": None, **plan_document(plan, self.args.model)}
                 pruner.apply(plan, measure=True, prompts=self.args.prompt)
+                if self.args.strict:
+                    refuse_jump(pruner.report)
                 pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)
             report = pruner.report
             del pruner  # before the files that the matrices of its statistics may be mapped from

@@ -7,6 +7,7 @@ import statistics as stats
 from dataclasses import dataclass, field
 from typing import Any
 
+from .jump import jump_text
 from .numbers import change, count, layer_names, signed, size
 
 
@@ -66,6 +67,8 @@ def comparison(report: dict[str, Any], speed: bool = True) -> Table:
             f"Measured on {before['num_tokens']:,} tokens in {measured['windows']} windows of {measured_on(report)}; ± is one "
             "standard error, of the difference on the same windows."
         )
+        if text := jump_text(report):
+            notes.append(f"Look at this before you use it: {text}.")
     if speed and "speed" in report:
         before, after = report["speed"]["before"], report["speed"]["after"]
         add("prefill, tokens/s", before["prefill"], after["prefill"], _speed)
