@@ -21,6 +21,8 @@ from .utils.sizes import parse_size
 
 CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
 REDUCTIONS = ("mean", "total")
+SOURCE_REDUCTIONS = ("mean", "max")
+BY_SOURCE = ("heapr", "fisher", "activation", "reap")  # means over tokens, of which each source has its own
 STATISTICS = ("auto", "vector", "gram")
 COMPENSATION_SCOPES = ("expert", "block")
 ALLOCATIONS = ("global", "layer", "uniform")
@@ -55,6 +57,8 @@ class HeaprConfig(Options):
         reduction (`str`, *optional*, defaults to `"mean"`):
             How `heapr` and `fisher` weigh experts: `mean` over the tokens routed to the expert, as published, or
             `total` over all tokens, so that experts count by how often they are used.
+        reduction_over_sources (`str`, *optional*, defaults to `"mean"`):
+            Of a mixture, whether criteria of `BY_SOURCE` rank by all of its text, `mean`, or by the worst of its sources, `max`.
         compensate (`bool`, *optional*, defaults to `False`):
             Fold what the removed atomic experts did into the down projections of those that stay, by least squares.
         compensation_scope (`str`, *optional*, defaults to `"expert"`):
@@ -137,6 +141,7 @@ class HeaprConfig(Options):
     max_loss_increase: float | None = option(None, "nats a token the loss may rise by, measured; in place of ratio")
     criterion: str = option("heapr", "what atomic experts are ranked by", CRITERIA)
     reduction: str = option("mean", "heapr, fisher: mean over an expert's tokens, as published, or total", REDUCTIONS)
+    reduction_over_sources: str = option("mean", "of a mixture: all text, or the worst source", SOURCE_REDUCTIONS)
     compensate: bool = option(False, "fold what is removed into the down projection of what stays")
     compensation_scope: str = option(
         "expert", "what makes up for it: the same expert, or the whole block, from the text", COMPENSATION_SCOPES
@@ -202,6 +207,8 @@ class HeaprConfig(Options):
             raise HeaprError("num_experts='auto': needs compensation_scope='block', and no max_loss_increase")
         if self.num_experts is not None and self.layout != "uniform":
             raise HeaprError(f"num_experts={self.num_experts}: needs layout='uniform', not layout={self.layout!r}")
+        if self.reduction_over_sources == "max" and self.criterion not in BY_SOURCE:
+            raise HeaprError(f"criterion={self.criterion!r}: reduction_over_sources='max' needs one of {BY_SOURCE}")
         if self.compensation_scope == "block" and not self.compensate:
             raise HeaprError("compensation_scope='block': set compensate=True (--compensate), or leave the scope out")
         if self.reconstruction_steps and not self.compensates_blocks:
@@ -217,14 +224,9 @@ class HeaprConfig(Options):
         self.check_least("seq_length", 2)
         for name in ("width_multiple", "num_samples", "batch_size", "tensor_parallel"):
             self.check_least(name, 1)
-        for name in (
-            "ridge",
-            "min_width",
-            "seed",
-            "eval_samples",
-            "reconstruction_steps",
-            "reconstruction_learning_rate",
-        ):
+        for name in ("ridge", "min_width", "seed", "eval_samples"):
+            self.check_least(name, 0)
+        for name in ("reconstruction_steps", "reconstruction_learning_rate"):
             self.check_least(name, 0)
         if self.seed >= 2**32:
             raise HeaprError(f"seed={self.seed}: must be below 2**32, what random generators take; name a smaller one")

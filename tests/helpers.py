@@ -166,6 +166,7 @@ def random_statistics(
     seed: int = 0,
     unreached: dict[int, list[int]] | None = None,
     dtype: torch.dtype = torch.float32,
+    sources: int = 0,
 ) -> AtomicStatistics:
     """Statistics made of random numbers: what planning sees, without a model.
 
@@ -174,10 +175,13 @@ def random_statistics(
         seed (`int`): of the numbers.
         unreached (`dict[int, list[int]]`, *optional*): by index of the block, experts that no token reached.
         dtype (`torch.dtype`): of the sums.
+        sources (`int`): how many the text has, `text 0` and so on of 100 tokens each, with sums of their own that differ a lot;
+            by default nothing is said of it.
     """
-    from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
+    from optimum_heapr.calibration.statistics import SUMMED_BY_SOURCE, AtomicStatistics, BlockStatistics
 
     generator = torch.Generator().manual_seed(seed)
+    texts = [{"name": f"text {index}", "num_samples": 4, "num_tokens": 100} for index in range(sources)]
     made = {}
     for index in range(blocks):
         activation, gradient, fisher, norm = 0.1 + torch.rand(4, experts, width, generator=generator, dtype=dtype)
@@ -187,6 +191,16 @@ def random_statistics(
             for measured in (activation, gradient, fisher, count, outputs):
                 measured[expert] = 0
         made[f"model.layers.{index}.mlp.experts"] = BlockStatistics(activation, gradient, fisher, norm, count, outputs)
+    for block in made.values() if sources > 1 else ():
+        for name in SUMMED_BY_SOURCE:
+            total = getattr(block, name)
+            if name == "token_count":
+                parts = torch.randint(1, 50, (len(total), sources), generator=generator) * block.reached.unsqueeze(1)
+                block.token_count = parts.sum(1)
+            else:
+                share = torch.rand(len(total), sources, *total.shape[1:], generator=generator) ** 4
+                parts = (total.unsqueeze(1) * share / share.sum(1, keepdim=True)).to(total.dtype)
+            setattr(block, f"source_{name}", parts)
     fingerprint = {
         "model": {
             "model_type": "qwen3_moe",
@@ -196,7 +210,13 @@ def random_statistics(
             "weights": "0123456789abcdef",
         },
         "storage": {"num_bytes": 20_000, "bytes_per_atomic_expert": 192},
-        "data": {"source": "random numbers", "sha256": "fedcba9876543210", "num_samples": 4, "num_tokens": 100},
+        "data": {
+            "source": "random numbers",
+            "sha256": "fedcba9876543210",
+            "num_samples": 4 * max(sources, 1),
+            "num_tokens": 100 * max(sources, 1),
+            **({"sources": texts} if sources else {}),
+        },
         "seed": 0,
         "seq_length": 25,
         "loss": 5.0,

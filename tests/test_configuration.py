@@ -34,6 +34,7 @@ OTHER = {
     "max_loss_increase": 0.03,
     "criterion": "fisher",
     "reduction": "total",
+    "reduction_over_sources": "max",
     "compensate": True,
     "compensation_scope": "block",
     "ridge": 0.5,

@@ -41,13 +41,15 @@ class BlockAccumulator:
 
     Args:
         gram (`bool`): also accumulate the two I x I matrices of each expert.
+        sources (`int`): S, the sources of the text; where these are several, all but the matrices is summed by source.
 
     Attributes:
-        activation_sq_sum (`torch.Tensor`): sum of h^2, [E, I].
-        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, [E, I].
-        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, [E, I].
-        token_count (`torch.Tensor`): tokens routed to each expert, [E], int64.
-        output_norm_sum (`torch.Tensor`): sum of router weight times the norm of the expert's output, [E].
+        source (`int`): which of the sources the current micro-batch is of.
+        activation_sq_sum (`torch.Tensor`): sum of h^2, [E, S, I], or without the dimension for one source.
+        gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, likewise.
+        fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, likewise.
+        token_count (`torch.Tensor`): tokens routed to each expert, [E, S] or [E], int64.
+        output_norm_sum (`torch.Tensor`): sum of router weight times the norm of the expert's output, likewise.
         activation_gram_sum (`torch.Tensor`, *optional*): sum of r^2 h h^T with r the router weight, [E, I, I].
         gradient_gram_sum (`torch.Tensor`, *optional*): sum of (dL/dh) (dL/dh)^T, [E, I, I].
         token_mask (`torch.Tensor`, *optional*): which tokens of the current micro-batch count, [tokens]; `None` if all.
@@ -60,12 +62,17 @@ class BlockAccumulator:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         gram: bool = False,
+        sources: int = 1,
     ):
+        self.sources, self.source = sources, 0
         options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-        self._vectors = torch.zeros(3, num_experts, width, **options)
-        self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = self._vectors
-        self.token_count = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.output_norm_sum = torch.zeros(num_experts, **options)
+        # A row for each expert and source, and views of it.
+        self._vectors = torch.zeros(3, num_experts * sources, width, **options)
+        self._counts = torch.zeros(num_experts * sources, dtype=torch.int64, device=device)
+        self._norms = torch.zeros(num_experts * sources, **options)
+        shape = (num_experts,) if sources == 1 else (num_experts, sources)
+        self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = self._vectors.view(3, *shape, width)
+        self.token_count, self.output_norm_sum = self._counts.view(shape), self._norms.view(shape)
         self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
         self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
         self.token_mask: torch.Tensor | None = None
@@ -85,7 +92,7 @@ class BlockAccumulator:
 
     def finite(self) -> torch.Tensor:
         """Which of the sums are finite, bool, in their order; of matrices the diagonal decides, by Cauchy and Schwarz."""
-        parts = (part.diagonal(dim1=1, dim2=2) if part.dim() == 3 else part for part in self.sums().values())
+        parts = (part.diagonal(dim1=1, dim2=2) if "_gram_" in name else part for name, part in self.sums().items())
         return torch.stack([part.isfinite().all() for part in parts])
 
     def move_to(self, total: BlockAccumulator) -> None:
@@ -109,12 +116,12 @@ class BlockAccumulator:
     def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
         """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
         router_weight = routed.router_weight.to(self.output_norm_sum.dtype)
-        ones = torch.ones_like(routed.expert)
+        ones, row = torch.ones_like(routed.expert), routed.expert * self.sources + self.source
         if routed.valid is not None:
             # Neither padding on the right nor a router weight of 0 has a gradient: only h and that weight need the mask.
             router_weight, ones = router_weight * routed.valid, ones * routed.valid
-        self.token_count.index_add_(0, routed.expert, ones)
-        self.output_norm_sum.index_add_(0, routed.expert, router_weight * routed.output_norm)
+        self._counts.index_add_(0, row, ones)
+        self._norms.index_add_(0, row, router_weight * routed.output_norm)
         self._add_vectors(activation, gradient, routed)
         if self.activation_gram_sum is not None:
             parts = (rows.split(routed.counts) for rows in (activation, gradient, router_weight))
@@ -144,7 +151,8 @@ class BlockAccumulator:
             runs[1].index_add_(0, run[part], g_square)
             runs[2].index_add_(0, run[part], h_square.mul_(g_square))
         expert_of_run = torch.zeros(runs.shape[1], dtype=torch.int64, device=runs.device)
-        self._vectors.index_add_(1, expert_of_run.scatter_(0, run, routed.expert), runs)
+        row_of_run = expert_of_run.scatter_(0, run, routed.expert) * self.sources + self.source
+        self._vectors.index_add_(1, row_of_run, runs)
 
 
 def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:

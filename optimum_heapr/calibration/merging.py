@@ -13,7 +13,7 @@ import torch
 
 from ..fingerprint import check_same_model
 from ..utils.errors import HeaprError
-from .statistics import AtomicStatistics, BlockStatistics
+from .statistics import SUMMED_BY_SOURCE, AtomicStatistics, BlockStatistics
 
 
 def merge_statistics(parts: Sequence[AtomicStatistics]) -> AtomicStatistics:
@@ -34,9 +34,7 @@ def merge_statistics(parts: Sequence[AtomicStatistics]) -> AtomicStatistics:
     first, *others = parts
     for other in others:
         _check_fit(first, other)
-    blocks = dict(first.blocks)
-    for other in others:
-        blocks = {path: _added(blocks[path], block) for path, block in other.blocks.items()}
+    blocks = {path: _added(parts, path) for path in first.blocks}
     predicted = [_predicted_tokens(part) for part in parts]
     loss = sum(part.fingerprint["loss"] * count for part, count in zip(parts, predicted)) / sum(predicted)
     fingerprint = {**first.fingerprint, "data": _merged_data(parts), "loss": loss}
@@ -56,7 +54,7 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
     if list(first.blocks) != list(other.blocks):
         raise HeaprError("statistics to merge: they have different expert blocks; calibrate one model")
     for path, block in first.blocks.items():
-        mine, theirs = block.sums, other.blocks[path].sums
+        mine, theirs = _total(block), _total(other.blocks[path])
         for name in mine.keys() ^ theirs.keys():
             raise HeaprError(
                 f"statistics to merge: {path}.{name} was measured in one and not in another; calibrate both with "
@@ -77,10 +75,28 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
             raise HeaprError(f"statistics to merge: the weights of {path} differ; calibrate one model")
 
 
-def _added(block: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
-    summed = {name: tensor + other.sums[name] for name, tensor in block.sums.items()}
+def _total(block: BlockStatistics) -> dict[str, torch.Tensor]:
+    """The sums over all sources."""
+    return {name: tensor for name, tensor in block.sums.items() if not name.startswith("source_")}
+
+
+def _added(parts: Sequence[AtomicStatistics], path: str) -> BlockStatistics:
+    blocks = [part.blocks[path] for part in parts]
+    summed = {name: sum(block.sums[name] for block in blocks) for name in _total(blocks[0])}
     # Removal curves are of one part; the sums of all give new ones.
-    return replace(block, **summed, removal_order=None, removal_cost=None, removal_ridge=None, removal_scale=None)
+    gone = dict.fromkeys(("removal_order", "removal_cost", "removal_ridge", "removal_scale"))
+    return replace(blocks[0], **summed, **gone, **_side_by_side([part.by_source(path) for part in parts]))
+
+
+def _side_by_side(parts: Sequence[Sequence[BlockStatistics] | None]) -> dict[str, torch.Tensor | None]:
+    """The sums of all sources of all parts, or none if one of these, of an earlier version, has them added up."""
+    if any(sources is None for sources in parts):
+        return {f"source_{name}": None for name in SUMMED_BY_SOURCE}
+    sources = [source for found in parts for source in found]
+    return {
+        f"source_{name}": torch.stack([getattr(source, name) for source in sources], dim=1)
+        for name in SUMMED_BY_SOURCE
+    }
 
 
 def _predicted_tokens(part: AtomicStatistics) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from .cost import Cost, measured_cost
 from .loss import summed_token_loss
 from .processes import add_over_processes, check_model_is_whole, check_placement, check_same_run, start_processes
 from .state import Progress, StateFile, interruption
-from .statistics import AtomicStatistics, BlockStatistics
+from .statistics import SUMMED_BY_SOURCE, AtomicStatistics, BlockStatistics
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
@@ -84,11 +84,11 @@ def calibrate(
         measured_cost() as cost,
         frozen_in_evaluation_mode(model),
         checkpointed_layers(model, checkpointing or has_offloaded_weights(model)),
-        calibration_tap(model, blocks, gram) as accumulators,
+        calibration_tap(model, blocks, gram, data.num_sources) as accumulators,
         interruption(enabled=state is not None) as interrupted,
     ):
         # What is to be left out must not have been added: a micro-batch then has sums of its own.
-        totals = new_accumulators(blocks, gram) if skip_nonfinite else accumulators
+        totals = new_accumulators(blocks, gram, data.num_sources) if skip_nonfinite else accumulators
         done = Progress() if state is None else state.begin(run, totals)
         check_same_run(accelerator, {**run, "memory": "all weights at once"})
         measuring = _Measuring(model, blocks, device, accumulators, totals, done, cost)
@@ -141,6 +141,7 @@ def description_of_run(
         processes (`int`): how many share the samples.
     """
     return {
+        **({"by_source": True} if data.num_sources > 1 else {}),  # earlier versions added all sources up
         "model": {**model, "dtype": str(blocks[0].module.down_proj.dtype)},
         "data": data.fingerprint,
         "seed": data.seed,
@@ -178,6 +179,10 @@ def finished_statistics(
         fingerprint["skipped"] = skipped
         fingerprint["data"]["num_samples"] -= len(skipped)
         fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
+        for index in skipped:
+            part = fingerprint["data"]["sources"][data.source_of(index)]
+            part["num_samples"] -= 1
+            part["num_tokens"] -= len(data.samples[index])
     return AtomicStatistics(statistics, fingerprint)
 
 
@@ -235,7 +240,7 @@ class _Measuring:
             accumulators then hold what must not be used.
         """
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        mask_padding(self.blocks, self.accumulators, batch)
+        begin_micro_batch(self.blocks, self.accumulators, batch)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         loss, targets = summed_token_loss(logits, ids, mask)
         del logits
@@ -246,13 +251,14 @@ class _Measuring:
         return value, targets, what_is_not_finite(self.accumulators)
 
 
-def mask_padding(
+def begin_micro_batch(
     blocks: list[ExpertBlock], accumulators: dict[str, BlockAccumulator], batch: dict[str, torch.Tensor]
 ) -> None:
-    """Tells the accumulators which tokens of the coming micro-batch count."""
+    """Tells the accumulators which tokens of the coming micro-batch count, and of which source it is."""
     mask = batch["attention_mask"]
     for block in blocks:
         accumulators[block.path].token_mask = None if mask.all() else mask.reshape(-1).bool().to(block.device)
+        accumulators[block.path].source = int(batch["source"])
 
 
 def what_is_not_finite(accumulators: dict[str, BlockAccumulator]) -> str | None:
@@ -285,8 +291,9 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def block_statistics(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
     sums.complete()
-    measured = {part.name: getattr(sums, part.name) for part in fields(BlockStatistics) if hasattr(sums, part.name)}
-    return BlockStatistics(
-        weight_norm=block.atomic_norms(),
-        **{name: None if tensor is None else tensor.cpu() for name, tensor in measured.items()},
-    )
+    measured = {name: tensor.cpu() for name, tensor in sums.sums().items()}
+    if sums.sources > 1:
+        by_source = {name: measured[name] for name in SUMMED_BY_SOURCE}
+        measured |= {name: tensor.sum(1) for name, tensor in by_source.items()}
+        measured |= {f"source_{name}": tensor for name, tensor in by_source.items()}
+    return BlockStatistics(weight_norm=block.atomic_norms(), **measured)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 FORMAT = "heapr_statistics"
 
+SUMMED_BY_SOURCE = ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "token_count", "output_norm_sum")
+"""What is kept for each source of a mixture as well, under `source_` and this name."""
+
 
 @dataclass(eq=False, repr=False)
 class BlockStatistics(TensorValue):
@@ -45,6 +48,9 @@ class BlockStatistics(TensorValue):
         removal_ridge (`torch.Tensor`, *optional*): the ridge of each expert that they were computed with, [E].
         removal_scale (`torch.Tensor`, *optional*): what these costs are to be multiplied by for an increase of the loss, [E]:
             the matrices have the router weight in both, and it is one factor of the output.
+        source_activation_sq_sum, source_gradient_sq_sum, source_fisher_sum (`torch.Tensor`, *optional*): of each of the S
+            sources of the text, if these are several, [E, S, I].
+        source_token_count, source_output_norm_sum (`torch.Tensor`, *optional*): likewise, [E, S].
     """
 
     activation_sq_sum: torch.Tensor
@@ -59,6 +65,11 @@ class BlockStatistics(TensorValue):
     removal_cost: torch.Tensor | None = None
     removal_ridge: torch.Tensor | None = None
     removal_scale: torch.Tensor | None = None
+    source_activation_sq_sum: torch.Tensor | None = None
+    source_gradient_sq_sum: torch.Tensor | None = None
+    source_fisher_sum: torch.Tensor | None = None
+    source_token_count: torch.Tensor | None = None
+    source_output_norm_sum: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         measured = "second order" if self.has_grams else "vectors"
@@ -99,7 +110,7 @@ class BlockStatistics(TensorValue):
     @property
     def sums(self) -> dict[str, torch.Tensor]:
         """What adds up over tokens, by name, as far as it was measured: not norms of weights, nor what sums gave."""
-        names = [part.name for part in fields(self) if part.name.endswith("_sum") or part.name == "token_count"]
+        names = [part.name for part in fields(self) if part.name.endswith(("_sum", "token_count"))]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def of_experts(self, experts: Sequence[int] | torch.Tensor) -> BlockStatistics:
@@ -170,6 +181,22 @@ class AtomicStatistics(TensorValue):
         return int(self.fingerprint["data"]["num_tokens"])
 
     @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources of the calibration text: `name`, `num_samples` and `num_tokens` of each."""
+        return self.fingerprint["data"].get("sources", [])
+
+    def by_source(self, path: str) -> list[BlockStatistics] | None:
+        """The vectors of one block on each of the sources alone, in their order; `None` if they were added up."""
+        block = self.blocks[path]
+        if block.source_token_count is None:
+            return [block] if len(self.sources) == 1 else None
+        sums = {name: getattr(block, f"source_{name}") for name in SUMMED_BY_SOURCE}
+        return [
+            BlockStatistics(weight_norm=block.weight_norm, **{name: part[:, number] for name, part in sums.items()})
+            for number in range(len(self.sources))
+        ]
+
+    @property
     def has_grams(self) -> bool:
         """Whether any block has second-order statistics."""
         return any(block.activation_gram_sum is not None for block in self.blocks.values())
@@ -225,7 +252,7 @@ class AtomicStatistics(TensorValue):
                 for block in metadata["blocks"]
             }
             statistics = cls(blocks, metadata["fingerprint"])
-            _ = statistics.num_tokens  # what every later stage reads
+            _ = statistics.num_tokens, [int(source["num_tokens"]) for source in statistics.sources]  # read later
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise HeaprError(f"statistics={str(path)!r}: is damaged ({reason_of(error)}); calibrate again") from error
         statistics.check(path)
@@ -241,17 +268,16 @@ class AtomicStatistics(TensorValue):
         for block_path, block in self.blocks.items():
             experts, width = (*block.activation_sq_sum.shape, 0, 0)[:2]
             for part in fields(BlockStatistics):
-                tensor = getattr(block, part.name)
-                if part.name in ("token_count", "output_norm_sum", "removal_ridge", "removal_scale"):
-                    expected = (experts,)
-                else:
-                    expected = (experts, width, width) if "_gram_" in part.name else (experts, width)
+                tensor, name = getattr(block, part.name), part.name.removeprefix("source_")
+                expected = (experts,) if name == part.name else (experts, len(self.sources))
+                if name not in ("token_count", "output_norm_sum", "removal_ridge", "removal_scale"):
+                    expected += (width, width) if "_gram_" in name else (width,)
                 if tensor is not None and tuple(tensor.shape) != expected:
                     raise HeaprError(
                         f"statistics={str(path)!r}: {block_path}.{part.name} has shape {tuple(tensor.shape)}, not "
                         f"{expected}; calibrate again"
                     )
-                values = tensor.diagonal(0, 1, 2) if tensor is not None and tensor.ndim == 3 else tensor
+                values = tensor.diagonal(0, 1, 2) if tensor is not None and "_gram_" in name else tensor
                 if values is not None and not np.isfinite(np.asarray(values)).all():
                     raise HeaprError(
                         f"statistics={str(path)!r}: {block_path}.{part.name} holds values that are not finite; calibrate again"

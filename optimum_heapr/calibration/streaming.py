@@ -29,7 +29,7 @@ from .cost import Cost, measured_cost
 from .layer_state import LayerProgress, LayerState
 from .loss import summed_token_loss
 from .processes import add_progress, check_same_run, start_processes
-from .runner import block_statistics, description_of_run, finished_statistics, mask_padding, what_is_not_finite
+from .runner import begin_micro_batch, block_statistics, description_of_run, finished_statistics, what_is_not_finite
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics
 from .tap import new_accumulators, switched_experts, tapped
@@ -112,7 +112,7 @@ def calibrate_streaming(
         interruption(enabled=True) as interrupted,
     ):
         schedule = _Schedule(streamed, {index: batches[index] for index in own}, store, state, interrupted)
-        schedule.gram, schedule.skip_nonfinite = gram, skip_nonfinite
+        schedule.gram, schedule.skip_nonfinite, schedule.sources = gram, skip_nonfinite, data.num_sources
         schedule.keep = (
             (lambda path, block: state.write_block(path, finish(path, block))) if alone else state.write_part
         )
@@ -158,7 +158,7 @@ class _Schedule:
         self.streamed, self.batches, self.store, self.state = streamed, batches, store, state
         self.interrupted = interrupted
         self.walk = LayerWalk(streamed, batches, store)
-        self.gram = self.skip_nonfinite = False
+        self.gram, self.skip_nonfinite, self.sources = False, False, 1
         self.keep: Callable[[str, BlockStatistics], None]
         self.done = LayerProgress()
 
@@ -260,10 +260,10 @@ class _Schedule:
     def _measure(self, number: int, layer: torch.nn.Module) -> tuple[list[int], dict[str, BlockStatistics]]:
         """Takes all micro-batches back through one layer."""
         blocks, bad = self.streamed.blocks_of(number), []
-        accumulators = new_accumulators(blocks, self.gram)
+        accumulators = new_accumulators(blocks, self.gram, self.sources)
         with tapped(blocks, accumulators):
             for index in self._counted():
-                mask_padding(blocks, accumulators, self.batches[index])
+                begin_micro_batch(blocks, accumulators, self.batches[index])
                 hidden = self.walk.hidden(number, index)
                 hidden.requires_grad_(number > self.streamed.first)
                 output = self.walk.call(number, layer, hidden, index)

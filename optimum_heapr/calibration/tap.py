@@ -118,17 +118,19 @@ def calibration_experts_forward(
     return output[inverse].view(-1, top_k, output.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-def new_accumulators(blocks: list[ExpertBlock], gram: bool = False) -> dict[str, BlockAccumulator]:
-    """Sums that are zero, by block path, each on the device of its block."""
+def new_accumulators(blocks: list[ExpertBlock], gram: bool = False, sources: int = 1) -> dict[str, BlockAccumulator]:
+    """Sums that are zero, by block path, each on the device of its block, of text of so many sources."""
     return {
-        block.path: BlockAccumulator(block.num_experts, block.width, block.device, block.module.down_proj.dtype, gram)
+        block.path: BlockAccumulator(
+            block.num_experts, block.width, block.device, block.module.down_proj.dtype, gram, sources
+        )
         for block in blocks
     }
 
 
 @contextmanager
 def calibration_tap(
-    model: torch.nn.Module, blocks: list[ExpertBlock], gram: bool = False
+    model: torch.nn.Module, blocks: list[ExpertBlock], gram: bool = False, sources: int = 1
 ) -> Iterator[dict[str, BlockAccumulator]]:
     """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
 
@@ -137,7 +139,7 @@ def calibration_tap(
     Raises:
         HeaprError: if the class of the model does not let its experts be switched.
     """
-    accumulators = new_accumulators(blocks, gram)
+    accumulators = new_accumulators(blocks, gram, sources)
     with switched_experts(model, blocks), tapped(blocks, accumulators):
         yield accumulators
 

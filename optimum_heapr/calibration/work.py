@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..experts import experts_per_token, find_expert_blocks, model_name
 from ..layerwise.decoder import Decoder
+from ..text.mixtures import parse_sources
 from ..utils.errors import HeaprError
 
 
@@ -51,7 +52,8 @@ class CalibrationWork:
         rest_bytes (`int`): weights outside of the layers: embeddings, norms, head.
         head (`int`): operations of a token with the head, forward.
         tokens, micro_batches (`int`): of all samples.
-        statistics_bytes (`int`): three float32 sums an atomic expert; a norm and a count (eight bytes) an expert.
+        statistics_bytes (`int`): three float32 sums an atomic expert; a norm and a count (eight bytes) an expert; of a mixture, for
+            each source and for all of them.
         matrix_bytes (`int`): two float32 matrices an expert, where `obs` or compensation within experts asks for them.
     """
 
@@ -94,7 +96,8 @@ class CalibrationWork:
                     attention=_attention(model, index, config.seq_length),
                 )
             )
-        head = model.get_output_embeddings()
+        head, sources = model.get_output_embeddings(), len(parse_sources(config.dataset or "text"))
+        copies = 1 if sources == 1 else sources + 1
         total = sum(part.numel() * part.element_size() for part in model.parameters())
         return cls(
             layers=layers,
@@ -102,7 +105,7 @@ class CalibrationWork:
             head=0 if head is None else 2 * head.weight.numel(),
             tokens=config.num_samples * config.seq_length,
             micro_batches=-(-config.num_samples // config.batch_size),
-            statistics_bytes=sum(block.num_experts * (3 * 4 * block.width + 4 + 8) for block in blocks),
+            statistics_bytes=copies * sum(block.num_experts * (3 * 4 * block.width + 4 + 8) for block in blocks),
             matrix_bytes=sum(block.num_experts * 2 * 4 * block.width**2 for block in blocks),
         )
 

@@ -13,7 +13,7 @@ from ..planning.alignment import effective_multiple
 from ..planning.size import planned_sizes
 from ..report.markdown import summary, title
 from ..report.numbers import change, count, signed, size
-from ..report.tables import report_tables
+from ..report.tables import report_tables, sources_text
 from .lines import (
     compensation_lines,
     rectangle_lines,
@@ -82,6 +82,7 @@ def plan_table(plan: PruningPlan) -> str:
             *rounding_lines(plan, multiple),
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
+            *([sources_text(plan.sources)] if plan.sources else []),
             *search_lines(plan),
             *rectangle_lines(plan),
             *compensation_lines(plan),

@@ -15,6 +15,7 @@ from .magnitude import Magnitude
 from .obs import Obs
 from .random import Random
 from .reap import Reap
+from .sources import worst_of_sources
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def importance(
-    statistics: AtomicStatistics, criterion: str = "heapr", seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+    statistics: AtomicStatistics,
+    criterion: str = "heapr",
+    seed: int = 0,
+    reduction: str = "mean",
+    ridge: float = 0.01,
+    over_sources: str = "mean",
 ) -> dict[str, torch.Tensor]:
     """Importance of each atomic expert by block, [E, I]; higher is kept.
 
@@ -42,17 +48,26 @@ def importance(
         seed (`int`): of what is random.
         reduction (`str`): `mean` over the tokens of an expert, or `total` over all tokens.
         ridge (`float`): least regularization of what inverts a matrix.
+        over_sources (`str`): `mean` over all of the text, or `max`, the score on the source that has the highest.
 
     Raises:
         HeaprError: if there is no such criterion, or it needs statistics that were not measured.
     """
     chosen = _chosen(criterion, seed, reduction, ridge)
-    scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
+    if over_sources == "max":
+        scores = {path: worst_of_sources(chosen, path, statistics) for path in statistics.blocks}
+    else:
+        scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
     return ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
 
 
 def expert_importance(
-    statistics: AtomicStatistics, criterion: str = "heapr", seed: int = 0, reduction: str = "mean", ridge: float = 0.01
+    statistics: AtomicStatistics,
+    criterion: str = "heapr",
+    seed: int = 0,
+    reduction: str = "mean",
+    ridge: float = 0.01,
+    over_sources: str = "mean",
 ) -> dict[str, torch.Tensor]:
     """Importance of whole experts by block, [E] in float64: that of their atomic experts, over all of their tokens.
 
@@ -62,6 +77,8 @@ def expert_importance(
         HeaprError: as there.
     """
     chosen = _chosen(criterion, seed, reduction, ridge)
+    if over_sources == "max":
+        return {path: worst_of_sources(chosen, path, statistics, experts=True).double() for path in statistics.blocks}
     return {path: chosen.expert_score(path, block).double() for path, block in statistics.blocks.items()}
 
 

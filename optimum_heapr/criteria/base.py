@@ -25,10 +25,12 @@ class Criterion(ABC):
     Attributes:
         name (`str`): how users call it.
         needs_tokens (`bool`): whether the score of an expert that no token reached is unknown.
+        has_reduction (`bool`): whether the reduction makes a difference.
     """
 
     name: ClassVar[str]
     needs_tokens: ClassVar[bool] = True
+    has_reduction: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0, reduction: str = "mean", ridge: float = 0.01):
         self.seed, self.reduction, self.ridge = seed, reduction, ridge
@@ -44,7 +46,10 @@ class Criterion(ABC):
         return score * block.token_count if self.needs_tokens else score
 
     def reduced(self, mean: torch.Tensor, block: BlockStatistics) -> torch.Tensor:
-        """A cost for each routed token, [E, I], as it is or, for `reduction="total"`, times the expert's tokens."""
+        """A cost for each routed token, [E, I], as it is or, for `reduction="total"`, times the expert's tokens.
+
+        Those that use it set `has_reduction`.
+        """
         return mean * block.token_count.unsqueeze(1) if self.reduction == "total" else mean
 
 

@@ -21,6 +21,7 @@ class Fisher(Criterion):
     """
 
     name = "fisher"
+    has_reduction = True
 
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
         return self.reduced(0.5 * block.mean("fisher_sum"), block)

@@ -22,6 +22,7 @@ class Heapr(Criterion):
     """
 
     name = "heapr"
+    has_reduction = True
 
     def score(self, path: str, block: BlockStatistics) -> torch.Tensor:
         # In float64: the product of two small means would underflow in float32 and become a tie.

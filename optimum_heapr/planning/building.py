@@ -10,7 +10,7 @@ from ..criteria.obs import store_removal_curves
 from .allocation import allocate
 from .distribution import importance_distribution
 from .dropping import dropped_experts
-from .estimate import estimated_loss_increase
+from .estimate import estimated_loss_increase, increase_by_source
 from .goal import Goal
 from .plan import PruningPlan
 
@@ -25,7 +25,8 @@ def build_plan(statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan
     goal = Goal.of(config, statistics)
     if config.criterion == "obs":
         store_removal_curves(statistics, config.ridge)  # scores, estimate and the next plan are look-ups then
-    scores = importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
+    options = (config.criterion, config.seed, config.reduction, config.ridge, config.reduction_over_sources)
+    scores = importance(statistics, *options)
     dropped = dropped_experts(statistics, config)
     kept = allocate(scores, config, statistics.unreached, goal, dropped)
     return PruningPlan(
@@ -43,4 +44,5 @@ def build_plan(statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan
         storage=statistics.fingerprint.get("storage", {}),
         importance=importance_distribution(scores, kept),
         dropped=dropped,
+        sources=increase_by_source(statistics, kept),
     )

@@ -30,7 +30,9 @@ def check_document(document: dict[str, Any]) -> None:
     check_parts(document["loss_increase"], dict.fromkeys(document["blocks"], (float, int)))
     check_parts(document["original_width"], dict.fromkeys(document["blocks"], int))
     check_parts(document, {name: dict for name in NEWER if name in document})
-    check_parts(document, {"rectangles": list} if "rectangles" in document else {})
+    check_parts(document, {name: list for name in ("rectangles", "sources") if name in document})
+    for source in document.get("sources", []):
+        check_parts(source, {"name": str, "increase": (float, int)})
 
 
 def check_dropped(dropped: dict[str, list[int]], kept: dict[str, list[torch.Tensor]], storage: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def dropped_experts(
         return {}
     groups = routing["groups"]
     if scores is None:
-        scores = expert_importance(statistics, config.criterion, config.seed, config.reduction, config.ridge)
+        options = (config.criterion, config.seed, config.reduction, config.ridge, config.reduction_over_sources)
+        scores = expert_importance(statistics, *options)
     dropped = {}
     for path, score in scores.items():
         # Of equal ones the lower index stays.

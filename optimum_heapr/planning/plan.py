@@ -53,6 +53,8 @@ class PruningPlan(TensorValue):
             keep nothing; an expert that keeps nothing and is not among them stays in the router, and gives nothing.
         rectangles (`list[dict]`): for `num_experts="auto"`, what it was chosen from: `experts` of a layer, their `width`, and the
             estimated `increase` of the loss, nats a token.
+        sources (`list[dict]`): of a mixture, what each source loses: its `name`, and the estimated `increase` of the loss without
+            compensation, nats a token.
     """
 
     kept: dict[str, list[torch.Tensor]]
@@ -70,6 +72,7 @@ class PruningPlan(TensorValue):
     search: list[dict[str, float]] = field(default_factory=list)
     dropped: dict[str, list[int]] = field(default_factory=dict)
     rectangles: list[dict[str, float]] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         widths = [width for experts in self.routed_widths.values() for width in experts]
@@ -177,6 +180,7 @@ class PruningPlan(TensorValue):
             "unreached": self.unreached,
             "search": self.search,
             "rectangles": self.rectangles,
+            "sources": self.sources,
             **{name: getattr(self, name) for name in NEWER},
         }
         write_artefact(path, FORMAT, tensors, document)
@@ -216,6 +220,7 @@ class PruningPlan(TensorValue):
                 unreached=document["unreached"],
                 search=document.get("search", []),
                 rectangles=document.get("rectangles", []),
+                sources=document.get("sources", []),
                 **{name: document.get(name, {}) for name in NEWER},
             )
             plan.check()

@@ -38,7 +38,7 @@ def build_report(
     Returns:
         `dict`: plain JSON types. `removed` counts atomic experts, `blocks` has what happened to each layer, `size`, `loss`,
         `speed` and `samples` compare before and after; of what was not measured there is nothing, and `problems` says
-        why if it went wrong. `left_out`, which is among them, is what the checkpoint had and the result has not.
+        why if it went wrong. Under `loss`, `by_source` is what each source of a mixture is estimated to lose. `left_out`, which is among them, is what the checkpoint had and the result has not.
     """
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -56,7 +56,10 @@ def build_report(
         "blocks": [_block(plan, path) for path in plan.kept],
         "importance": plan.importance,
         **({"rectangles": plan.rectangles} if plan.rectangles else {}),
-        "loss": {"estimated_increase": plan.estimated_loss_increase},
+        "loss": {
+            "estimated_increase": plan.estimated_loss_increase,
+            **({"by_source": plan.sources} if plan.sources else {}),
+        },
     }
     if before is None or after is None:
         return report
@@ -85,7 +88,7 @@ def build_report(
 def without_measurements(report: dict[str, Any], reason: str) -> dict[str, Any]:
     """A report of a model that has changed since it was measured: what was measured of it goes, and the reason is given."""
     kept = {name: value for name, value in report.items() if name not in ("speed", "samples")}
-    loss = {"estimated_increase": report["loss"]["estimated_increase"]}
+    loss = {name: report["loss"][name] for name in ("estimated_increase", "by_source") if name in report["loss"]}
     return {**kept, "loss": loss, "problems": [*report.get("problems", []), reason]}
 
 

@@ -106,6 +106,8 @@ def layers(report: dict[str, Any]) -> Table:
     notes = [
         f"Estimated increase of the loss: {loss['estimated_increase']:.4f} nats a token, second order, layers added up."
     ]
+    if "by_source" in loss:
+        notes.append(sources_text(loss["by_source"]))
     if "measured" in loss:
         increase, error = loss["measured"]["increase"], loss["measured"]["increase_standard_error"]
         notes.append(f"Measured increase: {signed(increase)} ± {error:.4f} on {measured_on(report)}.")
@@ -117,6 +119,17 @@ def layers(report: dict[str, Any]) -> Table:
             "Experts that went from the router are in the report file by their numbers; tokens go to the others."
         )
     return Table("What was removed where", header, rows, notes)
+
+
+def sources_text(sources: list[dict[str, Any]]) -> str:
+    """What each source of the text is estimated to lose, and which loses most.
+
+    Args:
+        sources (`list[dict]`): of a plan.
+    """
+    parts = ", ".join(f"{source['name']} {signed(source['increase'])}" for source in sources)
+    worst = max(sources, key=lambda source: source["increase"])
+    return f"Estimated by source, without compensation: {parts} nats a token; {worst['name']} loses most."
 
 
 def importance(report: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.public import public_name
 from .documents import token_rows, tokenized_documents, usable_columns
-from .mixtures import parse_sources, shares_of
+from .mixtures import Source, parse_sources, shares_of
 from .sources import SHUFFLE_BUFFER, open_source
 
 
@@ -68,24 +68,48 @@ class CalibrationData:
 
     def _shares(self) -> list[dict[str, Any]]:
         """Samples and tokens of each source, in the order of their names."""
-        origins = self.origins or [self.source] * len(self.samples)
-        lengths: dict[str, list[int]] = {name: [] for name in origins}
-        for sample, name in zip(self.samples, origins):
-            lengths[name].append(len(sample))
         return [
-            {"name": public_name(name), "num_samples": len(lengths[name]), "num_tokens": sum(lengths[name])}
-            for name in sorted(lengths)
+            {
+                "name": public_name(name),
+                "num_samples": len(indices),
+                "num_tokens": sum(len(self.samples[index]) for index in indices),
+            }
+            for name, indices in self._by_source().items()
         ]
 
+    @property
+    def num_sources(self) -> int:
+        """Sources that the samples are of."""
+        return len(self._by_source())
+
+    def source_of(self, index: int) -> int:
+        """Number of the source that a sample is of, in the order of their names."""
+        return next(number for number, indices in enumerate(self._by_source().values()) if index in indices)
+
+    def _by_source(self) -> dict[str, list[int]]:
+        """Indices of the samples of each source, in the order of their names."""
+        origins = self.origins or [self.source] * len(self.samples)
+        indices: dict[str, list[int]] = {name: [] for name in sorted(set(origins))}
+        for index, name in enumerate(origins):
+            indices[name].append(index)
+        return indices
+
     def micro_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of `input_ids` and `attention_mask` [samples, tokens], padded on the right, and `sample_index`."""
-        for start in range(0, len(self.samples), batch_size):
-            rows = self.samples[start : start + batch_size]
+        """Batches of `input_ids` and `attention_mask` [samples, tokens], padded on the right, `sample_index`, and the number of
+        the `source` that all samples of a batch are of; in the order of their first samples."""
+        batches = [
+            (indices[start : start + batch_size], number)
+            for number, indices in enumerate(self._by_source().values())
+            for start in range(0, len(indices), batch_size)
+        ]
+        for indices, number in sorted(batches):
+            rows = [self.samples[index] for index in indices]
             lengths = torch.tensor([len(row) for row in rows])
             yield {
                 "input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
                 "attention_mask": (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long(),
-                "sample_index": torch.arange(start, start + len(rows)),
+                "sample_index": torch.tensor(indices),
+                "source": torch.tensor(number),
             }
 
 
@@ -131,7 +155,7 @@ def load_calibration_data(
             )
         samples, held_out = _samples(part(dataset, name), name, config.num_samples, config, tokenizer)
         return CalibrationData(samples, name, config.seed, config.seq_length, [], *_parted(held_out, config))
-    sources = parse_sources(dataset)
+    sources = _sources(config, dataset)
     samples, origins, held_out = [], [], []
     for source, count in zip(sources, shares_of(sources, config.num_samples)):
         rows = open_source(source, config.dataset_config, config.split, config.dataset_streaming)
@@ -143,6 +167,21 @@ def load_calibration_data(
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed)).tolist()
         samples, origins = [samples[index] for index in order], [origins[index] for index in order]
     return CalibrationData(samples, str(dataset), config.seed, config.seq_length, origins, *_parted(held_out, config))
+
+
+def _sources(config: HeaprConfig, dataset: str | os.PathLike) -> list[Source]:
+    """The parts of a mixture, or the one source.
+
+    Raises:
+        HeaprError: if the name cannot be read, or the worst of several sources is asked for and there is one.
+    """
+    sources = parse_sources(dataset)
+    if config.reduction_over_sources == "max" and len(sources) == 1:
+        raise HeaprError(
+            f"reduction_over_sources='max': dataset={os.fspath(dataset)!r} is one source; name a mixture, a.jsonl:0.5,b.jsonl:0.5, or "
+            "leave it out"
+        )
+    return sources
 
 
 def _parted(held_out: list[torch.Tensor], config: HeaprConfig) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -157,7 +196,7 @@ def check_calibration_text(config: HeaprConfig) -> None:
         HeaprError: if it is missing or empty, or has no column to read.
     """
     check_named(config.dataset)
-    for source in parse_sources(config.dataset):
+    for source in _sources(config, config.dataset):
         rows = open_source(source, config.dataset_config, config.split, config.dataset_streaming)
         usable_columns(rows, source.label, config.text_column)
 

@@ -46,7 +46,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, the tokenizer and texts")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="samples of a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak (default: %(default)s)")

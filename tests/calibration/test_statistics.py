@@ -19,7 +19,9 @@ from tests.helpers import calibration_data, random_statistics, tiny_model
 
 
 PARTS = [
-    part.name for part in fields(BlockStatistics) if not part.name.endswith("gram_sum") and "removal" not in part.name
+    part.name
+    for part in fields(BlockStatistics)
+    if not part.name.endswith("gram_sum") and not part.name.startswith(("removal", "source"))
 ]
 SECOND = "model.layers.1.mlp.experts"
 
@@ -207,14 +209,14 @@ def test_tensors_whose_shapes_do_not_fit_together_are_refused(saved, name):
 
 def with_matrices():
     """Random statistics with second-order ones, and with what `obs` makes of them."""
-    statistics = random_statistics()
+    statistics = random_statistics(sources=3)
     for block in statistics.blocks.values():
         block.activation_gram_sum = torch.diag_embed(block.activation_sq_sum)
         block.gradient_gram_sum = torch.diag_embed(block.gradient_sq_sum)
     return statistics
 
 
-INTEGERS = ("token_count", "removal_order")
+INTEGERS = ("token_count", "removal_order", "source_token_count")
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

@@ -180,7 +180,7 @@ def poison_embedding(folder):
 
 def poison_gradients(monkeypatch, layer):
     """The gradients of one layer are not finite where a micro-batch has the token 7."""
-    batch_now, look, begin = [], streaming.what_is_not_finite, streaming.mask_padding
+    batch_now, look, begin = [], streaming.what_is_not_finite, streaming.begin_micro_batch
 
     def begun(blocks, accumulators, batch):
         batch_now[:] = [batch]
@@ -190,7 +190,7 @@ def poison_gradients(monkeypatch, layer):
         bad = (batch_now[0]["input_ids"] == 7).any() and any(path.startswith(layer) for path in accumulators)
         return "gradients" if bad else look(accumulators)
 
-    monkeypatch.setattr(streaming, "mask_padding", begun)
+    monkeypatch.setattr(streaming, "begin_micro_batch", begun)
     monkeypatch.setattr(streaming, "what_is_not_finite", poisoned)
 
 

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0
 """The formulas of what a calibration takes against counted operations and bytes, and the documentation against them."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader
@@ -99,6 +101,13 @@ def test_bytes_are_those_there_are(small, tmp_path):
     assert run.matrix_bytes + run.statistics_bytes == sum(
         t.nbytes for block in both.values() for t in block.sums.values()
     )
+
+
+def test_of_a_mixture_vectors_are_there_for_each_source(small):
+    model, data, _ = small
+    run = CalibrationWork.of(model, HeaprConfig(dataset="a,b", num_samples=3, seq_length=24))
+    vectors = calibrate(model, dataclasses.replace(data, origins=["a", "b", "a"])).blocks
+    assert run.statistics_bytes == sum(t.nbytes for block in vectors.values() for t in block.sums.values())
 
 
 def test_offloaded_layers_are_read_twice_a_micro_batch(small, tmp_path, monkeypatch):

@@ -11,4 +11,5 @@ test_snippets_run = pages_run(
     "recipes/qwen1.5-moe-a2.7b-chat/README.md",
     "recipes/qwen2-57b-a14b/README.md",
     "recipes/qwen3-30b-a3b/README.md",
+    "recipes/stdlib-moe/README.md",
 )
