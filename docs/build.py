@@ -64,7 +64,11 @@ def main() -> int:
         if args.update_families:
             update_families()
         return 0
-    missing = [name for name in ("sphinx", "myst_parser", "furo", "latex2mathml") if find_spec(name) is None]
+    missing = [
+        name
+        for name in ("sphinx", "myst_parser", "sphinx_copybutton", "furo", "latex2mathml")
+        if find_spec(name) is None
+    ]
     if missing:
         sys.exit(f"{', '.join(missing)}: not installed; run: python -m pip install -c constraints.txt -e '.[docs]'")
     status = build(args.output)

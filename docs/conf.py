@@ -18,7 +18,7 @@ from reference import page_as_myst  # noqa: E402
 logger = logging.getLogger(__name__)
 
 project = "optimum-heapr"
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nitpicky = True  # a reference that leads nowhere is a warning, and docs/build.py makes warnings errors
@@ -34,6 +34,7 @@ html_math_renderer = "mathml"
 python_maximum_signature_line_length = 88
 html_css_files = ["site.css"]
 html_static_path = ["static"]
+copybutton_selector = "div:not(.highlight-text) > div.highlight pre"  # output is not to be copied
 
 CONTENTS = yaml.safe_load((DOCS / "source" / "_toctree.yml").read_text(encoding="utf-8"))
 

@@ -37,7 +37,7 @@ def build(docs: Path, output: Path) -> subprocess.CompletedProcess:
 
 
 def needs_sphinx() -> None:
-    for name in ("sphinx", "myst_parser", "furo", "latex2mathml"):
+    for name in ("sphinx", "myst_parser", "sphinx_copybutton", "furo", "latex2mathml"):
         pytest.importorskip(name, reason="needs the extra docs: python -m pip install -e '.[docs]'")
 
 

@@ -97,7 +97,7 @@ def importance_histogram(report: dict[str, Any]) -> str:
     def x_of(value: float) -> float:
         return LEFT + (place(value) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
-    most = _axis(canvas, top, bottom, most, _short)
+    most = axis(canvas, top, bottom, most, _short)
     hatched = canvas.hatching(LIGHT)
     for index, (kept, removed) in enumerate(zip(found["kept"], found["removed"])):
         x, cut = LEFT + index * step, bottom - height * removed / most
@@ -198,7 +198,7 @@ def _columns(
     step = (WIDTH - LEFT - RIGHT) / len(names)
     width = min(step * 0.72 / len(series), 60)
     fills = [DARK] if len(series) == 1 else [canvas.hatching(LIGHT), DARK]
-    most = _axis(canvas, top, bottom, most, write)
+    most = axis(canvas, top, bottom, most, write)
     for index in range(len(names)):
         middle = LEFT + (index + 0.5) * step
         for place, (_, values) in enumerate(series):
@@ -225,7 +225,7 @@ def _columns(
     return canvas.text()
 
 
-def _axis(canvas: Canvas, top: float, bottom: float, most: float, write: Callable[[float], str]) -> float:
+def axis(canvas: Canvas, top: float, bottom: float, most: float, write: Callable[[float], str]) -> float:
     """Lines at round values from 0 up; returns the value of the uppermost, which is `most` or a little more."""
     power = 10 ** math.floor(math.log10(most / 5))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= most * 0.999)

@@ -56,6 +56,7 @@ def build_report(
         "blocks": [_block(plan, path) for path in plan.kept],
         "importance": plan.importance,
         **({"rectangles": plan.rectangles} if plan.rectangles else {}),
+        **({"search": plan.search} if plan.search else {}),
         "loss": {
             "estimated_increase": plan.estimated_loss_increase,
             **({"by_source": plan.sources} if plan.sources else {}),

@@ -154,13 +154,22 @@ def _see_completions(seen: Observation, model: PreTrainedModel, workload: Worklo
 
 
 def _beginning(window: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The first tokens of a window, from the first line or text on that begins in it: it may begin inside a word."""
-    first = 0
-    for index, token in enumerate(window[: len(window) // 3].tolist()):
-        if token in tokenizer.all_special_ids or "\n" in tokenizer.decode([token]):
-            first = index + 1
-            break
-    return window[first : first + min(PROMPT_TOKENS, len(window) // 2)]
+    """What to go on from: the beginning of a text that begins in the window, or else of a line, or what the window begins with.
+
+    A window may begin inside a word, and joins texts: no prompt goes on from one into the next.
+    """
+    special, ids = set(tokenizer.all_special_ids), window.tolist()
+    length = min(PROMPT_TOKENS, len(ids) // 2)
+    texts = [at + 1 for at, token in enumerate(ids[: len(ids) - length]) if token in special]
+    lines = [at + 1 for at, token in enumerate(ids[: len(ids) // 3]) if "\n" in tokenizer.decode([token])]
+    longest = torch.empty(0, dtype=window.dtype)
+    for first in [*texts, *lines, 0]:
+        end = next((at for at, token in enumerate(ids[first:], first) if token in special), len(ids))
+        piece = window[first : min(end, first + length)]
+        if len(piece) == length:
+            return piece
+        longest = max(longest, piece, key=len)
+    return longest
 
 
 def needs_text(config: HeaprConfig, measures: bool) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 from . import charts
 from .markdown import summary, title
 from .numbers import change, count, signed, size
-from .tables import Table, comparison, compensation, coverage, importance, layers, measured_on, reconstruction
+from .search_chart import search_chart
+from .tables import Table, comparison, compensation, coverage, importance, layers, measured_on, reconstruction, search
 
 
 def report_html(report: dict[str, Any]) -> str:
@@ -23,6 +24,10 @@ def report_html(report: dict[str, Any]) -> str:
         f"<header><h1>{escape(title(report))}</h1><p>{_inline(summary(report))}</p></header>",
         _tiles(report),
         _section(comparison(report)),
+        _section(
+            search(report),
+            _figure(search_chart(report), "What was measured, with one standard error; the cross is what was taken."),
+        ),
         _section(
             layers(report),
             _figure(
@@ -113,7 +118,7 @@ def _figure(chart: str, caption: str, kind: str = "") -> str:
     if not chart:
         return ""
     readout = "<output aria-live='polite'></output>" if kind else ""
-    return f"<figure class='{kind}'>{chart}<figcaption>{escape(caption)} {readout}</figcaption></figure>"
+    return f"<figure class='{kind}'><div class='wide'>{chart}</div><figcaption>{escape(caption)} {readout}</figcaption></figure>"
 
 
 def _samples(report: dict[str, Any]) -> str:

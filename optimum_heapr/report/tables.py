@@ -29,7 +29,14 @@ class Table:
 
 def report_tables(report: dict[str, Any]) -> list[Table]:
     """All tables of a report; those without content are left out."""
-    made = [comparison(report), layers(report), importance(report), coverage(report), compensation(report)]
+    made = [
+        comparison(report),
+        search(report),
+        layers(report),
+        importance(report),
+        coverage(report),
+        compensation(report),
+    ]
     made.append(reconstruction(report))
     return [table for table in made if table.rows]
 
@@ -88,6 +95,20 @@ def measured_on(report: dict[str, Any]) -> str:
     """What the loss was measured on, in words."""
     measured = report["loss"]["measured"]
     return measured["source"] + (" that calibration did not see" if measured["held_out"] else "")
+
+
+def search(report: dict[str, Any]) -> Table:
+    """What was measured to find out how much can go."""
+    rows = [
+        [f"{point['ratio']:.2%}", signed(point["increase"]), f"{point['error']:.4f}"]
+        + ["taken" if point["ratio"] == report["removed"]["ratio"] else ""]
+        for point in report.get("search", [])
+    ]
+    bound = report["config"].get("max_loss_increase")
+    notes = [
+        f"Allowed are {bound} nats a token, the standard error included, on text that neither calibration nor the report sees."
+    ]
+    return Table("How much to cut", ["removed", "loss +", "± s.e.", ""], rows, notes if rows else [])
 
 
 def layers(report: dict[str, Any]) -> Table:

@@ -78,6 +78,22 @@ def test_completions_are_greedy():
     assert len(pruner.report["samples"]) == 3 and sample["before"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["tail", "A second text that is long enough."], "A second text"),  # where a text begins
+        (["no\nline begins after the first of it, and then it goes on and on"], "line begins"),
+        (["in the middle of the one that there is and no more than that"], "in the middle"),
+        (["tail of one that goes on until here", "end"], "tail of one"),  # not into the next
+    ],
+)
+def test_a_prompt_is_of_one_text(texts, expected):
+    tokenizer = tiny_tokenizer()
+    joined = "<|end|>".join(texts) + "<|end|>"
+    prompt = tokenizer.decode(observation._beginning(torch.tensor(tokenizer(joined)["input_ids"]), tokenizer))
+    assert prompt.startswith(expected) and "<|end|>" not in prompt and len(prompt) > 8
+
+
 def test_speed_is_measured():
     speed = measured_pruner().report["speed"]
     for side in ("before", "after"):

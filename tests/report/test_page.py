@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from importlib.resources import files
 
 import pytest
 
@@ -15,6 +16,8 @@ from optimum_heapr import HeaprError
 from optimum_heapr.report.files import read_report, write_report
 from optimum_heapr.report.markdown import report_markdown
 from optimum_heapr.report.page import report_html
+from optimum_heapr.report.search_chart import search_chart
+from optimum_heapr.report.svg import DARK, FAINT, GRID, INK
 from tests.report.reports import large_report, measured_pruner
 
 
@@ -99,6 +102,37 @@ def test_the_page_needs_nothing_beside_it():
     assert {address for address in addresses if not address.startswith(("data:", "#"))} == set()
     assert not re.search(r"@import|fetch\(|XMLHttpRequest|<link rel='stylesheet'", page)
     assert set(re.findall(r"https?://[^'\"\s<]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+
+
+def test_charts_turn_dark_with_the_page():
+    """What lies on the paper has a rule of its own for it: it is drawn in colours, which do not know of the page."""
+    style = files("optimum_heapr.report").joinpath("page.css").read_text(encoding="utf-8")
+    dark = style.partition("prefers-color-scheme: dark")[2].partition("@media print")[0]
+    for colour in (FAINT, GRID, INK, DARK):
+        assert f'"{colour}"' in dark, colour
+    page = report_html(measured_pruner().report)
+    assert page.count("<svg") == page.count("<div class='wide'><svg"), (
+        "each may be wider than a telephone, and scrolls"
+    )
+
+
+def test_the_page_and_the_markdown_show_what_was_searched():
+    report = copy.deepcopy(measured_pruner().report)
+    assert "How much to cut" not in report_html(report)
+    report["config"] = {**report["config"], "max_loss_increase": 0.1}
+    report["search"] = [
+        {"ratio": 0.6, "increase": 0.3, "error": 0.02},
+        {"ratio": report["removed"]["ratio"], "increase": 0.08, "error": 0.01},
+        {"ratio": 0.2, "increase": -0.001, "error": 0.01},
+    ]
+    page = report_html(report)
+    for shown in (" ".join(Elements(page).text), report_markdown(report)):
+        assert "How much to cut" in shown and "Allowed are 0.1 nats" in shown and "+0.3000" in shown
+    chart = search_chart(report)
+    assert chart in page and "allowed: 0.1" in chart and chart.count("taken: ") == 1
+    rings = next(part for part in re.findall(r"<path d='([^']+)'", chart) if "a4.5" in part)
+    heights = [float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)a4.5", rings)]
+    assert heights[0] < heights[1] < heights[2], "a greater loss is further up"
 
 
 def test_nothing_that_is_shown_is_run():
