@@ -28,7 +28,8 @@ from optimum_heapr.criteria import importance
 
 
 OVER_BLOCKS = {"compensate": True, "compensation_scope": "block", "batch_size": 8}
-TRAINED = {**OVER_BLOCKS, "reconstruction_steps": 600}
+TRAINED = {**OVER_BLOCKS, "reconstruction_steps": 200}
+RECTANGLE = {"criterion": "obs", "layout": "uniform", "num_experts": "auto"}
 
 # By name, options of HeaprConfig. `drop` takes the lowest-ranked experts out of the router too, as REAP does;
 # `llmcompressor` leaves the whole job to that package.
@@ -62,7 +63,8 @@ METHODS: dict[str, dict] = {
     "OBS + comp., uniform": {"criterion": "obs", "allocation": "uniform", "compensate": True},
     "OBS + block comp., uniform": {"criterion": "obs", "allocation": "uniform", **OVER_BLOCKS},
     "OBS + block comp. + reconstruction, uniform": {"criterion": "obs", "allocation": "uniform", **TRAINED},
-    "OBS + block comp., rectangle": {"criterion": "obs", "layout": "uniform", "num_experts": "auto", **OVER_BLOCKS},
+    "OBS + block comp., rectangle": {**RECTANGLE, **OVER_BLOCKS},
+    "OBS + block comp. + reconstruction, rectangle": {**RECTANGLE, **TRAINED},
 }
 PLOTTED = (
     "random",
@@ -157,6 +159,9 @@ def plot(results: Results, path: Path) -> None:
 def main() -> None:
     parser = argument_parser(__doc__, "quality", statistics=True, resume=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="defaults to all that can run")
+    parser.add_argument(
+        "--num-experts", type=int, metavar="N", help="of the rectangles, where it is known which is best; by default auto"
+    )
     parser.add_argument("--llmcompressor-python", metavar="PATH", help="Python of an environment with llm-compressor")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device-map", default=None)
@@ -169,9 +174,9 @@ def main() -> None:
         raise SystemExit("--methods: REAP of llm-compressor needs --llmcompressor-python")
 
     model, tokenizer = load(args, dtype=args.dtype, device_map=args.device_map)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     statistics = load_or_measure(args, model, tokenizer)
-    calibration_seconds = time.perf_counter() - start
+    calibration = time.perf_counter() - start[0], time.process_time() - start[1]
     evaluation = Evaluation.of(args, model, tokenizer)
     for name, losses in evaluation.base.items():
         print(
@@ -183,7 +188,8 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seq_length": args.seq_length,
         "calibration": statistics.fingerprint,
-        "calibration_seconds": calibration_seconds,
+        "calibration_seconds": calibration[0],
+        "calibration_cpu_seconds": calibration[1],
     }
     results = Results(args.output, about, list(METHODS))
     if args.resume:
@@ -197,17 +203,21 @@ def main() -> None:
     for method, ratio in itertools.product(methods, args.ratios):
         if results.has(method, ratio):
             continue
-        start = time.perf_counter()
-        pruned, estimate, versions = pruned_model(model, statistics, data, METHODS[method], ratio, by_llmcompressor)
-        seconds = time.perf_counter() - start
+        options = dict(METHODS[method])
+        if args.num_experts and "num_experts" in options:
+            options["num_experts"] = args.num_experts
+        start = time.perf_counter(), time.process_time()
+        pruned, estimate, versions = pruned_model(model, statistics, data, options, ratio, by_llmcompressor)
+        seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
         results.add(
             method=method,
             ratio=ratio,
-            options=METHODS[method],
+            options=options,
             parameters=sum(parameter.numel() for parameter in pruned.parameters()),
             **evaluation.measure(pruned),
             estimated_increase=estimate,
             seconds=seconds,
+            cpu_seconds=cpu_seconds,
             versions=versions,
         )
     if args.plot:

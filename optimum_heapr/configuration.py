@@ -69,7 +69,7 @@ class HeaprConfig(Options):
             tokens reached get more.
         reconstruction_steps (`int`, *optional*, defaults to 0):
             Steps that what stays of each block is trained for, after compensation over it, on the output of the unpruned
-            block; held-out tokens decide whether that is kept. Needs `compensation_scope="block"`.
+            block; held-out tokens decide how much of that is kept. Needs `compensation_scope="block"`.
         reconstruction_learning_rate (`float`, *optional*, defaults to 0.015):
             Its highest learning rate, in units of the root mean square of each weight.
         allocation (`str`, *optional*, defaults to `"global"`):

@@ -11,8 +11,8 @@ included, from the fit on, to
 the pruned model: for what the pruned layers below make of it. So a layer makes up for what was lost below it, too. The
 router stays as it is, and where it sends a token is known before a block is trained.
 
-A part of the tokens is held out of the fit and of training, and decides for each block whether what was trained is kept; if not,
-the block is as it is without: fitted to all tokens.
+A part of the tokens is held out of the fit and of training, and decides for each block how far it goes from what was fitted to what
+was trained; if not at all, the block is as it is without: fitted to all tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ TOKENS_AT_ONCE = 2048
 WARM_UP = 20
 """Steps until the learning rate is reached; from there on it falls to zero in a straight line."""
 BETAS = (0.9, 0.95)
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""How much of the way from what was fitted to what was trained may be kept."""
 STRETCHES, HELD_OUT = 64, 8
 """The text is cut into so many stretches, and every so manieth is held out."""
 
@@ -77,7 +79,7 @@ def reconstruct_block(
     target: torch.Tensor,
     config: HeaprConfig,
 ) -> tuple[FittedBlock, dict[str, float | str | None]]:
-    """Trains what stays of a block, and keeps that if it is better on held-out tokens.
+    """Trains what stays of a block, and keeps as much of that as is best on held-out tokens.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
@@ -90,8 +92,8 @@ def reconstruct_block(
     Returns:
         `tuple[FittedBlock, dict]`: what the block becomes, and what that rests on: squared errors of its output on held-out
         tokens, relative to the squared output, after plain removal (`removed`), fitted (`fitted`) and trained (`trained`),
-        and which of the last two was kept (`kept`). An error that is not finite is `None`. The dictionary is empty if there
-        was nothing to train.
+        on which share of the way from the one to the other the last is (`share`), and which of the two was kept (`kept`). An
+        error that is not finite is `None`, and its share, too. The dictionary is empty if there was nothing to train.
     """
     place = torch.arange(len(target)) // max(len(target) // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
     held_out, tokens = (torch.where(part)[0].to(target.device) for part in (place, ~place))
@@ -107,11 +109,21 @@ def reconstruct_block(
     found = {"removed": student.error(target, held_out)}
     student.load(fitted)
     found["fitted"] = student.error(target, held_out)
+    before = student.weights()
     train(student, target, tokens, config)
+    after = student.weights()
+
+    def error_at(share: float) -> float:
+        student.set_between(before, after, share)
+        error = student.error(target, held_out)
+        return error if math.isfinite(error) else math.inf
+
+    share = min(SHARES, key=error_at)
+    student.set_between(before, after, share)
     trained = student.as_stored(fitted)
     student.load(trained)
     error = student.error(target, held_out)
-    found["trained"] = error if math.isfinite(error) else None
+    found["trained"], found["share"] = (error, share) if math.isfinite(error) else (None, None)
     better = error < found["fitted"]  # not if it is not a number
     if not better:
         logger.warning("%s: training did not make it better; it stays as it was fitted", block.path)
@@ -127,13 +139,14 @@ def inputs_bytes(block: ExpertBlock, tokens: int) -> int:
 def training_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What training one block takes at most, shared experts left aside.
 
-    Per token its inputs, twice while micro-batches are joined, those in the unpruned model, and the target; per weight itself, its gradient, two moments
-    of that, and what it was and is stored as; and what the backward of a step needs.
+    Per token its inputs, twice while micro-batches are joined, those in the unpruned model, and the target; per weight itself,
+    its gradient, two moments of that, what it was before and after, and what it was and is stored as; and what the backward
+    of a step needs.
     """
     stored, width, hidden = block.module.down_proj.dtype.itemsize, block.width, block.hidden_size
     exact = max(stored, 4)
     of_tokens = tokens * hidden * (5 * stored + exact)
-    of_weights = block.num_experts * 3 * width * hidden * (4 * exact + 2 * stored)
+    of_weights = block.num_experts * 3 * width * hidden * (6 * exact + 2 * stored)
     of_step = TOKENS_AT_ONCE * (top_k or block.num_experts) * 2 * (2 * hidden + 5 * width) * exact
     return of_tokens + of_weights + of_step
 
@@ -186,6 +199,16 @@ class Student:
         error = sum(float((self.output(part) - target[part]).square().sum()) for part in parts)
         return error / sum(float(target[part].square().sum()) for part in parts)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies of all that is trained."""
+        return {name: weight.detach().clone() for name, weight in self.parameters.items()}
+
+    @torch.no_grad()
+    def set_between(self, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], share: float) -> None:
+        """Takes over what lies on this share of the way from one to the other."""
+        for name, weight in self.parameters.items():
+            weight.copy_(torch.lerp(one[name], other[name], share))
+
     @torch.no_grad()
     def load(self, fitted: FittedBlock) -> None:
         """Takes over what the block was fitted to be."""
@@ -221,7 +244,7 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
         for name, weight in student.parameters.items()
         if weight.numel()
     ]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
     )

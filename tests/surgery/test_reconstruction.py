@@ -144,6 +144,38 @@ def test_cut_file_by_file(tmp_path, model_type, layout):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_one_layer_at_a_time_has_its_weights_in_memory_and_no_input_stays_there(tmp_path, monkeypatch):
+    model, data = tiny_model("deepseek", num_hidden_layers=4), calibration_data(*LENGTHS)
+    model.save_pretrained(tmp_path / "model")
+    plan = PruningPlan.build(calibrate(model, data, 40), HeaprConfig(**FEW))
+    loaded, held = [], []
+    reconstruct_block, fitted = layer_by_layer.reconstruct_block, layer_by_layer._fitted
+
+    def counted(model, *inputs):
+        layers = enumerate(model.model.layers)
+        loaded.append([number for number, layer in layers if any(not part.is_meta for part in layer.parameters())])
+        return fitted(model, *inputs)
+
+    def trained(*inputs):
+        held.append([store.in_memory for store in stores])
+        return reconstruct_block(*inputs)
+
+    class Store(layer_by_layer.ActivationStore):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            stores.append(self)
+
+    stores = []
+    monkeypatch.setattr(layer_by_layer, "ActivationStore", Store)
+    monkeypatch.setattr(layer_by_layer, "_fitted", counted)
+    monkeypatch.setattr(layer_by_layer, "reconstruct_block", trained)
+    (tmp_path / "out").mkdir()
+    write_streaming(tmp_path / "model", plan, tmp_path / "out", data=data, activation_memory=0)
+    layers = [number for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert loaded == [[number] for number in layers] and len(layers) > 1
+    assert held == [[0]] * len(layers) and stores[0].most_on_disk > 0
+
+
 def test_without_steps_nothing_is_trained(measured, monkeypatch):
     monkeypatch.setattr(layer_by_layer, "reconstruct_block", lambda *_: pytest.fail("something is trained"))
     pruned, plan = pruned_by(measured("qwen2_moe"), {**COMPENSATED, "reconstruction_steps": 0})
@@ -156,11 +188,26 @@ def test_what_training_does_not_better_stays_as_it_was_fitted(measured, heapr_lo
     for name, weight in fitted.state_dict().items():
         assert torch.equal(spoilt.state_dict()[name], weight)
     assert {done["kept"] for done in plan.reconstruction.values()} == {"fitted"}
-    assert {done["trained"] for done in plan.reconstruction.values()} == {
-        None
-    }  # not finite, which JSON has no word for
+    for done in plan.reconstruction.values():
+        assert done["trained"] is done["share"] is None  # not finite, which JSON has no word for
     assert "not finite" in report_markdown(build_report(plan, "a/model"))
     assert "training did not make it better" in heapr_log.text
+
+
+def test_it_goes_as_far_as_is_best_on_held_out_tokens(measured, monkeypatch):
+    found = {}
+    for shares in ((1.0,), (0.25,), (1.0, 0.25)):
+        monkeypatch.setattr(reconstruction, "SHARES", shares)
+        found[shares] = pruned_by(measured("qwen2_moe"), {**FEW, "protect": "*.layers.1.*"})
+    ((path, far),) = found[1.0,][1].reconstruction.items()
+    near, best = (found[shares][1].reconstruction[path] for shares in ((0.25,), (1.0, 0.25)))
+    assert far["share"] == 1.0 and near["share"] == 0.25 and far["trained"] != near["trained"]
+    assert best == min(far, near, key=lambda done: done["trained"])
+    fitted, _ = pruned_by(measured("qwen2_moe"), {**COMPENSATED, "protect": "*.layers.1.*"})
+    same = pruned_by(measured("qwen2_moe"), {**FEW, "protect": "*.layers.1.*"})[0].state_dict()
+    chosen = found[(best["share"],)][0].state_dict()
+    assert all(torch.equal(same[name], weight) for name, weight in chosen.items())
+    assert not all(torch.equal(fitted.state_dict()[name], weight) for name, weight in chosen.items())
 
 
 def test_the_same_seed_gives_the_same_model(measured):
