@@ -160,7 +160,10 @@ def main() -> None:
     parser = argument_parser(__doc__, "quality", statistics=True, resume=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="defaults to all that can run")
     parser.add_argument(
-        "--num-experts", type=int, metavar="N", help="of the rectangles, where it is known which is best; by default auto"
+        "--num-experts",
+        type=int,
+        metavar="N",
+        help="of the rectangles, where it is known which is best; by default auto",
     )
     parser.add_argument("--llmcompressor-python", metavar="PATH", help="Python of an environment with llm-compressor")
     parser.add_argument("--dtype", default="float32")

@@ -14,6 +14,7 @@ that a token meets count against the tokens of each expert.
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from ..experts import experts_per_token
 from ..layerwise.memory import available_bytes
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import default_device
 from .fitted import FittedBlock
 from .least_squares import Part, solve_together
@@ -86,6 +87,9 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     if config.reconstruction_steps:
         what, option = "Fitting and training", f"reconstruction_steps={config.reconstruction_steps}"
     logger.info("%s a block takes %s bytes on %s, of %s available", what, f"{needed:,}", device, f"{available:,}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and is_main_process():
+        logger.warning("%s: is not shared among the %d processes; calibration is", option, processes)
     if needed > available:
         raise HeaprError(
             f"{option}: needs {needed:,} bytes on {device} for {config.num_samples} samples of {config.seq_length} tokens, and "

@@ -316,3 +316,17 @@ def test_training_without_room_is_refused_before_anything_is_measured(monkeypatc
     ):
         HeaprPruner(model, config=HeaprConfig(**OPTIONS)).prune()
     HeaprPruner(model, config=HeaprConfig(**COMPENSATED)).check()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_that_processes_do_not_share_it_is_said_by_the_first(rank, monkeypatch, heapr_log):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", str(rank))
+    model = tiny_model()
+    for options in (COMPENSATED, OPTIONS):
+        block_compensation.check_block_memory(model, find_expert_blocks(model), HeaprConfig(**options))
+    said = [
+        f"{option}: is not shared among the 3 processes; calibration is"
+        for option in ("compensation_scope='block'", "reconstruction_steps=60")
+    ]
+    assert list(dict.fromkeys(heapr_log.messages)) == (said if rank == 0 else [])
