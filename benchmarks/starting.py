@@ -38,9 +38,9 @@ def main() -> None:
             "`inspect`, a plan": [*cli, "heapr", "inspect", str(own / "plan.safetensors")],
             "`inspect`, statistics": [*cli, "heapr", "inspect", str(own / "statistics.safetensors")],
             "`plan --dry-run`": [*cli, "heapr", "plan", "-s", str(own / "statistics.safetensors"), "--dry-run"],
-            "`import torch`": ["-c", "import torch"],
-            "`from transformers import AutoModelForCausalLM`": ["-c", "from transformers import AutoModelForCausalLM"],
-            "`from optimum_heapr import HeaprPruner`": ["-c", "from optimum_heapr import HeaprPruner"],
+            "import of torch": ["-c", "import torch"],
+            "import of `AutoModelForCausalLM`": ["-c", "from transformers import AutoModelForCausalLM"],
+            "import of `HeaprPruner`": ["-c", "from optimum_heapr import HeaprPruner"],
         }
         rounds = [{name: seconds(command) for name, command in measured.items()} for _ in range(args.repetitions)]
     print("| | processor seconds |\n|---|---|")
