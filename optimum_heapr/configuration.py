@@ -28,7 +28,7 @@ COMPENSATION_SCOPES = ("expert", "block")
 ALLOCATIONS = ("global", "layer", "uniform")
 LAYOUTS = ("variable", "uniform", "padded")
 MEMORY = ("auto", "plain", "offload", "streaming")  # where a run has its weights; not part of what it measures
-ALIGNMENTS = ("none", "vllm", "gguf", "fp8")
+ALIGNMENTS = ("none", "vllm", "gguf", "fp8", "quantization")
 GOALS = ("ratio", "target_parameters", "target_size", "max_loss_increase")  # ways to say how much goes: one is taken
 DEFAULT_RATIO = 0.25  # where none is
 
@@ -92,7 +92,7 @@ class HeaprConfig(Options):
             How the pruned experts are stored: `variable` widths, which need this package or `trust_remote_code`, or the
             original architecture with experts of one width, `uniform`, or with experts zero-`padded` to the widest.
         align_for (`str`, *optional*, defaults to `"none"`):
-            Runtime whose rule the widths keep: multiples of 128 for `vllm` and `fp8`, of 256 for `gguf`. With `none` the
+            Whose rule the widths keep: multiples of 128 for `vllm`, `fp8` and `quantization`, of 256 for `gguf`. With `none` the
             layouts `uniform` and `padded` use multiples of 8, which `grouped_mm` of transformers needs in bfloat16.
         tensor_parallel (`int`, *optional*, defaults to 1):
             Ranks that experts will be split over; widths are multiples of the rule times this.
@@ -160,7 +160,7 @@ class HeaprConfig(Options):
         None, "kept as they are: blocks, 'model.layers.0.*', or experts: 'model.layers.5.*:3'"
     )
     layout: str = option("variable", "variable widths, or the stock architecture: one width, or zero-padded", LAYOUTS)
-    align_for: str = option("none", "runtime whose rule the widths keep", ALIGNMENTS)
+    align_for: str = option("none", "runtime or tool whose rule the widths keep", ALIGNMENTS)
     tensor_parallel: int = option(1, "ranks that experts will be split over; widths are multiples for each")
     statistics: str = option("auto", "what calibration measures; gram adds what obs and compensation need", STATISTICS)
     dataset: str | None = option(

@@ -26,7 +26,7 @@ from .report.observation import check_prompts, needs_text
 from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
-from .utils.files import replace_folder
+from .utils.files import check_output_is_not_input, replace_folder
 from .utils.positions import warn_of_positions
 
 
@@ -147,11 +147,10 @@ class HeaprPruner:
         Raises:
             HeaprError: if the data is missing, empty or too short, a gradient is not finite, or the state is of another run.
         """
-        config = dataset if isinstance(dataset, HeaprConfig) else self.config
+        config, given = (dataset, None) if isinstance(dataset, HeaprConfig) else (self.config, dataset)
         state = self._stages.state(state_path, resume, save_every)
-        data = load_calibration_data(config, self.tokenizer, None if dataset is config else dataset)
+        self.calibration_data = data = load_calibration_data(config, self.tokenizer, given)
         warn_of_positions(self.model, data.samples)
-        self.calibration_data = data
         self.statistics = self._stages.calibrate(data, config, state, keep_grams, checkpointing)
         if state is not None and not keep_state:
             state.remove()
@@ -265,14 +264,15 @@ class HeaprPruner:
         Args:
             folder (`str`): appears whole or not at all; with `overwrite`, in place of one that this package wrote alone.
             push_to_hub (`bool`): upload the folder as well, to `repo_id` or else to a repository of its name.
-            results (`Sequence[EvalResult]`): measured, for the card; see [`~optimum_heapr.hub.card.perplexity_result`].
+            results (`Sequence[EvalResult]`): for the card; see [`~optimum_heapr.hub.card.perplexity_result`].
             save_options: of the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False` stores packed
                 tensors, which load faster. With `push_to_hub` also the options of [`~HeaprPruner.push_to_hub`].
 
         Raises:
-            HeaprError: if nothing was pruned yet, the folder cannot be written or is not empty, or the Hub refuses.
+            HeaprError: if nothing was pruned yet, the folder cannot be written, is not empty or is the model's own, or the Hub refuses.
         """
-        folder, plan = Path(folder), self._pruned_by()
+        plan, folder = self._pruned_by(), Path(folder)
+        check_output_is_not_input(folder, self.model.config.name_or_path, argument="folder")
         push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
         with replace_folder(folder, overwrite) as temporary:
             self._stages.save(temporary, plan, self.tokenizer, self.report, results, **save_options)

@@ -305,3 +305,17 @@ def test_options_of_the_config_are_not_options_of_loading(tmp_path):
         HeaprError, match=r"ratio=0.3: is an option of HeaprConfig; pass config=HeaprConfig\(ratio=0.3\)"
     ):
         HeaprPruner.from_pretrained(tmp_path, ratio=0.3)
+
+
+def test_the_model_is_not_saved_over_what_it_was_loaded_from(tmp_path):
+    source = tmp_path / "source"
+    tiny_model("qwen3_moe").save_pretrained(source)
+    tiny_tokenizer(source)
+    pruner = HeaprPruner.from_pretrained(source, HeaprConfig(ratio=0.4, num_samples=4, seq_length=24))
+    pruner.calibrate(Dataset.from_dict({"input_ids": random_ids(4, 24).tolist()}))
+    pruner.apply(pruner.plan())
+    before = sorted(tmp_path.rglob("*"))
+    for folder, what in ((source, "is the input"), (source / "pruned", "lies inside"), (tmp_path, "holds the input")):
+        with pytest.raises(HeaprError, match=f"^folder='{folder}': {what}"):
+            pruner.save_pretrained(folder, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before

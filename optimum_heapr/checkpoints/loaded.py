@@ -29,7 +29,7 @@ from ..utils.public import public_text
 from ..utils.sizes import parse_size
 from .culprit import find_culprit
 from .orientation import check_orientation, written_as_stored
-from .saving import save_companions
+from .saving import check_form, save_companions
 
 
 if TYPE_CHECKING:
@@ -224,9 +224,23 @@ class LoadedModel:
         tokenizer: PreTrainedTokenizerBase | None,
         report: dict[str, Any] | None,
         results: Sequence[EvalResult] = (),
+        *,
+        experts_as: str | None = None,
         **save_options: Any,
     ) -> None:
-        """Writes the pruned model and what stands beside its weights into an empty folder."""
+        """Writes the pruned model and what stands beside its weights into an empty folder.
+
+        Raises:
+            HeaprError: if the checkpoint cannot be loaded with `experts_as`.
+        """
+        if experts_as is not None:
+            check_form(plan.config, experts_as, self.model)
+            if experts_as == "linear" and not save_options.get("save_original_format", True):
+                raise HeaprError(
+                    "experts_as='linear': needs the tensors of one expert each; leave save_original_format out"
+                )
+            if plan.config.layout == "variable":
+                self.model.config.experts_as = experts_as
         if "max_shard_size" in save_options:
             save_options["max_shard_size"] = parse_size("max_shard_size", str(save_options["max_shard_size"]))
         self.model.save_pretrained(folder, **save_options)

@@ -18,6 +18,7 @@ from ..report.files import write_report
 from ..report.observation import observe
 from ..text.samples import load_calibration_data
 from ..utils.companions import PLAN_NAME, own_folder
+from ..utils.errors import HeaprError, did_you_mean
 from ..utils.files import replace_folder
 from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..configuration import HeaprConfig
     from ..text.samples import CalibrationData
+
+
+FORMS = ("packed", "linear")
+"""How a checkpoint of variable widths holds its experts once it is loaded: see `PrunedConfigMixin`."""
 
 
 def apply_streaming(
@@ -38,6 +44,7 @@ def apply_streaming(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     statistics: AtomicStatistics | str | os.PathLike | None = None,
+    experts_as: str = "packed",
     **model_options: Any,
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
@@ -53,6 +60,7 @@ def apply_streaming(
         max_shard_size (`int` or `str`): largest weight file.
         statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts; over
             blocks, the calibration text that the plan names is read again.
+        experts_as (`str`): `packed`, or `linear` for a checkpoint that loads with its experts as linear layers.
         model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
@@ -60,12 +68,36 @@ def apply_streaming(
     """
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
+    check_form(plan.config, experts_as)
     folder = Path(folder)
+    options = {"max_shard_size": size, "experts_as": experts_as}
     with replace_folder(folder, overwrite) as temporary:
-        write_streaming(
-            model, plan, temporary, statistics=statistics, max_shard_size=size, model_options=model_options
-        )
+        write_streaming(model, plan, temporary, statistics=statistics, model_options=model_options, **options)
     return folder
+
+
+def check_form(config: HeaprConfig, experts_as: str, model: PreTrainedModel | None = None) -> None:
+    """Refuses a form of experts that a checkpoint cannot be loaded in.
+
+    Args:
+        config (`HeaprConfig`): what it was or will be pruned by.
+        experts_as (`str`): `packed` or `linear`.
+        model (`PreTrainedModel`, *optional*): the model, once it is there; pruned or not.
+
+    Raises:
+        HeaprError: if there is no such form, the layout has no experts of variable widths, or its experts have biases.
+    """
+    if experts_as not in FORMS:
+        raise HeaprError(
+            f"experts_as={experts_as!r}: must be {' or '.join(map(repr, FORMS))}{did_you_mean(experts_as, FORMS)}"
+        )
+    if experts_as == "linear" and config.layout != "variable":
+        raise HeaprError(
+            f"experts_as='linear': is for layout='variable', and this is {config.layout!r}, which loads as the stock "
+            "architecture does; leave it out"
+        )
+    if experts_as == "linear" and model is not None and any(getattr(m, "has_bias", False) for m in model.modules()):
+        raise HeaprError("experts_as='linear': experts of this family have biases, which stay packed; leave it out")
 
 
 def write_streaming(
@@ -77,6 +109,7 @@ def write_streaming(
     model_options: dict[str, Any] | None = None,
     results: Sequence[EvalResult] = (),
     max_shard_size: int | str = "5GB",
+    experts_as: str = "packed",
     data: CalibrationData | None = None,
     activation_memory: int | None = None,
 ) -> None:
@@ -86,9 +119,12 @@ def write_streaming(
 
     model_options = model_options or {}
     skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
+    check_form(plan.config, experts_as, skeleton)
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
     base = BaseModel.of(skeleton, hub_options_in(model_options))
     before = observe(skeleton, plan.tokens)
+    if experts_as != "packed":
+        skeleton.config.experts_as = experts_as
     if plan.config.compensates_blocks and data is None:
         data = load_calibration_data(plan.config, tokenizer)
     stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory)

@@ -127,6 +127,7 @@ class OffloadedModel(LoadedModel):
         *,
         max_shard_size: int | str = "5GB",
         save_original_format: bool = True,
+        experts_as: str = "packed",
         **unknown: Any,
     ) -> None:
         """Writes the pruned model into an empty folder, file by file; tokenizer and report are made from the checkpoint.
@@ -147,6 +148,7 @@ class OffloadedModel(LoadedModel):
             data=self._data,
             results=results,
             max_shard_size=max_shard_size,
+            experts_as=experts_as,
             activation_memory=self._activation_memory,
             model_options=self._options,
         )

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..utils.errors import HeaprError
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input
 from .options import TEXT_OPTIONS, add_config_options, add_model_options, changed_options, model_options_from
 
 
@@ -40,7 +40,7 @@ class ApplyCommand(HeaprSubcommand):
         check_output_folder(args.output, args.overwrite)
         check_push(args)
         saving = save_options_from(args)
-        from ..checkpoints.saving import apply_streaming
+        from ..checkpoints.saving import apply_streaming, check_form
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
         from .documents import plan_document
@@ -48,14 +48,15 @@ class ApplyCommand(HeaprSubcommand):
 
         plan = PruningPlan.load(args.plan)
         plan.config = plan.config.replace(**changed_options(args))
+        check_form(plan.config, args.experts_as)
         options = model_options_from(args)
         if args.in_memory or args.packed or args.device_map or args.dequantize:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
             pruner.apply(plan, args.statistics)
             pruner.save_pretrained(args.output, args.overwrite, **saving)
         else:
-            size = saving["max_shard_size"]
-            apply_streaming(args.model, plan, args.output, args.overwrite, size, args.statistics, **options)
+            options |= {name: saving[name] for name in ("max_shard_size", "experts_as")}
+            apply_streaming(args.model, plan, args.output, args.overwrite, statistics=args.statistics, **options)
         self.show(plan_table(plan))
         print(f"Pruned model written to {args.output}")
         return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}
@@ -68,6 +69,12 @@ def add_output_options(parser, required: bool = True) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB")
     parser.add_argument(
         "--packed", action="store_true", help="store packed tensors, which load faster, not one an expert"
+    )
+    parser.add_argument(
+        "--experts-as",
+        default="packed",
+        choices=("packed", "linear"),
+        help="form in which the output loads: linear layers are what quantizers and adapters look for",
     )
 
     hub = parser.add_argument_group("Hub options")
@@ -104,9 +111,11 @@ def save_options_from(args) -> dict:
     """The flags that say how weights are stored, as keyword arguments of `save_pretrained`.
 
     Raises:
-        HeaprError: if the shard size is none.
+        HeaprError: if the shard size is none, or flags contradict one another.
     """
     from ..utils.sizes import parse_size
 
     size = parse_size("max_shard_size", args.max_shard_size)
-    return {"max_shard_size": size, "save_original_format": not args.packed}
+    if args.packed and args.experts_as == "linear":
+        raise HeaprError("experts_as='linear': needs the tensors of one expert each; leave --packed out")
+    return {"max_shard_size": size, "save_original_format": not args.packed, "experts_as": args.experts_as}

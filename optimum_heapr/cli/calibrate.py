@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..utils.errors import HeaprError
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input, check_texts, source_names
+from .checks import check_texts, source_names
 from .options import CALIBRATION_OPTIONS, add_config_options, add_model_options, config_from
 from .running import add_memory_options, add_state_options, chosen_memory, end_processes, state_from
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..configuration import HeaprConfig
@@ -54,23 +53,3 @@ def check_serves(statistics: AtomicStatistics, config: HeaprConfig) -> None:
             "compensate=True: these statistics hold no matrices to compensate with; calibrate with --criterion obs and without "
             "--no-grams, or pass --compensation-scope block, which reads the text again"
         )
-
-
-def check_output_is_not_input(output: str, *inputs: str | None) -> None:
-    """Refuses an output whose replacement would take an input away, or that would become part of one.
-
-    Args:
-        output (`str`): file or folder to be written.
-        inputs (`str`, *optional*): what the command reads: paths, or names on the Hub.
-
-    Raises:
-        HeaprError: if an input is the output, a file or folder inside it, or a folder around it.
-    """
-    place = Path(output).resolve()
-    for name in filter(None, inputs):
-        source = Path(name).resolve()
-        if place == source or (source.exists() and place in source.parents):
-            what = "is" if place == source else "holds"
-            raise HeaprError(f"output={output!r}: {what} the input {name!r}; name another place")
-        if source.is_dir() and source in place.parents:
-            raise HeaprError(f"output={output!r}: lies inside the input {name!r}; name a place outside")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import GOALS, HeaprConfig
 from ..utils.errors import HeaprError
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input
 from .options import (
     LOADING_OPTIONS,
     PLANNING_OPTIONS,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics as stats
 from typing import TYPE_CHECKING, Any
 
+from ..planning.alignment import GROUPS
 from ..report.tables import measured_on
 
 
@@ -47,6 +48,22 @@ def rounding_lines(plan: PruningPlan, multiple: int) -> list[str]:
     if goal != "ratio" or plan.config.allocation != "uniform" or plan.ratio > asked - 0.005:
         return []
     return [f"less than asked, as one width for all is rounded up to a multiple of {multiple}"]
+
+
+def group_lines(plan: PruningPlan) -> list[str]:
+    """One line if quantizers that share a scale among some columns find experts that are no multiple of that."""
+    widths = [width for block in plan.routed_widths.values() for width in block if width]
+    groups = [group for group in GROUPS if all(width % group == 0 for width in plan.original_width.values())]
+    fitting = {group: sum(width % group == 0 for width in widths) for group in groups}
+    if all(count == len(widths) for count in fitting.values()):
+        return []
+    first, *others = fitting
+    found = "".join(f", of {group} {fitting[group]}" for group in others)
+    keeps = "--align-for quantization" if groups[-1] == GROUPS[-1] else f"--width-multiple {groups[-1]}"
+    return [
+        f"widths that are multiples of {first}: {fitting[first]} of {len(widths)}{found}; quantizers share a scale among so many, "
+        f"and {keeps} keeps to that"
+    ]
 
 
 def rectangle_lines(plan: PruningPlan) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input
 
 
 class MergeCommand(HeaprSubcommand):

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input, check_serves
+from .checks import check_serves
 from .options import STATISTICS_ARE_ENOUGH, add_config_options, config_from
 
 

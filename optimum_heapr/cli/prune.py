@@ -7,9 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..utils.errors import HeaprError
+from ..utils.files import check_output_is_not_input
 from .apply import add_output_options, check_push, push, save_options_from
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input, check_texts, source_names
+from .checks import check_texts, source_names
 from .options import (
     CALIBRATION_OPTIONS,
     EVALUATION_OPTIONS,
@@ -94,6 +95,7 @@ class PruneCommand(HeaprSubcommand):
         kept = None if self.args.dry_run or saved else kept_path(self.args.output)
         storing = save_options_from(self.args)
         from ..calibration.processes import start_processes
+        from ..checkpoints.saving import check_form
         from ..pruner import HeaprPruner
         from ..report.jump import refuse_jump
         from ..report.observation import check_prompts, needs_text
@@ -102,6 +104,7 @@ class PruneCommand(HeaprSubcommand):
         from .lines import compensation_lines, measured_lines
         from .tables import plan_table
 
+        check_form(config, self.args.experts_as)
         start_processes()  # before anything can go wrong in one of them: then the others are told
         searches = config.max_loss_increase is not None and config.eval_dataset is None
         calibrates = self.args.statistics is None or config.compensates_blocks or searches

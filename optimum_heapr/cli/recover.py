@@ -7,8 +7,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import HeaprError
+from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
-from .checks import check_output_is_not_input, source_names
+from .checks import source_names
 from .options import add_config_options, add_model_options, config_from, model_options_from
 from .running import end_processes
 

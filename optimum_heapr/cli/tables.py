@@ -16,6 +16,7 @@ from ..report.numbers import change, count, signed, size
 from ..report.tables import report_tables, sources_text
 from .lines import (
     compensation_lines,
+    group_lines,
     rectangle_lines,
     rounding_lines,
     search_lines,
@@ -80,6 +81,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
             f"{f'{asked:.2%}' if goal == 'ratio' else f'{goal}={asked}'}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             *rounding_lines(plan, multiple),
+            *group_lines(plan),
             size_line(plan),
             f"estimated loss increase {plan.estimated_loss_increase:.5f} nats a token",
             *([sources_text(plan.sources)] if plan.sources else []),

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Configurations of pruned models, made from the configuration class of the unpruned one.
 
-`HeaprQwen3MoeConfig` is `transformers.Qwen3MoeConfig` with the model type `heapr_qwen3_moe` and two more fields; any other
+`HeaprQwen3MoeConfig` is `transformers.Qwen3MoeConfig` with the model type `heapr_qwen3_moe` and three more fields; any other
 family works the same way, so the classes are made when they are first asked for.
 This file travels with pruned checkpoints.
 """
@@ -25,6 +25,8 @@ class PrunedConfigMixin:
 
     Attributes:
         expert_widths (`dict[str, list[int]]`): by module path of the expert block, atomic experts of each expert.
+        experts_as (`str`): `packed`, one tensor for all experts of a layer and projection, or `linear`, a linear layer for each
+            expert and projection, which quantizers and adapters see. Checkpoints are the same.
         heapr_config (`dict`): the `HeaprConfig` that made the model.
     """
 
@@ -55,6 +57,7 @@ def pruned_config_class(base: type, module: str = __name__) -> type:
         base_model_ep_plan = None
 
         expert_widths: dict | None = None
+        experts_as: str = "packed"
         heapr_config: dict | None = None
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = PREFIX + base.__name__

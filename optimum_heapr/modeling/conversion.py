@@ -103,13 +103,14 @@ class UnpackDown(ConversionOps):
         return PackDown()
 
 
-def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> None:
+def register_conversions(model_type: str, interleaved: bool, has_bias: bool, is_packed: bool = True) -> None:
     """Registers how checkpoints of a pruned family are read and written. Calling it again changes nothing.
 
     Args:
         model_type (`str`): `heapr_` + the model type of the unpruned family, whose renamings are kept.
         interleaved (`bool`): whether the family stores gate and up rows in turn.
         has_bias (`bool`): whether its experts have biases.
+        is_packed (`bool`): whether the model holds the experts of a layer together, and not as the checkpoint does.
     """
     mapping = get_checkpoint_conversion_mapping(model_type.removeprefix("heapr_")) or []
     kept = [entry for entry in mapping if not (isinstance(entry, WeightConverter) and _is_of_experts(entry))]
@@ -126,7 +127,7 @@ def register_conversions(model_type: str, interleaved: bool, has_bias: bool) -> 
     if has_bias:
         biases = [rf"\.experts.*.{gate}.bias", rf"\.experts.*.{up}.bias"]
         own.append(WeightConverter(biases, r"\.experts.gate_up_proj_bias", [PackGateUp(interleaved)]))
-    register_checkpoint_conversion_mapping(model_type, [*kept, *own], overwrite=True)
+    register_checkpoint_conversion_mapping(model_type, [*kept, *(own if is_packed else [])], overwrite=True)
 
 
 def expert_names(model_type: str) -> tuple[str, str, str]:

@@ -21,7 +21,8 @@ from transformers.models.auto import modeling_auto
 
 from .atomic_experts import AtomicExperts
 from .configuration_heapr import PREFIX, pruned_config_class
-from .conversion import register_conversions
+from .conversion import expert_names, register_conversions
+from .linear_experts import LinearExperts
 
 
 # Tried in this order for the auto class that a family belongs to.
@@ -56,16 +57,63 @@ class PrunedModelMixin:
         super().__init__(config, *args, **kwargs)
         if isinstance(getattr(self, self.base_model_prefix, None), PrunedModelMixin):
             return  # the body of a classifier was made by `AutoModel`
+        if config.experts_as not in ("packed", "linear"):
+            raise ValueError(f"experts_as={config.experts_as!r}: must be 'packed' or 'linear'")
         for path, widths in (config.expert_widths or {}).items():
-            head, _, rest = path.partition(".")
-            if head == self.base_model_prefix and not hasattr(self, head):
-                path = rest  # this is the model without its head
-            stock = self.get_submodule(path)
-            register_conversions(config.model_type, not stock.is_concatenated, stock.has_bias)
+            path, stock = self._stock_experts(path, widths)
             experts = AtomicExperts(stock, widths)
-            self.set_submodule(path, experts)
             if experts.down_proj.device.type != "meta":
                 self._init_weights(experts)
+            if config.experts_as == "linear":
+                if stock.has_bias:
+                    raise ValueError("experts_as='linear': experts of this family have biases, which stay packed")
+                experts = LinearExperts(experts, expert_names(config.model_type))
+                # Quantizers leave these as they are, and most stumble over weights without elements.
+                self._keep_in_fp32_modules |= {f"{path}.{expert}" for expert, width in enumerate(widths) if not width}
+            self.set_submodule(path, experts)
+        self._register_conversions()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As always; refuses packed tensors for experts that are linear layers, which would be left as random ones."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model.config.experts_as == "linear" and any(".experts." in name for name in info["missing_keys"]):
+            raise ValueError(
+                "experts_as='linear': this checkpoint stores the experts of a layer together, or lacks some; load it with "
+                "experts_as='packed' and save it without save_original_format=False"
+            )
+        return (model, info) if output_loading_info else model
+
+    def _register_conversions(self) -> None:
+        """Lets transformers know how this model is read and written: it looks for that by model type, of which others may be in the
+        other form."""
+        for experts in self.modules():
+            if isinstance(experts, (AtomicExperts, LinearExperts)):
+                packed = experts if isinstance(experts, AtomicExperts) else experts.packed
+                register_conversions(
+                    self.config.model_type, not packed.is_concatenated, packed.has_bias, packed is experts
+                )
+                return
+
+    def _stock_experts(self, path: str, widths: list[int]) -> tuple[str, nn.Module]:
+        """The experts that those of these widths replace, and their path in this model; refuses what the configuration made up."""
+        head, _, rest = path.partition(".")
+        if head == self.base_model_prefix and not hasattr(self, head):
+            path = rest  # this is the model without its head
+        try:
+            stock = self.get_submodule(path)
+            experts, width = len(stock.down_proj), stock.down_proj.shape[1 if stock.is_transposed else 2]
+        except AttributeError as error:
+            raise ValueError(
+                f"expert_widths in config.json names {path!r}, where this model has no experts; copy the checkpoint again"
+            ) from error
+        fits = isinstance(widths, list) and len(widths) == experts
+        if not fits or not all(isinstance(one, int) and 0 <= one <= width for one in widths):
+            raise ValueError(
+                f"expert_widths in config.json gives {path!r} {str(widths)[:60]}, and not {experts} widths from 0 to {width}; copy "
+                "the checkpoint again"
+            )
+        return path, stock
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -81,6 +129,7 @@ class PrunedModelMixin:
         module = type(self).__module__.rpartition(".")[2]
         names = {name: f"{module}.{PREFIX}{base.__name__}" for name, base in family_classes(base_config).items()}
         self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
+        self._register_conversions()
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod

@@ -6,6 +6,7 @@
 | `vllm` | 128 | block-scaled and Marlin kernels of vLLM and SGLang take blocks of 128 columns |
 | `gguf` | 256 | K-quants of llama.cpp store super-blocks of 256 weights; other widths fall back to larger types |
 | `fp8` | 128 | block-scaled FP8 checkpoints hold one scale for 128 x 128 weights |
+| `quantization` | 128 | quantizers share a scale among 32, 64 or 128 columns of a down projection, one for each atomic expert |
 
 Each multiple is that of one rank: `tensor_parallel` N multiplies it by N. Without a preset, stock layouts use
 multiples of 8, because `grouped_mm` of transformers wants rows of 16 bytes in bfloat16.
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-PRESETS = {"none": 1, "vllm": 128, "gguf": 256, "fp8": 128}
+PRESETS = {"none": 1, "vllm": 128, "gguf": 256, "fp8": 128, "quantization": 128}
+GROUPS = (32, 64, 128)
+"""Columns that share a scale, as quantizers are mostly set."""
 STOCK_MULTIPLE = 8  # elements in 16 bytes of bfloat16
 
 

@@ -132,7 +132,7 @@ def _cut_to_variable(model: torch.nn.Module, plan: PruningPlan, blocks: list[Exp
     config = model.config
     config.__class__ = pruned_configuration(type(config))
     vars(config).pop("model_type", None)  # a loaded configuration has its own, which would hide that of the class
-    config.expert_widths = plan.widths
+    config.expert_widths, config.experts_as = plan.widths, vars(config).get("experts_as", "packed")
     model.__class__ = register_model_class(type(config))
     register_conversions(type(config).model_type, not blocks[0].module.is_concatenated, blocks[0].module.has_bias)
 

@@ -78,6 +78,27 @@ def replace_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_output_is_not_input(output: str | os.PathLike, *inputs: str | None, argument: str = "output") -> None:
+    """Refuses an output whose replacement would take an input away, or that would become part of one.
+
+    Args:
+        output (`str`): file or folder to be written.
+        inputs (`str`, *optional*): what it is made from: paths, or names on the Hub.
+        argument (`str`): what the caller knows the output as.
+
+    Raises:
+        HeaprError: if an input is the output, a file or folder inside it, or a folder around it.
+    """
+    place = Path(output).resolve()
+    for name in filter(None, inputs):
+        source = Path(name).resolve()
+        if place == source or (source.exists() and place in source.parents):
+            what = "is" if place == source else "holds"
+            raise HeaprError(f"{argument}={str(output)!r}: {what} the input {name!r}; name another place")
+        if source.is_dir() and source in place.parents:
+            raise HeaprError(f"{argument}={str(output)!r}: lies inside the input {name!r}; name a place outside")
+
+
 @contextmanager
 def folder_beside(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty hidden folder on the disk of an output, for what is needed until the block ends.

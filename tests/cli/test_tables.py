@@ -37,3 +37,25 @@ def test_damage_is_refused_by_either(statistics, tmp_path):
     for framework in ("pt", "np"):
         with pytest.raises(ValueError, match="fisher_sum holds values that are not finite"):
             AtomicStatistics.load(tmp_path / "artefact", framework)
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "keeps"),
+    [
+        (256, {}, "--align-for quantization keeps to that"),
+        (96, {}, "--width-multiple 32 keeps to that"),
+        (256, {"align_for": "quantization"}, None),
+        (96, {"width_multiple": 32}, None),
+        (24, {}, None),  # nor were the unpruned experts
+    ],
+)
+def test_widths_that_no_group_of_a_quantizer_fits_are_counted(width, options, keeps):
+    plan = PruningPlan.build(random_statistics(width=width), HeaprConfig(ratio=0.5, **options))
+    lines = [line for line in plan_table(plan).splitlines() if "quantizers share a scale" in line]
+    assert len(lines) == (keeps is not None)
+    if keeps:
+        widths = [width for block in plan.widths.values() for width in block if width]
+        fitting = sum(width % 32 == 0 for width in widths)
+        assert (
+            lines[0].startswith(f"widths that are multiples of 32: {fitting} of {len(widths)}") and keeps in lines[0]
+        )

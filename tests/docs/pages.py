@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs" / "source").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")])
 
 # Environments that snippets may name, and the script that makes each and runs its snippets.
-ENVIRONMENTS = {"vLLM": "tests/serving/run_vllm.sh", "llama.cpp": "tests/serving/run_llama_cpp.sh"}
+ENVIRONMENTS = {
+    "vLLM": "tests/serving/run_vllm.sh",
+    "llama.cpp": "tests/serving/run_llama_cpp.sh",
+    "bitsandbytes": "tests/surgery/run_quantizers.sh",
+}
 
 # What pages name and this machine does not have, and what is taken in its place: a model by a small one of its family.
 SMALL_MODELS = {"small-qwen3_moe": "qwen3_moe", "small-qwen2_moe": "qwen2_moe", "small-deepseek": "deepseek"}

@@ -28,6 +28,7 @@ def widths_of(width: int, experts: int = 3, **options) -> list[int]:
         ({"align_for": "vllm"}, [768], 128),
         ({"align_for": "fp8"}, [768], 128),
         ({"align_for": "gguf"}, [768], 256),
+        ({"align_for": "quantization"}, [768], 128),
         ({"align_for": "vllm", "tensor_parallel": 4}, [768], 512),
         ({"tensor_parallel": 4}, [768], 4),
         ({"tensor_parallel": 4, "layout": "uniform"}, [768], 32),

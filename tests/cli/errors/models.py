@@ -2,6 +2,7 @@
 """A model that cannot be pruned, or not be read."""
 
 import json
+import shutil
 
 from tests.cli.errors.table import copied_model, mistake, prune, saved, truncated
 
@@ -53,6 +54,35 @@ def a_size_below_zero(inputs, here):
 @mistake
 def already_pruned(inputs, here):
     return prune(inputs, here, *inputs.calibration, model=inputs.pruned), [str(inputs.pruned), "pruned already"]
+
+
+def _with_widths(inputs, here, change):
+    """A pruned checkpoint of which the widths in `config.json` were changed by hand."""
+    model = shutil.copytree(inputs.pruned, here / "changed")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "expert_widths": change(config["expert_widths"])}))
+    named = [str(model), "expert_widths", "copy the checkpoint again"]
+    return ["evaluate", "-m", model, "--dataset", inputs.text], named
+
+
+@mistake
+def widths_of_experts_that_are_not_there(inputs, here):
+    return _with_widths(inputs, here, lambda widths: {"model.layers.7.mlp.experts": [1, 2], **widths})
+
+
+@mistake
+def widths_of_what_has_no_experts(inputs, here):
+    return _with_widths(inputs, here, lambda widths: {"model.layers.0.self_attn": [1, 2], **widths})
+
+
+@mistake
+def widths_of_more_experts(inputs, here):
+    return _with_widths(inputs, here, lambda widths: {path: [*some, 1] for path, some in widths.items()})
+
+
+@mistake
+def widths_that_are_words(inputs, here):
+    return _with_widths(inputs, here, lambda widths: {path: ["many"] * len(some) for path, some in widths.items()})
 
 
 @mistake

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Options out of their range, of the wrong type, or that exclude each other."""
 
-from tests.cli.errors.table import mistake
+from tests.cli.errors.table import mistake, prune
 
 
 # (flag, its value, what is named)
@@ -27,7 +27,7 @@ PLANNING = [
     ("--protect", "model.layers.9.*", ["protect='model.layers.9.*'", "matches no expert block"]),
     ("--protect", "*:99", ["protect='*:99'", "has no expert 99"]),
     ("--tensor-parallel", "64", ["tensor_parallel=64", "multiples of 64", "lower tensor_parallel"]),
-    ("--align-for", "onnx", ["align_for='onnx'", "none, vllm, gguf, fp8"]),
+    ("--align-for", "onnx", ["align_for='onnx'", "none, vllm, gguf, fp8, quantization"]),
     ("--ridge", "-1", ["ridge=-1.0", "at least 0"]),
     ("--reduction", "median", ["reduction='median'", "mean, total"]),
     ("--compensation-scope", "block", ["compensation_scope='block'", "--compensate"]),
@@ -93,3 +93,15 @@ def a_target_that_no_uniform_width_gives(inputs, here):
 def a_prompt_without_text(inputs, here):
     flags = ["-m", inputs.model, "-o", here / "out", *inputs.calibration, "--prompt", "A dog", " "]
     return ["prune", *flags], ["prompts: ' ' has no tokens", "write something"]
+
+
+@mistake
+def stock_experts_as_linear_layers(inputs, here):
+    flags = [*inputs.calibration, "--layout", "uniform", "--experts-as", "linear"]
+    return prune(inputs, here, *flags), ["experts_as='linear'", "layout='variable'", "leave it out"]
+
+
+@mistake
+def linear_layers_from_packed_tensors(inputs, here):
+    flags = [*inputs.calibration, "--packed", "--experts-as", "linear"]
+    return prune(inputs, here, *flags), ["experts_as='linear'", "--packed"]

@@ -1,0 +1,21 @@
+# Licensed under the Apache License, Version 2.0
+"""What the guide does with a quantizer, where there is one; `tests/surgery/run_quantizers.sh` makes an environment that has it."""
+
+import importlib.util
+
+import pytest
+
+from tests.docs.pages import ROOT
+from tests.docs.running import run_page
+
+
+environment = "bitsandbytes"
+if importlib.util.find_spec("bitsandbytes") is None:
+    pytest.skip(
+        "bitsandbytes is not installed; tests/surgery/run_quantizers.sh makes an environment", allow_module_level=True
+    )
+
+
+def test_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs/source/guides/after_pruning.md", tmp_path, {environment})
