@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def reporting_callbacks(config: RecoveryConfig) -> list[TrainerCallback]:
     if config.report_to != "tensorboard":  # which writes files here, and has nothing to set up
         return [Reporting()]
     callback = integration()
-    callback.logging_dir = callback.logging_dir or os.path.join(TENSORBOARD_FOLDER, _now())
+    callback.logging_dir = callback.logging_dir or os.path.join(TENSORBOARD_FOLDER, time.strftime("%Y-%m-%d_%H-%M-%S"))
     return [callback]
 
 
@@ -70,9 +71,3 @@ class _Arguments:
 
     def to_dict(self) -> dict[str, Any]:
         return self._config.public().to_dict()
-
-
-def _now() -> str:
-    from transformers.training_args import default_logdir
-
-    return os.path.basename(default_logdir())

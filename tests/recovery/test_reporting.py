@@ -10,7 +10,7 @@ from transformers.integrations import integration_utils
 
 from optimum_heapr import HeaprError, RecoveryConfig
 from optimum_heapr.recovery import reporting
-from optimum_heapr.recovery.reporting import check_reporting
+from optimum_heapr.recovery.reporting import check_reporting, reporting_callbacks
 from tests.recovery.conftest import run
 
 
@@ -65,6 +65,18 @@ def test_what_is_elsewhere_does_not_tell_runs_apart(sent, pruned, tmp_path):
     """A run that was interrupted goes on without it, or with it."""
     run(copy.deepcopy(pruned.model), tmp_path / "run", max_steps=2, eval_steps=1)
     run(copy.deepcopy(pruned.model), tmp_path / "run", max_steps=2, eval_steps=1, resume=True, report_to="trackio")
+
+
+def test_files_of_tensorboard_do_not_go_with_the_folder_of_the_run(monkeypatch):
+    class Writer(TrainerCallback):
+        logging_dir = None
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Writer)
+    config = RecoveryConfig(report_to="tensorboard")
+    [callback] = reporting_callbacks(config)
+    assert callback.logging_dir.startswith(f"{reporting.TENSORBOARD_FOLDER}/")
+    monkeypatch.setattr(Writer, "logging_dir", "elsewhere")
+    assert reporting_callbacks(config)[0].logging_dir == "elsewhere", "as its variable of the environment says"
 
 
 def test_tensorboard_writes_where_its_files_stay(pruned, tmp_path, monkeypatch):
