@@ -12,7 +12,7 @@ import numpy as np
 
 from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
-from ..utils.values import TensorValue
+from ..utils.values import TensorValue, are_finite
 
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class AtomicStatistics(TensorValue):
                         f"{expected}; calibrate again"
                     )
                 values = tensor.diagonal(0, 1, 2) if tensor is not None and "_gram_" in name else tensor
-                if values is not None and not np.isfinite(np.asarray(values)).all():
+                if values is not None and not are_finite(values):
                     raise HeaprError(
                         f"statistics={str(path)!r}: {block_path}.{part.name} holds values that are not finite; calibrate again"
                     )

@@ -1,10 +1,12 @@
 # Licensed under the Apache License, Version 2.0
-"""Artefacts as values: equal if what they hold is equal, tensors bit for bit."""
+"""Artefacts as values: equal if what they hold is equal, tensors bit for bit"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+
+import numpy as np
 
 
 class TensorValue:
@@ -33,3 +35,11 @@ def equal(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple) and type(first) is type(second):
         return len(first) == len(second) and all(map(equal, first, second))
     return bool(first == second)
+
+
+def are_finite(values: Any) -> bool:
+    """Whether no element of an array, or of a tensor on the CPU, is infinite or NaN."""
+    try:
+        return bool(np.isfinite(np.asarray(values)).all())
+    except TypeError:  # NumPy has no bfloat16; nothing of ours is stored in it, but may be by others
+        return bool(values.isfinite().all())

@@ -365,3 +365,14 @@ def test_models_of_equal_size_but_other_shapes_differ(measured):
 def test_a_key_that_one_side_lacks_is_a_difference():
     with pytest.raises(HeaprError, match='plan: made for a model with model_type "a", this model has null'):
         check_same_model({"model_type": "a"}, {}, "plan")
+
+
+def test_a_type_that_numpy_has_not_is_looked_at_all_the_same(tmp_path):
+    statistics, path = with_matrices(), tmp_path / "statistics.safetensors"
+    statistics.blocks[SECOND].fisher_sum = statistics.blocks[SECOND].fisher_sum.bfloat16()
+    statistics.save(path)
+    assert AtomicStatistics.load(path) == statistics
+    statistics.blocks[SECOND].fisher_sum[0, 0] = torch.nan
+    statistics.save(path)
+    with pytest.raises(HeaprError, match="fisher_sum holds values that are not finite"):
+        AtomicStatistics.load(path)
