@@ -165,6 +165,7 @@ def main() -> None:
         metavar="N",
         help="of the rectangles, where it is known which is best; by default auto",
     )
+    parser.add_argument("--reconstruction-steps", type=int, metavar="N", help="of the rows with it; by default 200")
     parser.add_argument("--llmcompressor-python", metavar="PATH", help="Python of an environment with llm-compressor")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device-map", default=None)
@@ -206,9 +207,8 @@ def main() -> None:
     for method, ratio in itertools.product(methods, args.ratios):
         if results.has(method, ratio):
             continue
-        options = dict(METHODS[method])
-        if args.num_experts and "num_experts" in options:
-            options["num_experts"] = args.num_experts
+        given = {"num_experts": args.num_experts, "reconstruction_steps": args.reconstruction_steps}
+        options = {name: given.get(name) or value for name, value in METHODS[method].items()}
         start = time.perf_counter(), time.process_time()
         pruned, estimate, versions = pruned_model(model, statistics, data, options, ratio, by_llmcompressor)
         seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
