@@ -14,8 +14,9 @@ from ..utils.errors import HeaprError
 from .numbers import signed
 
 
-BEYOND = 10.0
-"""Times the estimate. What sane prunings cost was measured at up to 6 times it; see `docs/source/guides/choose_ratio.md`."""
+BEYOND = 15.0
+"""Times the estimate. What sane prunings cost was measured at up to 7 times it, where it was as much as `MATTERS`; see
+`docs/source/guides/report.md`."""
 
 MATTERS = 0.1
 """Nats a token: less than this, two standard errors left out, is no ruin whatever the estimate was."""
@@ -42,7 +43,7 @@ def jump_text(report: dict[str, Any]) -> str | None:
     times = increase / estimate if estimate > 0 else math.inf
     text = (
         f"the loss rose by {signed(increase)} nats a token, {times:,.0f} times the estimate of {estimate:.4f}, "
-        f"and {BEYOND:g} times is more than sane prunings cost: "
+        f"and sane prunings were never seen to cost {BEYOND:g} times: "
     )
     found = loss["jump"]
     if "unknown" in found:

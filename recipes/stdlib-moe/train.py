@@ -4,7 +4,7 @@
     python recipes/stdlib-moe/train.py --output stdlib-moe
 
 A DeepSeek-V3 of 64 routed experts a layer, 8 a token, and a shared one, on the sources and help texts of the standard
-library; half an hour of one core, without a download. A run that was interrupted goes on with `--resume`. Beside the
+library; a quarter of an hour of one core, without a download. A run that was interrupted goes on with `--resume`. Beside the
 weights it writes `calibration.jsonl` and `evaluation.jsonl`, of modules that were not trained on, and where the headers
 of C extensions are installed `headers.jsonl`, which is another kind of text.
 """
