@@ -133,7 +133,7 @@ class Commands:
             command = [installed("vllm"), *shlex.split(f"{here(line)} {VLLM_FLAGS}")[1:]]
             environment = processes.environment(**VLLM_SETTINGS)
             server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self._server.callback(lambda: (server.terminate(), server.wait(60)))
+        self._server.callback(ended, server)
         until = time.monotonic() + 400
         while True:
             with contextlib.suppress(OSError):
@@ -190,6 +190,16 @@ def installed(program: str) -> str:
     path = shutil.which(program, path=os.path.dirname(sys.executable))
     assert path, f"{program} is not installed beside {sys.executable}"
     return path
+
+
+def ended(server: subprocess.Popen) -> None:
+    """Asks a server to end, and makes it end where that takes minutes, as on a busy machine."""
+    server.terminate()
+    try:
+        server.wait(180)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def started(line: str, environment: dict[str, str] | None = None) -> processes.Started:

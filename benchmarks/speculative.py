@@ -1,0 +1,76 @@
+# Licensed under the Apache License, Version 2.0
+"""A pruned model as the draft of its own unpruned one: tokens for each pass of the large model, and time against greedy decoding.
+
+    python benchmarks/speculative.py --model MODEL --statistics statistics.safetensors --text text.jsonl --ratios 0.25 0.5 0.7
+
+Greedy decoding is what is sped up, so the tokens must be the same; a run that gives others fails. Prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import torch
+
+from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.evaluation.perplexity import evaluation_windows
+
+
+def generated(model, prompts: list[torch.Tensor], new_tokens: int, **options) -> tuple[list[torch.Tensor], int, float]:
+    """Tokens of each prompt, passes of the model, and seconds."""
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    start = time.perf_counter()
+    tokens = [
+        model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            **options,
+        )[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    hook.remove()
+    return tokens, len(passes), time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--statistics", required=True, help="with second-order matrices, of the same model")
+    parser.add_argument("--text", required=True, help="beginnings of its windows are the prompts")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5, 0.7])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens that the draft proposes at a time")
+    args = parser.parse_args()
+
+    model, tokenizer = load_model(args.model, dtype="float32")
+    model.eval().generation_config.eos_token_id = None  # all prompts go on to the end
+    prompts = evaluation_windows(tokenizer, args.text, args.prompt_length, args.prompts)
+    expected, passes, seconds = generated(model, prompts, args.new_tokens)
+    print("| removed | drafted tokens accepted | tokens a pass of the large model | time |\n|---|---|---|---|")
+    print(f"| no draft | | {args.prompts * args.new_tokens / passes:.2f} | 1 |", flush=True)
+    for ratio in args.ratios:
+        config = HeaprConfig(criterion="obs", compensate=True, ratio=ratio)
+        pruner = HeaprPruner(copy.deepcopy(model), tokenizer, config)
+        draft = pruner.apply(pruner.plan(args.statistics), args.statistics)
+        draft.generation_config.num_assistant_tokens = args.draft_tokens
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        tokens, passes, taken = generated(model, prompts, args.new_tokens, assistant_model=draft)
+        if not all(torch.equal(one, other) for one, other in zip(tokens, expected, strict=True)):
+            raise SystemExit(f"{ratio}: other tokens than greedy decoding gives")
+        each = args.prompts * args.new_tokens / passes
+        print(
+            f"| {ratio:.0%} | {(each - 1) / args.draft_tokens:.0%} | {each:.2f} | {taken / seconds:.2f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
