@@ -20,7 +20,7 @@ import torch
 
 from ..planning.plan import PruningPlan
 from ..planning.rectangles import rectangles
-from ..utils.logging import progress
+from ..utils.logging import get_logger, progress
 from .block_compensation import BlockFit
 from .layer_by_layer import calls_of, walk_through
 from .rerouting import Rerouting
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from ..text.samples import CalibrationData
 
 
+logger = get_logger(__name__)
+
+ROUNDED = 0.005
+"""Of a ratio, that less goes without a word."""
 HELD_OUT = 8
 """One token of so many is measured on, and not fitted to."""
 
@@ -58,6 +62,14 @@ def best_rectangle(
     plan.rectangles = [
         {"experts": experts, "width": width, "increase": increase} for (experts, width), increase in increases.items()
     ]
+    goal, asked = config.goal
+    if goal == "ratio" and plan.ratio < asked - ROUNDED:
+        logger.warning(
+            "num_experts='auto': %.2f %% go where ratio=%s was asked, as the width of all experts is rounded up to a multiple; name a "
+            "number of experts, or a target size, to get nearer",
+            100 * plan.ratio,
+            asked,
+        )
     return plan
 
 

@@ -65,6 +65,14 @@ def test_narrow_experts_stay_where_each_is_needed(plan):
     assert (best["experts"], best["width"]) == (8, 6) and plan.config.num_experts == "8" and plan.dropped == {}
 
 
+def test_less_than_asked_is_said(pruner, heapr_log):
+    pruner.plan()
+    assert not heapr_log.records
+    plan = pruner.plan(ratio=0.6, width_multiple=6)
+    assert plan.ratio == 0.5
+    assert "50.00 % go where ratio=0.6 was asked" in heapr_log.text and "rounded up to a multiple" in heapr_log.text
+
+
 def test_the_plan_is_that_of_the_number(plan, pruner, tmp_path):
     named = PruningPlan.build(pruner.statistics, plan.config)
     assert named.kept.keys() == plan.kept.keys() and named.widths == plan.widths
