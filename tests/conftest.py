@@ -55,10 +55,13 @@ def heapr_log(caplog):
 
 
 @pytest.fixture(autouse=True)
-def same_number_of_threads():
-    """A command may set it for its process, which here goes on."""
+def settings_of_the_process():
+    """What a command or a `Trainer` may set for its process, which here goes on: threads, and from which level on is logged."""
+    transformers = logging.getLogger("transformers")
+    level = transformers.level
     yield
     torch.set_num_threads(THREADS)
+    transformers.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

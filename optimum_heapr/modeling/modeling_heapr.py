@@ -69,7 +69,8 @@ class PrunedModelMixin:
                     raise ValueError("experts_as='linear': experts of this family have biases, which stay packed")
                 experts = LinearExperts(experts, expert_names(config.model_type))
                 # Quantizers leave these as they are, and most stumble over weights without elements.
-                self._keep_in_fp32_modules |= {f"{path}.{expert}" for expert, width in enumerate(widths) if not width}
+                empty = {f"{path}.{expert}" for expert, width in enumerate(widths) if not width}
+                self._keep_in_fp32_modules = empty.union(self._keep_in_fp32_modules or ())
             self.set_submodule(path, experts)
         self._register_conversions()
 
