@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -62,6 +63,28 @@ def settings_of_the_process():
     yield
     torch.set_num_threads(THREADS)
     transformers.setLevel(level)
+
+
+class _StandardError(logging.StreamHandler):
+    """Writes to the standard error of the moment, which pytest replaces from test to test."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+@pytest.fixture(scope="session", autouse=True)
+def optimum_logs_from_the_start():
+    """Optimum takes the standard error that is there when it first logs: in whichever test that is, and closed after it."""
+    from optimum.utils.logging import get_logger
+
+    logger = get_logger("optimum")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(_StandardError())
 
 
 @pytest.fixture(scope="session", autouse=True)
