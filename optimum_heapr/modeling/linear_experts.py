@@ -27,7 +27,7 @@ class LinearExperts(nn.ModuleList):
                 {name: _linear(weight, packed) for name, weight in zip(names, (gate, up, down.T), strict=True)}
             )
         self.extend(made)
-        self.names, self.training = names, packed.training
+        self.names, self.num_experts, self.training = names, packed.num_experts, packed.training
         self.hidden_size, self.has_bias = packed.down_proj.shape[-1], packed.has_bias
         del packed.gate_up_proj, packed.down_proj
         # For its gate function and widths; no child, or it would be listed as an expert.

@@ -19,6 +19,7 @@ from transformers.modeling_layers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .adapters import warn_of_experts_left_out
 from .atomic_experts import AtomicExperts
 from .configuration_heapr import PREFIX, pruned_config_class
 from .conversion import expert_names, register_conversions
@@ -84,6 +85,12 @@ class PrunedModelMixin:
                 "experts_as='packed' and save it without save_original_format=False"
             )
         return (model, info) if output_loading_info else model
+
+    def __setattr__(self, name, value):
+        """As always; PEFT leaves `peft_config` on a model once its layers are in."""
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            warn_of_experts_left_out(self, value)
 
     def _register_conversions(self) -> None:
         """Lets transformers know how this model is read and written: it looks for that by model type, of which others may be in the

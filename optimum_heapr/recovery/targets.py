@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..surgery.linear import linear_expert_layers
 from ..utils.errors import HeaprError
 
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 def adapter_config(model: nn.Module, config: RecoveryConfig) -> PeftConfig:
     """PEFT's description of the adapter.
 
-    Linear layers and the packed parameters of routed experts get low-rank updates. Routers and norms are small: the
+    Linear layers and the packed parameters of routed experts get low-rank updates; where experts are linear layers, each of
+    them does. Routers and norms are small: the
     adapter holds changed copies of them, by `modules_to_save`, or, as LoRA needs something of low rank, by PEFT's tuning
     of norms, which takes any module.
 
@@ -27,12 +29,14 @@ def adapter_config(model: nn.Module, config: RecoveryConfig) -> PeftConfig:
     """
     from peft import LNTuningConfig, LoraConfig
 
-    experts = expert_paths(model)
+    experts, linear = expert_paths(model), linear_expert_layers(model)
     chosen = {name: config.targets in (name, "all") for name in ("attention", "experts", "router")}
     modules = linear_paths(model, experts) if chosen["attention"] else []
-    parameters = (
-        [f"{path}.{name}" for path in experts for name in ("gate_up_proj", "down_proj")] if chosen["experts"] else []
-    )
+    parameters = []
+    if chosen["experts"]:
+        modules += [layer for path in experts for layer in linear.get(path, [])]
+        packed = (path for path in experts if path not in linear)
+        parameters = [f"{path}.{name}" for path in packed for name in ("gate_up_proj", "down_proj")]
     saved = [*router_paths(model, experts), *norm_paths(model)] if chosen["router"] else []
     if not (modules or parameters or saved):
         raise HeaprError(
@@ -53,8 +57,9 @@ def adapter_config(model: nn.Module, config: RecoveryConfig) -> PeftConfig:
 
 
 def expert_paths(model: nn.Module) -> list[str]:
-    """Paths of the modules of routed experts, pruned or not."""
-    return [path for path, module in model.named_modules() if _is_experts(module)]
+    """Paths of the modules of routed experts, pruned or not, in either form."""
+    linear = linear_expert_layers(model)
+    return [path for path, module in model.named_modules() if path in linear or _is_experts(module)]
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -12,6 +12,19 @@ from ..modeling.linear_experts import LinearExperts
 from ..utils.errors import HeaprError
 
 
+def linear_expert_layers(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the linear layers of routed experts, without those of width 0, by path of their block; empty for other models."""
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, LinearExperts)}
+    return {
+        path: [
+            f"{path}.{name}"
+            for name, layer in block.named_modules()
+            if isinstance(layer, nn.Linear) and layer.weight.numel()
+        ]
+        for path, block in blocks.items()
+    }
+
+
 def to_linear_experts(model: nn.Module) -> nn.Module:
     """Makes the experts of a pruned model ordinary linear layers, in place: `…experts.3.gate_proj` and so on.
 

@@ -1,11 +1,14 @@
 # Licensed under the Apache License, Version 2.0
 """What the presets of targets are in models of several families."""
 
+import copy
+
 import pytest
 from peft import LNTuningConfig, LoraConfig
 
 from optimum_heapr import HeaprError, RecoveryConfig
 from optimum_heapr.recovery.targets import adapter_config, expert_paths, linear_paths, norm_paths, router_paths
+from optimum_heapr.surgery.linear import to_linear_experts
 from tests.helpers import tiny_model
 
 
@@ -48,6 +51,19 @@ def test_presets_are_descriptions_of_peft():
     assert set(made["all"].target_modules) == set(made["attention"].target_modules)
     router = adapter_config(model, RecoveryConfig(targets="router"))
     assert isinstance(router, LNTuningConfig) and set(router.target_modules) == set(made["all"].modules_to_save)
+
+
+def test_experts_as_linear_layers_are_found(pruned):
+    """The same parts as of the packed form; each layer of an expert that has some width gets an update of its own."""
+    packed, linear = pruned.model, to_linear_experts(copy.deepcopy(pruned.model))
+    experts = expert_paths(packed)
+    assert expert_paths(linear) == experts and router_paths(linear, experts) == router_paths(packed, experts)
+    assert linear_paths(linear, experts) == linear_paths(packed, experts)
+    made = {name: adapter_config(linear, RecoveryConfig(targets=name)) for name in ("attention", "experts", "all")}
+    widths = [width for path in experts for width in linear.config.expert_widths[path]]
+    assert len(made["experts"].target_modules) == 3 * sum(width > 0 for width in widths)
+    assert not made["all"].target_parameters and made["all"].modules_to_save
+    assert made["all"].target_modules == made["experts"].target_modules | made["attention"].target_modules
 
 
 def test_nothing_to_train_is_refused():

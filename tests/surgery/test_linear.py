@@ -2,6 +2,8 @@
 """Experts as linear layers: the same function, the same checkpoint, exact both ways, and seen by what looks for such layers."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -25,6 +27,12 @@ def pruned(model_type: str) -> nn.Module:
     plan = PruningPlan.build(calibrate(model, calibration_data(24, 24)), HeaprConfig(ratio=0.4))
     next(iter(plan.kept.values()))[1] = torch.empty(0, dtype=torch.int64)
     return apply_plan(model, plan)
+
+
+@pytest.fixture(scope="module")
+def packed() -> nn.Module:
+    """Not to be changed: tests take copies."""
+    return pruned("qwen3_moe")
 
 
 @torch.no_grad()
@@ -143,6 +151,44 @@ def test_adapters_on_all_linear_layers_reach_each_expert(tmp_path):
     with pytest.raises(HeaprError, match="merge adapters first"):
         from_linear_experts(copy.deepcopy(model))
     torch.testing.assert_close(logits(from_linear_experts(model.merge_and_unload())), expected, atol=1e-4, rtol=1e-4)
+
+
+LEFT_OUT = "adapters reach .* layers and none of the routed experts"
+
+
+@pytest.mark.parametrize(
+    ("targets", "warns"),
+    [
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}, True),
+        ({"target_modules": r".*\.(q_proj|gate_proj)"}, True),
+        ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["experts"]}, False),
+    ],
+)
+def test_adapters_that_leave_packed_experts_out_say_so(targets, warns, packed, tmp_path):
+    model = copy.deepcopy(packed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adapted = get_peft_model(model, LoraConfig(r=2, **targets))
+    found = [str(one.message) for one in said if re.match(LEFT_OUT, str(one.message))]
+    assert len(found) == warns
+    share = sum(p.numel() for n, p in packed.named_parameters() if ".experts." in n) / packed.num_parameters()
+    assert not warns or f"{share:.0%} of the parameters" in found[0] and 'experts_as="linear"' in found[0]
+    adapted.save_pretrained(tmp_path)
+    with warnings.catch_warnings():  # what is loaded to be used as it is was told when it was made
+        warnings.filterwarnings("error", LEFT_OUT)
+        PeftModel.from_pretrained(copy.deepcopy(packed), tmp_path)
+
+
+def test_adapters_by_transformers_say_so_too_and_linear_experts_give_no_reason(packed):
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        copy.deepcopy(packed).add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    linear = to_linear_experts(copy.deepcopy(packed))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", LEFT_OUT)
+        linear.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    assert sum(".experts." in name for name, p in linear.named_parameters() if p.requires_grad) == 2 * 36
 
 
 def test_what_has_no_such_form_is_refused():
