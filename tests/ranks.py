@@ -29,7 +29,7 @@ class Ranks:
         self._here = threading.local()
         self._barrier = threading.Barrier(number, timeout=60)
         self._held: list[Any] = [None] * number
-        monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: self._all(values)[0])
+        monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values, rank=0: self._all(values)[rank])
         monkeypatch.setattr("accelerate.utils.gather_object", lambda values: sum(self._all(values), []))
         for module in ("runner", "streaming"):
             monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda: self)

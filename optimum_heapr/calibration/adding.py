@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError
 from ..utils.logging import progress
-from .processes import add_block, add_numbers, from_first_process
+from .processes import add_numbers, finished_blocks, from_process
 from .statistics import BlockStatistics
 
 
@@ -47,24 +47,28 @@ def add_parts(
         HeaprError: if another process ended before, or the tokens in a sum are not those that the processes counted.
     """
     paths = sorted(done.routed)
-    added = from_first_process(accelerator, done.added)
-    counts = add_numbers(accelerator, [done.routed[path] for path in paths])
+    added = from_process(accelerator, done.added)
+    counts = dict(zip(paths, add_numbers(accelerator, [done.routed[path] for path in paths])))
     found = {}
-    for path, count in zip(progress(paths, desc="Adding", unit="layer"), counts):
+    # As many at a time as there are processes: each finishes one, and the first holds the matrices of no more.
+    number = accelerator.num_processes
+    for start in progress(range(0, len(paths), number), desc="Adding", unit="turn"):
         interrupted.act()
-        if path not in added:
-            total = add_block(accelerator, state.read_part(path))
+        turn = paths[start : start + number]
+        missing = ((path, state.read_part(path)) for path in turn if path not in added)
+        for path, block in finished_blocks(accelerator, missing, finish).items():
             if accelerator.is_main_process:
-                state.write_block(path, finish(path, total))
+                state.write_block(path, block)
                 done.added.append(path)
                 state.save(done)
-        mine = None
-        if accelerator.is_main_process:
-            state.drop_part(path)
-            mine = state.read_block(path)
-        vectors = from_first_process(accelerator, mine and mine.without_grams())
-        _check_count(path, vectors, count)
-        found[path] = mine or vectors
+        for path in turn:
+            mine = None
+            if accelerator.is_main_process:
+                state.drop_part(path)
+                mine = state.read_block(path)
+            vectors = from_process(accelerator, mine and mine.without_grams())
+            _check_count(path, vectors, counts[path])
+            found[path] = mine or vectors
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, progress
 from .state import differences
 from .statistics import BlockStatistics
 
@@ -155,19 +155,40 @@ def _comparable(*runs: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def add_over_processes(
-    accelerator: Accelerator, statistics: dict[str, BlockStatistics], done: Progress
-) -> tuple[dict[str, BlockStatistics], float, int, list[int]]:
-    """The sums of all processes, on each of them.
+def finished_blocks(
+    accelerator: Accelerator,
+    blocks: Iterable[tuple[str, BlockStatistics]],
+    finish: Callable[[str, BlockStatistics], BlockStatistics] | None = None,
+) -> dict[str, BlockStatistics]:
+    """Expert blocks of which the sums of all processes were added, and each then finished by one of the processes.
+
+    Until all are finished each process but the first has the second-order matrices of those that it finishes, and the first has all.
+
+    Args:
+        accelerator (`Accelerator`): connects the processes.
+        blocks (`Iterable`): paths and what this process measured of each, in the same order on each of them.
+        finish (`Callable`, *optional*): makes what is kept of a block from its sums; takes long, and no other process.
 
     Returns:
-        `tuple`: statistics by block path, summed loss, tokens predicted, and samples that were left out.
+        `dict[str, BlockStatistics]`: by block path; matrices on the first process alone.
 
     Raises:
         HeaprError: if another process ended before.
     """
-    summed = {path: add_block(accelerator, block) for path, block in statistics.items()}
-    return summed, *add_progress(accelerator, done)
+    number, rank = accelerator.num_processes, accelerator.process_index
+    found = {}
+    for turn, (path, block) in enumerate(blocks):
+        total = add_block(accelerator, block)
+        found[path] = total if rank in (0, turn % number) else total.without_grams()
+    if finish is None:
+        return {path: block if rank == 0 else block.without_grams() for path, block in found.items()}
+    for path in progress(list(found)[rank::number], desc="Ordering", unit="layer", leave=False):
+        found[path] = finish(path, found[path])
+    for turn, (path, block) in enumerate(found.items()):
+        vectors, kept = from_process(accelerator, (block.without_grams(), block.has_grams), turn % number)
+        matrices = {name: part for name, part in block.sums.items() if "_gram_" in name and kept and rank == 0}
+        found[path] = replace(vectors, **matrices)
+    return found
 
 
 def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatistics:
@@ -176,6 +197,8 @@ def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatisti
     Raises:
         HeaprError: if another process ended before.
     """
+    if accelerator.num_processes == 1:
+        return block
     with peers_needed():
         return replace(block, **{name: _added(accelerator, tensor) for name, tensor in block.sums.items()})
 
@@ -190,16 +213,18 @@ def add_numbers(accelerator: Accelerator, numbers: list[int]) -> list[int]:
         return _added(accelerator, torch.tensor(numbers, dtype=torch.int64)).tolist()
 
 
-def from_first_process(accelerator: Accelerator, value: Any) -> Any:
-    """What the first process has, on each of them.
+def from_process(accelerator: Accelerator, value: Any, rank: int = 0) -> Any:
+    """What the process of this rank has, on each of them.
 
     Raises:
         HeaprError: if another process ended before.
     """
     from accelerate.utils import broadcast_object_list
 
+    if accelerator.num_processes == 1:
+        return value
     with peers_needed():
-        return broadcast_object_list([value])[0]
+        return broadcast_object_list([value], rank)[0]
 
 
 def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, list[int]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,20 @@ import torch
 from ..experts import find_expert_blocks
 from ..fingerprint import model_fingerprint, storage_of
 from ..layerwise.memory import checkpointed_layers, has_offloaded_weights
-from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, progress, show_throughput
 from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
+from .finished import block_statistics, finished_statistics
 from .loss import summed_token_loss
-from .processes import add_over_processes, check_model_is_whole, check_placement, check_same_run, start_processes
+from .processes import (
+    add_progress,
+    check_model_is_whole,
+    check_placement,
+    check_same_run,
+    finished_blocks,
+    start_processes,
+)
 from .state import Progress, StateFile, interruption
-from .statistics import SUMMED_BY_SOURCE, AtomicStatistics, BlockStatistics
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
 
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 
     from ..experts import ExpertBlock
     from ..text.samples import CalibrationData
+    from .statistics import AtomicStatistics, BlockStatistics
 
 
 logger = get_logger(__name__)
@@ -43,6 +50,7 @@ def calibrate(
     skip_nonfinite: bool = False,
     state: StateFile | None = None,
     checkpointing: bool = False,
+    finish: Callable[[str, BlockStatistics], BlockStatistics] | None = None,
 ) -> AtomicStatistics:
     """Measures the statistics of every atomic expert of `model` on `data`.
 
@@ -58,9 +66,10 @@ def calibrate(
             the fingerprint, instead of stopping.
         state (`StateFile`, *optional*): where the run is saved and goes on from. The caller removes it.
         checkpointing (`bool`): keep only the inputs of the layers for the backward; always so for offloaded weights.
+        finish (`Callable`, *optional*): as for [`~optimum_heapr.calibration.processes.finished_blocks`].
 
     Returns:
-        `AtomicStatistics`: on the CPU.
+        `AtomicStatistics`: on the CPU; of several processes the first alone has the second-order statistics.
 
     Raises:
         HeaprError: if the model has no prunable experts, is sharded over processes, or has no embedding for a token id, the
@@ -103,10 +112,9 @@ def calibrate(
             state.save(done, totals)
         interrupted.act()
 
-    statistics = {block.path: block_statistics(block, totals[block.path]) for block in blocks}
-    total_loss, total_targets, skipped = done.loss, done.targets, done.skipped
-    if accelerator.num_processes > 1:
-        statistics, total_loss, total_targets, skipped = add_over_processes(accelerator, statistics, done)
+    measured = ((block.path, block_statistics(block, totals[block.path])) for block in blocks)
+    statistics = finished_blocks(accelerator, measured, finish)
+    total_loss, total_targets, skipped = add_progress(accelerator, done)
     identity = {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)}
     result = finished_statistics(identity, data, statistics, total_loss, total_targets, skipped)
     result.cost = cost
@@ -151,39 +159,6 @@ def description_of_run(
         "skip_nonfinite": skip_nonfinite,
         "processes": processes,
     }
-
-
-def finished_statistics(
-    identity: dict[str, Any],
-    data: CalibrationData,
-    statistics: dict[str, BlockStatistics],
-    loss: float,
-    targets: int,
-    skipped: list[int],
-) -> AtomicStatistics:
-    """The statistics of all processes with what they were measured on."""
-    if not targets:
-        raise HeaprError("skip_nonfinite=True: every micro-batch was left out; load the model in bfloat16 or float32")
-    for path, block in statistics.items():
-        for name in ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "output_norm_sum", "weight_norm"):
-            if not torch.isfinite(getattr(block, name)).all():
-                raise HeaprError(f"{name} of {path}: not finite; load the model in bfloat16 or float32")
-    fingerprint = {
-        **identity,
-        "data": data.fingerprint,
-        "seed": data.seed,
-        "seq_length": data.seq_length,
-        "loss": loss / targets,
-    }
-    if skipped:
-        fingerprint["skipped"] = skipped
-        fingerprint["data"]["num_samples"] -= len(skipped)
-        fingerprint["data"]["num_tokens"] -= sum(len(data.samples[index]) for index in skipped)
-        for index in skipped:
-            part = fingerprint["data"]["sources"][data.source_of(index)]
-            part["num_samples"] -= 1
-            part["num_tokens"] -= len(data.samples[index])
-    return AtomicStatistics(statistics, fingerprint)
 
 
 _QUANTITIES = {"gradient_sq_sum": "gradients", "activation_sq_sum": "activations", "output_norm_sum": "outputs"}
@@ -287,13 +262,3 @@ def frozen_in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         # By name: offloaded weights are other objects each time that they come and go.
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
-
-
-def block_statistics(block: ExpertBlock, sums: BlockAccumulator) -> BlockStatistics:
-    sums.complete()
-    measured = {name: tensor.cpu() for name, tensor in sums.sums().items()}
-    if sums.sources > 1:
-        by_source = {name: measured[name] for name in SUMMED_BY_SOURCE}
-        measured |= {name: tensor.sum(1) for name, tensor in by_source.items()}
-        measured |= {f"source_{name}": tensor for name, tensor in by_source.items()}
-    return BlockStatistics(weight_norm=block.atomic_norms(), **measured)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..utils.artefacts import MODEL_PARTS, check_parts, read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
+from ..utils.logging import is_main_process
 from ..utils.values import TensorValue, are_finite
 
 
@@ -135,10 +136,10 @@ class BlockStatistics(TensorValue):
         """
         if self.activation_gram_sum is None or (gradients and self.gradient_gram_sum is None):
             found = "vectors" if self.activation_gram_sum is None else "without the matrices of the gradients"
-            raise HeaprError(
-                f"{reason}: needs second-order statistics, and those of {path} are {found}; "
-                "calibrate again with statistics='gram'"
+            advice = (
+                "calibrate again with statistics='gram'" if is_main_process() else "the first process alone has them"
             )
+            raise HeaprError(f"{reason}: needs second-order statistics, and those of {path} are {found}; {advice}")
         for name in ("activation_gram_sum", "gradient_gram_sum")[: 1 + gradients]:
             # One expert at a time: the answers for all would take a good part of the memory of the matrices.
             if not all(bool(matrix.isfinite().all()) for matrix in getattr(self, name)):

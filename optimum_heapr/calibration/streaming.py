@@ -26,10 +26,11 @@ from ..utils.logging import get_logger, progress
 from .adding import add_parts
 from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
+from .finished import block_statistics, finished_statistics
 from .layer_state import LayerProgress, LayerState
 from .loss import summed_token_loss
 from .processes import add_progress, check_same_run, start_processes
-from .runner import begin_micro_batch, block_statistics, description_of_run, finished_statistics, what_is_not_finite
+from .runner import begin_micro_batch, description_of_run, what_is_not_finite
 from .state import Interruption, Progress, interruption
 from .statistics import AtomicStatistics, BlockStatistics
 from .tap import new_accumulators, switched_experts, tapped

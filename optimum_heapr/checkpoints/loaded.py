@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import plan_for
 from ..calibration.runner import calibrate, frozen_in_evaluation_mode
 from ..calibration.state import StateFile
-from ..criteria.obs import store_removal_curves
+from ..criteria.obs import with_removal_curve
 from ..experts import find_expert_blocks
 from ..hub.base_model import BaseModel
 from ..hub.statistics import load_statistics
@@ -103,12 +104,9 @@ class LoadedModel:
             keep_grams (`bool`): not asked for in memory, where matrices are as they were summed.
             checkpointing (`bool`): compute each layer twice, in less memory.
         """
-        statistics = calibrate(
-            self.model, data, config.batch_size, config.needs_grams, config.skip_nonfinite, state, checkpointing
-        )
-        if config.criterion == "obs":
-            store_removal_curves(statistics, config.ridge)
-        return statistics
+        finish = partial(with_removal_curve, ridge=config.ridge) if config.criterion == "obs" else None
+        measured = config.batch_size, config.needs_grams, config.skip_nonfinite
+        return calibrate(self.model, data, *measured, state, checkpointing, finish)
 
     def measured(
         self, statistics: AtomicStatistics | str | os.PathLike | None, otherwise: AtomicStatistics | None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.layer_state import StateFolder
 from ..calibration.streaming import calibrate_streaming
-from ..criteria.obs import store_removal_curve
+from ..criteria.obs import with_removal_curve
 from ..experts import find_expert_blocks
 from ..layerwise.layers import StreamedModel
 from ..surgery.apply import check_compensation
@@ -179,10 +179,8 @@ class StreamedCheckpoint(OffloadedModel):
 
         def finish(path: str, block: BlockStatistics) -> BlockStatistics:
             if config.criterion == "obs":
-                store_removal_curve(path, block, config.ridge)
-            if not keep_grams:
-                block.activation_gram_sum = block.gradient_gram_sum = None
-            return block
+                block = with_removal_curve(path, block, config.ridge)
+            return block if keep_grams else block.without_grams()
 
         source = source_of(self.model, **self._options)
         options = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,7 +111,7 @@ def store_removal_curves(statistics: AtomicStatistics, ridge: float = 0.01) -> N
     bar = progress(missing, desc="Ordering", unit="layer")
     for path, block in bar:
         bar.set_postfix_str(path, refresh=False)
-        store_removal_curve(path, block, ridge)
+        statistics.blocks[path] = with_removal_curve(path, block, ridge)
 
 
 def _are_stored(block: BlockStatistics, ridge: float) -> bool:
@@ -118,14 +119,14 @@ def _are_stored(block: BlockStatistics, ridge: float) -> bool:
     return block.has_curves and scaled and torch.equal(block.removal_ridge, _ridges(block, ridge))
 
 
-def store_removal_curve(path: str, block: BlockStatistics, ridge: float = 0.01) -> None:
-    """[`store_removal_curves`] for one block."""
-    found = removal_curves(path, block, ridge)
-    block.removal_order, block.removal_cost = found.order.to(torch.int32), found.cost
-    block.removal_ridge = _ridges(block, ridge)
-    if block.removal_scale is None and block.activation_gram_sum is not None:
+def with_removal_curve(path: str, block: BlockStatistics, ridge: float = 0.01) -> BlockStatistics:
+    """A block with its removal curves, as [`store_removal_curves`]."""
+    found, scale = removal_curves(path, block, ridge), block.removal_scale
+    if scale is None and block.activation_gram_sum is not None:
         energy = block.activation_gram_sum.diagonal(dim1=1, dim2=2).sum(1)
-        block.removal_scale = torch.where(energy > 0, block.activation_sq_sum.sum(1) / energy, 0)
+        scale = torch.where(energy > 0, block.activation_sq_sum.sum(1) / energy, 0)
+    order, ridges = found.order.to(torch.int32), _ridges(block, ridge)
+    return replace(block, removal_order=order, removal_cost=found.cost, removal_ridge=ridges, removal_scale=scale)
 
 
 def _ridges(block: BlockStatistics, ridge: float) -> torch.Tensor:

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0
 """Two processes, each with its share of the samples, measure what one process does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -8,11 +10,18 @@ import torch.distributed.tensor
 
 from optimum_heapr import HeaprError
 from optimum_heapr.calibration import processes, runner
-from optimum_heapr.calibration.processes import check_launcher, check_placement, check_same_run, start_processes
+from optimum_heapr.calibration.processes import (
+    check_launcher,
+    check_placement,
+    check_same_run,
+    finished_blocks,
+    start_processes,
+)
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.calibration.streaming import calibrate_streaming
 from optimum_heapr.checkpoints.loading import load_model, source_of
+from optimum_heapr.criteria.obs import with_removal_curve
 from optimum_heapr.layerwise.walk import LayerWalk
 from tests.helpers import assert_same_statistics, calibration_data, tiny_model
 from tests.processes import in_two_processes
@@ -55,12 +64,50 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert_same_statistics(actual, expected)
         assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
         for path, block in expected.blocks.items():
-            # Matrices of layer-by-layer runs stay with the first process: the others would hold the same hundreds of gigabytes.
-            grams = () if name == "streamed1" else ("activation_gram_sum", "gradient_gram_sum")
+            # Matrices stay with the first process: the others would hold the same hundreds of gigabytes.
+            grams = () if name.endswith("1") else ("activation_gram_sum", "gradient_gram_sum")
             assert actual.blocks[path].has_grams == bool(grams)
             for part in ("output_norm_sum", *grams):
                 torch.testing.assert_close(getattr(actual.blocks[path], part), getattr(block, part))
             assert torch.equal(actual.blocks[path].weight_norm, block.weight_norm)
+
+
+def test_each_process_finishes_its_share_of_the_blocks(monkeypatch):
+    """Each block once, of the sums over all processes, and all processes have what came of it; three blocks, two processes."""
+    blocks = calibrate(tiny_model(), calibration_data(8, 8), gram=True).blocks
+    ranks, done = Ranks(monkeypatch), []
+    blocks = {f"{path}.{turn}": block for turn in (0, 1) for path, block in blocks.items()}
+    del blocks[next(reversed(blocks))]
+
+    def measure(rank):
+        def finish(path, block):
+            assert block.has_grams
+            done.append((path, rank))
+            return with_removal_curve(path, block)
+
+        return finished_blocks(ranks, list(blocks.items()), finish)
+
+    first, second = ranks.run(measure)
+    assert sorted(done) == sorted((path, turn % 2) for turn, path in enumerate(blocks))
+    for path, block in blocks.items():
+        doubled = replace(block, **{name: 2 * part for name, part in block.sums.items()})
+        expected = with_removal_curve(path, doubled)
+        for found in (first[path], second[path]):
+            for name in ("removal_order", "removal_cost", "removal_ridge", "removal_scale", "fisher_sum"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+        assert torch.equal(first[path].gradient_gram_sum, expected.gradient_gram_sum)
+        assert not second[path].has_grams
+
+
+def test_a_process_that_fails_to_finish_ends_all(monkeypatch):
+    blocks = list(calibrate(tiny_model(), calibration_data(8), gram=True).blocks.items())
+    ranks = Ranks(monkeypatch)
+
+    def finish(path, block):
+        raise HeaprError(f"{path}: cannot be finished")
+
+    with pytest.raises(HeaprError, match="cannot be finished"):
+        ranks.run(lambda rank: finished_blocks(ranks, blocks, finish if rank else with_removal_curve))
 
 
 def changed_model():

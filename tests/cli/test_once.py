@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from optimum_heapr.calibration import processes
 from optimum_heapr.criteria import obs
 from optimum_heapr.utils import logging
 
@@ -26,7 +27,8 @@ def bars(monkeypatch):
 
         return shown
 
-    monkeypatch.setattr(obs, "progress", seen(logging.progress))
+    for module in (obs, processes):
+        monkeypatch.setattr(module, "progress", seen(logging.progress))
     monkeypatch.setattr(core_model_loading, "tqdm", seen(core_model_loading.tqdm))
     of_transformers.enable_progress_bar()
     yield found

@@ -6,7 +6,7 @@ import torch
 
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.statistics import BlockStatistics
-from optimum_heapr.criteria.obs import store_removal_curve
+from optimum_heapr.criteria.obs import with_removal_curve
 from optimum_heapr.planning.estimate import estimated_loss_increase
 from optimum_heapr.surgery.compensation import compensate
 
@@ -52,7 +52,7 @@ def test_with_compensation_it_is_the_quadratic_of_what_is_left(count, router_wei
     """To the few percent that the ridge and the dependence of activations on gradients, here of chance, make of it."""
     block, activations, gradients, weight = make_block(grams=True, router_weight=router_weight)
     config = HeaprConfig(compensate=True, compensation_scope="expert", criterion="obs", ridge=0.002)
-    store_removal_curve("block", block, config.ridge)
+    block = with_removal_curve("block", block, config.ridge)
     kept = block.removal_order[0, count:].long().sort().values
     gram = activations.T @ activations / TOKENS
     new = torch.zeros_like(weight)
@@ -77,7 +77,7 @@ def test_without_it_atomic_experts_are_added_up(grams):
 def test_what_is_no_beginning_of_the_curve_is_added_up_too():
     block, *_ = make_block(grams=True)
     config = HeaprConfig(compensate=True, compensation_scope="expert")
-    store_removal_curve("block", block, config.ridge)
+    block = with_removal_curve("block", block, config.ridge)
     order = block.removal_order[0].long()
     kept = order[[0, 2, 3, 4, 5]].sort().values  # the second to go goes first
     expected = 0.5 * block.activation_sq_sum[0, order[1]] * block.gradient_sq_sum[0, order[1]] / TOKENS**2
@@ -86,7 +86,7 @@ def test_what_is_no_beginning_of_the_curve_is_added_up_too():
 
 def test_nothing_removed_or_nothing_measured_costs_nothing():
     block, *_ = make_block(grams=True)
-    store_removal_curve("block", block)
+    block = with_removal_curve("block", block)
     config = HeaprConfig(compensate=True, compensation_scope="expert")
     assert estimated_loss_increase(block, [torch.arange(WIDTH)], TOKENS, config) == 0
     block.token_count.zero_()
