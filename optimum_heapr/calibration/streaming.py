@@ -196,7 +196,7 @@ class _Schedule:
         layers = range(self.done.forward, len(self.streamed.layers))
         total = len(self.streamed.layers)
         for number in progress(layers, desc="Forward", unit="layer", initial=layers.start, total=total):
-            with self.streamed.layer(number) as layer:
+            with self.streamed.layer(number, then=number + 1 if number + 1 < total else None) as layer:
                 for index in self._counted():
                     self.walk.forward(number, layer, index)
             self.done.forward = number + 1
@@ -244,7 +244,7 @@ class _Schedule:
             "total": total - self.streamed.first,
         }
         for number in progress(numbers, **bar):
-            with self.streamed.layer(number) as layer:
+            with self.streamed.layer(number, then=number - 1 if number > self.streamed.first else None) as layer:
                 bad, statistics = self._measure(number, layer)
             if bad:
                 return bad

@@ -75,8 +75,13 @@ class Decoder:
         return self.model.get_input_embeddings().weight.device
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[torch.nn.Module]:
-        """Yields a decoder layer with its weights in memory."""
+    def layer(self, index: int, then: int | None = None) -> Iterator[torch.nn.Module]:
+        """Yields a decoder layer with its weights in memory.
+
+        Args:
+            index (`int`): of the layer.
+            then (`int`, *optional*): of the one that comes next, if there is such a one: its weights may be read meanwhile.
+        """
         yield self.layers[index]
 
     @contextmanager

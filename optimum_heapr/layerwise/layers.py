@@ -48,9 +48,12 @@ class StreamedModel(Decoder):
         return self._device
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+    def layer(self, index: int, then: int | None = None) -> Iterator[torch.nn.Module]:
         layer = self.layers[index]
         with self._loaded(layer.named_modules(prefix=f"{self.path}.{index}")):
+            if then is not None:
+                within = f"{self.path}.{then}."
+                self.source.read_ahead({stored for name, stored in self._stored_as.items() if name.startswith(within)})
             yield layer
 
     @contextmanager

@@ -77,6 +77,10 @@ class SourceCheckpoint:
             made[expert : expert + 1] = self.parameter(name, expert)
         return made
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Has the system read what these parameters are made from, as [`TensorReader.read_ahead`]."""
+        self.reader.read_ahead(key for name in names for keys in self.stored[name].values() for key in keys)
+
     def expert(self, block: ExpertBlock, expert: int, parameters: Iterable[str] = ("down_proj",)) -> ExpertBlock:
         """A block that holds one expert of `block` alone, with some of its parameters."""
         flags = {name: getattr(block.module, name) for name in ("has_bias", "is_transposed", "is_concatenated")}

@@ -75,7 +75,7 @@ def compensate_together(
         blocks = decoder.blocks_of(number)
         if plan.config.reconstruction_steps and number == decoder.first:
             pruned = walk.branch("pruned", number)
-        with decoder.layer(number) as layer:
+        with decoder.layer(number, then=number + 1 if number < last else None) as layer:
             called = calls_of(walk, number, layer, {_PLAN: rerouting})
             trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned and blocks else {}
             fitted = {

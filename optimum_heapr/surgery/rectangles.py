@@ -100,7 +100,7 @@ def measure_rectangles(
     walk = walk_through(decoder, data, config.batch_size, folder, activation_memory)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     for number in progress(range(last + 1), desc="Choosing num_experts", unit="layer"):
-        with decoder.layer(number) as layer:
+        with decoder.layer(number, then=number + 1 if number < last else None) as layer:
             called = calls_of(walk, number, layer, reroutings)
             for block in decoder.blocks_of(number):
                 inputs = called.pop(block.path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -68,6 +69,7 @@ class TensorReader:
     def __init__(self, files: Iterable[str | os.PathLike]):
         self.tensors: dict[str, TensorInfo] = {}
         self.bytes_read = 0
+        self._ahead = ThreadPoolExecutor(1, "read-ahead")
         for file in sorted(map(Path, files)):
             self.tensors.update(_read_header(file))
 
@@ -91,6 +93,20 @@ class TensorReader:
                 raise HeaprError(f"model={str(info.file)!r}: ends within {name}; download it again")
         self.bytes_read += size
         return data.view(info.dtype).view(shape)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Has the system bring tensors into its page cache while something else is done; where it cannot, nothing happens."""
+        if not hasattr(os, "posix_fadvise"):  # as on macOS
+            return
+        spans: dict[Path, list[list[int]]] = {}
+        for info in sorted((self.tensors[name] for name in names), key=lambda info: (info.file, info.start)):
+            of_file = spans.setdefault(info.file, [])
+            if of_file and of_file[-1][1] == info.start:
+                of_file[-1][1] += info.size
+            else:
+                of_file.append([info.start, info.start + info.size])
+        # In a thread: the call waits for the disk as soon as its queue is full.
+        self._ahead.submit(_will_need, spans)
 
 
 def write_tensors(
@@ -124,6 +140,13 @@ def write_tensors(
             expected = header[name]["data_offsets"]
             if size != expected[1] - expected[0]:
                 raise RuntimeError(f"{name}: {size} bytes made, {expected[1] - expected[0]} announced")
+
+
+def _will_need(spans: dict[Path, list[list[int]]]) -> None:
+    for file, of_file in spans.items():
+        with open(file, "rb") as stream:
+            for start, end in of_file:
+                os.posix_fadvise(stream.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def _write(file: BinaryIO, tensor: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from contextlib import contextmanager
 
@@ -69,6 +70,33 @@ def folder(tmp_path):
     model = tiny_model("deepseek", num_hidden_layers=4, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     return tmp_path / "model"
+
+
+def test_the_next_layer_is_read_ahead(folder, tmp_path, monkeypatch):
+    """While a layer is computed with, forward and backward, the system is told which comes next; of none that does not."""
+    events = []
+
+    def recorded(name):
+        plain = getattr(SourceCheckpoint, name)
+
+        def call(self, what, *arguments):
+            names = {what} if isinstance(what, str) else set(what)
+            events.append((name, {part.split(".")[2] for part in names if ".layers." in part}))
+            return plain(self, what, *arguments)
+
+        monkeypatch.setattr(SourceCheckpoint, name, call)
+
+    recorded("load")
+    recorded("read_ahead")
+    streamed(folder, padded_data(), tmp_path / "work")
+    order = [(name, *layers) for name, layers in events if layers]
+    order = [event for event, _ in itertools.groupby(order)]  # a layer has many weights
+    forward, backward = ["0", "1", "2", "3"], ["3", "2", "1"]  # the first layer has no experts
+    expected = []
+    for passed in (forward, backward):
+        for layer, then in itertools.zip_longest(passed, passed[1:]):
+            expected += [("load", layer)] + ([("read_ahead", then)] if then else [])
+    assert order == [event for event, _ in itertools.groupby(expected)]
 
 
 def assert_equal_bits(actual, expected):

@@ -1,6 +1,12 @@
 # Licensed under the Apache License, Version 2.0
 """Our reader and writer of safetensors files against the library's."""
 
+import ctypes
+import mmap
+import os
+import time
+
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,3 +76,39 @@ def test_truncated_file_is_refused(tmp_path):
     reader = TensorReader([path])
     with pytest.raises(HeaprError, match="ends within t; download it again"):
         reader.read("t")
+
+
+def share_in_page_cache(path, info) -> float:
+    """How much of a tensor the system has in memory, which looking does not change: `mincore(2)`."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        address = numpy.frombuffer(mapped, dtype=numpy.uint8).ctypes.data
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        assert libc.mincore(address, len(mapped), pages) == 0, os.strerror(ctypes.get_errno())
+    of_tensor = pages[info.start // mmap.PAGESIZE : -(-(info.start + info.size) // mmap.PAGESIZE)]
+    return sum(page & 1 for page in of_tensor) / len(of_tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+def test_what_is_read_ahead_is_in_the_page_cache_and_nothing_else(tmp_path):
+    path, tensors = tmp_path / "model.safetensors", {name: torch.rand(1 << 20) for name in "abcd"}  # 4 MiB each
+    write(path, tensors)
+    reader = TensorReader([path])
+
+    def shares():
+        return {name: share_in_page_cache(path, info) for name, info in reader.tensors.items()}
+
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = shares()
+    if before["b"] > 0.5:
+        pytest.skip("the file system of the temporary folder keeps its files in memory")
+    reader.read_ahead(["c", "b"])
+    deadline = time.monotonic() + 60
+    while min(shares()[name] for name in "bc") < 0.99:  # perhaps not the last page
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    after = shares()
+    assert after["a"] < before["a"] + 0.5 and after["d"] < before["d"] + 0.5  # the system may bring in a little more
