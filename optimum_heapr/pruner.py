@@ -23,6 +23,7 @@ from .hub.statistics import load_statistics
 from .planning.plan import PruningPlan
 from .report.content import without_measurements
 from .report.observation import check_prompts, needs_text
+from .report.shown import PrunerSummary
 from .text.samples import CalibrationData, load_calibration_data
 from .utils.companions import STATISTICS_NAME, own_folder
 from .utils.errors import HeaprError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .recovery.report import RecoveryReport
 
 
-class HeaprPruner:
+class HeaprPruner(PrunerSummary):
     """Prunes a Mixture-of-Experts model at the granularity of atomic experts.
 
     Args:
@@ -69,8 +70,7 @@ class HeaprPruner:
         from .checkpoints.loaded import LoadedModel
 
         find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
-        self._stages, self.tokenizer = LoadedModel(model), tokenizer
-        self.config = HeaprConfig.checked(config)
+        self._stages, self.tokenizer, self.config = LoadedModel(model), tokenizer, HeaprConfig.checked(config)
         self.statistics: AtomicStatistics | None = None
         self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None

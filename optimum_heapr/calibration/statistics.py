@@ -72,10 +72,10 @@ class BlockStatistics(TensorValue):
     source_token_count: torch.Tensor | None = None
     source_output_norm_sum: torch.Tensor | None = None
 
-    def __repr__(self) -> str:
+    def _summary(self) -> dict[str, str]:
         measured = "second order" if self.has_grams else "vectors"
-        tokens = int(self.token_count.sum())
-        return f"BlockStatistics({self.num_experts} experts of {self.width}, {tokens:,} routed tokens, {measured})"
+        tokens = f"{int(self.token_count.sum()):,}"
+        return {"experts": f"{self.num_experts} of width {self.width}", "routed tokens": tokens, "measured": measured}
 
     @property
     def num_experts(self) -> int:
@@ -166,15 +166,15 @@ class AtomicStatistics(TensorValue):
 
     _NOT_COMPARED = ("cost",)
 
-    def __repr__(self) -> str:
-        model, data = (self.fingerprint.get(part, {}) for part in ("model", "data"))
-        kinds = {repr(block).partition(", ")[0].removeprefix("BlockStatistics(") for block in self.blocks.values()}
+    def _summary(self) -> dict[str, str]:
+        kinds = sorted({block._summary()["experts"] for block in self.blocks.values()})
         measured = "second order" if all(block.has_grams for block in self.blocks.values()) else "vectors"
         curves = ", removal curves" if all(block.has_curves for block in self.blocks.values()) else ""
-        return (
-            f"AtomicStatistics({model.get('model_type')}: {len(self.blocks)} blocks of {' or '.join(sorted(kinds))}, "
-            f"{measured}{curves}, {data.get('num_tokens', 0):,} tokens)"
-        )
+        return {
+            "model": f"{self.fingerprint.get('model', {}).get('model_type')}, {len(self.blocks)} blocks",
+            "experts": " or ".join(kinds),
+            "measured": f"{measured}{curves}, on {self.fingerprint.get('data', {}).get('num_tokens', 0):,} tokens",
+        }
 
     @property
     def num_tokens(self) -> int:

@@ -74,14 +74,16 @@ class PruningPlan(TensorValue):
     rectangles: list[dict[str, float]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
-    def __repr__(self) -> str:
+    def _summary(self) -> dict[str, str]:
         widths = [width for experts in self.routed_widths.values() for width in experts]
-        gone = f"{sum(map(len, self.dropped.values()))} experts go from the router, " if self.dropped else ""
-        return (
-            f"PruningPlan({self.model.get('model_type')}: {self.removed:,} of {self.total:,} atomic experts go "
-            f"({self.ratio:.2%}), {gone}widths {min(widths)} to {max(widths)}, criterion {self.config.criterion}, layout "
-            f"{self.config.layout}, estimated loss increase {self.estimated_loss_increase:.5f} nats a token)"
-        )
+        gone = f", {sum(map(len, self.dropped.values()))} experts go from the router" if self.dropped else ""
+        return {
+            "model": str(self.model.get("model_type")),
+            "removed": f"{self.removed:,} of {self.total:,} atomic experts ({self.ratio:.2%}){gone}",
+            "widths": f"{min(widths)} to {max(widths)}",
+            "ranked by": f"{self.config.criterion}, layout {self.config.layout}",
+            "estimate": f"loss +{self.estimated_loss_increase:.5f} nats a token",
+        }
 
     @classmethod
     def build(cls, statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan:

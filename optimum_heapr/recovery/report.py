@@ -10,10 +10,11 @@ from typing import Any
 
 from ..utils.companions import CARD_NAME, RECOVERY_NAME, own_folder
 from ..utils.files import write_json
+from ..utils.summary import Summary
 
 
-@dataclass
-class RecoveryReport:
+@dataclass(repr=False)
+class RecoveryReport(Summary):
     """
     Attributes:
         stages (`dict[str, float]`): loss in nats a token on the samples that are held out, by stage, in the order in which
@@ -42,6 +43,10 @@ class RecoveryReport:
     config: dict[str, Any]
     model: dict[str, Any]
     teacher: str | None = None
+
+    def _summary(self) -> dict[str, str]:
+        kept = f"step {self.best_step} of {self.steps}" if self.improved else "nothing: it did not improve"
+        return {**{stage: f"{loss} ({change})" for stage, loss, change in self.rows()}, "kept": kept}
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `recovery_report.json` into `folder` and returns its path."""

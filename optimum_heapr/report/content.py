@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.losses import mean_with_error, perplexity
 from ..utils.public import public_data, public_name, public_text
+from .shown import Report
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def build_report(
     before: Observation | None = None,
     after: Observation | None = None,
     workload: Workload | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Everything that is known of one pruning.
 
     Args:
@@ -36,32 +37,34 @@ def build_report(
         workload (`Workload`, *optional*): what the two were measured on.
 
     Returns:
-        `dict`: plain JSON types. `removed` counts atomic experts, `blocks` has what happened to each layer, `size`, `loss`,
+        `Report`: a `dict` of plain JSON types. `removed` counts atomic experts, `blocks` has what happened to each layer, `size`, `loss`,
         `speed` and `samples` compare before and after; of what was not measured there is nothing, and `problems` says
         why if it went wrong. Under `loss`, `by_source` is what each source of a mixture is estimated to lose. `left_out`, which is among them, is what the checkpoint had and the result has not.
     """
-    report: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": model,
-        "versions": _versions(),
-        "config": {name: value for name, value in plan.config.public().to_dict().items() if value is not None},
-        "calibration": public_data(plan.data),
-        "removed": {
-            "before": plan.total,
-            "after": plan.total - plan.removed,
-            "ratio": plan.ratio,
-            "asked_for": dict([plan.config.goal]),
-        },
-        "blocks": [_block(plan, path) for path in plan.kept],
-        "importance": plan.importance,
-        **({"rectangles": plan.rectangles} if plan.rectangles else {}),
-        **({"search": plan.search} if plan.search else {}),
-        "loss": {
-            "estimated_increase": plan.estimated_loss_increase,
-            **({"by_source": plan.sources} if plan.sources else {}),
-        },
-    }
+    report = Report(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model,
+            "versions": _versions(),
+            "config": {name: value for name, value in plan.config.public().to_dict().items() if value is not None},
+            "calibration": public_data(plan.data),
+            "removed": {
+                "before": plan.total,
+                "after": plan.total - plan.removed,
+                "ratio": plan.ratio,
+                "asked_for": dict([plan.config.goal]),
+            },
+            "blocks": [_block(plan, path) for path in plan.kept],
+            "importance": plan.importance,
+            **({"rectangles": plan.rectangles} if plan.rectangles else {}),
+            **({"search": plan.search} if plan.search else {}),
+            "loss": {
+                "estimated_increase": plan.estimated_loss_increase,
+                **({"by_source": plan.sources} if plan.sources else {}),
+            },
+        }
+    )
     if before is None or after is None:
         return report
     report["size"] = {side: dataclasses.asdict(seen.size) for side, seen in (("before", before), ("after", after))}
@@ -86,11 +89,11 @@ def build_report(
     return report
 
 
-def without_measurements(report: dict[str, Any], reason: str) -> dict[str, Any]:
+def without_measurements(report: dict[str, Any], reason: str) -> Report:
     """A report of a model that has changed since it was measured: what was measured of it goes, and the reason is given."""
     kept = {name: value for name, value in report.items() if name not in ("speed", "samples")}
     loss = {name: report["loss"][name] for name in ("estimated_increase", "by_source") if name in report["loss"]}
-    return {**kept, "loss": loss, "problems": [*report.get("problems", []), reason]}
+    return Report({**kept, "loss": loss, "problems": [*report.get("problems", []), reason]})
 
 
 def _block(plan: PruningPlan, path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import HeaprError, did_you_mean, reason_of
 from .public import public_name
 from .sizes import written_number
+from .summary import Summary
 
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 
 @dataclass
-class Options:
+class Options(Summary):
     """Base of the configurations: types and choices are checked here, ranges by the subclass in `__post_init__`."""
 
     def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._summary().items())})"
+
+    def _summary(self) -> dict[str, str]:
         values = {part.name: (getattr(self, part.name), part.default) for part in dataclasses.fields(self)}
-        given = (f"{name}={value!r}" for name, (value, default) in values.items() if value != default)
-        return f"{type(self).__name__}({', '.join(given)})"
+        return {name: repr(value) for name, (value, default) in values.items() if value != default}
 
     def __post_init__(self) -> None:
         for name, kind in option_types(type(self)).items():

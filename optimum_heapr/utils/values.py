@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .summary import Summary
 
-class TensorValue:
+
+class TensorValue(Summary):
     """Base of data classes that hold tensors, whose own `==` would ask a tensor for one truth value.
 
     What says how an object came to be, and not what it is, is named in `_NOT_COMPARED`. Such objects are not hashable.

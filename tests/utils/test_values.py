@@ -2,6 +2,7 @@
 """Artefacts are compared as values, and print as a few lines."""
 
 import copy
+from xml.etree import ElementTree
 
 import pytest
 
@@ -9,6 +10,7 @@ from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.planning.plan import PruningPlan
+from optimum_heapr.utils.summary import html_table
 from tests.helpers import calibration_data, tiny_model
 
 
@@ -41,11 +43,24 @@ def test_what_the_measuring_took_is_not_compared(artefacts):
 
 def test_they_print_as_a_few_lines(artefacts):
     statistics, plan = artefacts
-    assert repr(statistics) == ("AtomicStatistics(qwen3_moe: 2 blocks of 6 experts of 12, second order, 32 tokens)")
-    assert repr(plan).startswith("PruningPlan(qwen3_moe: 43 of 144 atomic experts go (29.86%), widths ")
-    assert "estimated loss increase" in repr(plan) and len(repr(plan)) < 300
+    assert repr(statistics) == (
+        "AtomicStatistics(model: qwen3_moe, 2 blocks, experts: 6 of width 12, measured: second order, on 32 tokens)"
+    )
+    lines = repr(plan).splitlines()
+    assert lines[:3] == ["PruningPlan", "  model: qwen3_moe", "  removed: 43 of 144 atomic experts (29.86%)"]
+    assert len(lines) == 6 and lines[-1].startswith("  estimate: loss +")
     assert repr(next(iter(statistics.blocks.values()))) == (
-        "BlockStatistics(6 experts of 12, 64 routed tokens, second order)"
+        "BlockStatistics(experts: 6 of width 12, routed tokens: 64, measured: second order)"
     )
     assert repr(HeaprConfig(ratio=0.3, criterion="obs")) == "HeaprConfig(ratio=0.3, criterion='obs')"
     assert eval(repr(plan.config), {"HeaprConfig": HeaprConfig}) == plan.config
+
+
+def test_notebooks_show_them_as_a_table(artefacts):
+    for artefact in (*artefacts, artefacts[1].config):
+        shown = ElementTree.fromstring(artefact._repr_html_())
+        assert [shown.tag, shown[0].tag, shown[0].text] == ["table", "caption", type(artefact).__name__]
+        assert [[cell.text for cell in row] for row in shown[1:]] == [[*row] for row in artefact._summary().items()]
+    assert html_table("<a>", [["1 < 2"]], ["b & c"]) == (
+        "<table><caption>&lt;a&gt;</caption><tr><th>b &amp; c</th></tr><tr><td>1 &lt; 2</td></tr></table>"
+    )
