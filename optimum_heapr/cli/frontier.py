@@ -46,6 +46,12 @@ class FrontierCommand(HeaprSubcommand):
         parser.add_argument("--criteria", nargs="+", metavar="NAME", help="criteria to compare (default: --criterion)")
         parser.add_argument("--layouts", nargs="+", metavar="NAME", help="layouts to compare (default: --layout)")
         parser.add_argument(
+            "--experts",
+            nargs="+",
+            metavar="N",
+            help="numbers of experts to compare, or 'all', in the layout uniform (default: --num-experts)",
+        )
+        parser.add_argument(
             "-o", "--output", metavar="DIR", help="write frontier.json there, and the chart as SVG: loss against size"
         )
         parser.add_argument("--overwrite", action="store_true", help="replace what this package wrote there")
@@ -90,6 +96,7 @@ class FrontierCommand(HeaprSubcommand):
                     f"{name}={measuring[name]}: is about measuring; add --measure and --model, or leave it out"
                 )
         ratios = ratios_of(args.ratios)
+        experts = {} if args.experts is None else {"num_experts": [expert_number(text) for text in args.experts]}
         if args.output:
             check_output_is_not_input(args.output, args.statistics, args.model, args.measure, args.config)
             check_output_folder(args.output, args.overwrite)
@@ -106,7 +113,7 @@ class FrontierCommand(HeaprSubcommand):
             model, tokenizer = load_model(args.model, **model_options_from(args))
             windows = given(args, "windows", "window_length")
             measure = text_measure(model, tokenizer, statistics, config, args.measure, **windows)
-        compared = given(args, "criteria", "layouts", "points", "max_loss_increase")
+        compared = given(args, "criteria", "layouts", "points", "max_loss_increase") | experts
         points = frontier(statistics, config, ratios, measure=measure, **compared)
         found: dict[str, Any] = {"points": [point.to_dict() for point in points]}
         bound = args.max_loss_increase
@@ -132,7 +139,7 @@ def chosen_lines(found: dict[str, Any], chosen: FrontierPoint | None) -> list[st
     head = f"chosen for a loss increase of at most {found['max_loss_increase']}: "
     if chosen is None:
         return [head + "none; ask for smaller ratios, or allow more"]
-    what = f"{chosen.criterion}, {chosen.layout}, {chosen.ratio:.1%} removed (measured {_with_error(chosen)})"
+    what = f"{chosen.method_name()}, {chosen.ratio:.1%} removed (measured {_with_error(chosen)})"
     return [head + what, f"  {found['command']}"]
 
 
@@ -168,17 +175,34 @@ def ratios_of(text: str) -> list[float]:
     return ratios
 
 
+def expert_number(text: str) -> int | None:
+    """A number of experts as `--experts` has it, `None` for all.
+
+    Raises:
+        HeaprError: if it is neither a number nor `all`.
+    """
+    if text == "all":
+        return None
+    if not (text.isdecimal() and int(text)):
+        auto = "; --num-experts auto of 'prune' measures which is best" if text == "auto" else ""
+        raise HeaprError(f"experts={text!r}: must be numbers such as 32 24 16, or all{auto}")
+    return int(text)
+
+
 def frontier_text(points: list[FrontierPoint]) -> str:
     """One line a plan, and how to read it."""
     from ..report.numbers import count, size
     from .tables import table
 
     measured = any(point.measured is not None for point in points)
-    header = ["criterion", "layout", "removed", "parameters", "active", "weights", "est. loss +"]
+    fewer = any(point.num_experts is not None for point in points)
+    names = ["criterion", "layout", *(["experts"] if fewer else [])]
+    header = [*names, "removed", "parameters", "active", "weights", "est. loss +"]
     rows = [
         [
             point.criterion,
             point.layout,
+            *(["all" if point.num_experts is None else str(point.num_experts)] if fewer else []),
             f"{point.ratio:.1%}",
             count(point.parameters),
             count(point.active_parameters),

@@ -74,26 +74,29 @@ def _chart(name: str, title: str, points: Points, chosen: dict[str, Any] | None)
         canvas.write(x, bottom + 18, size(at) if value == "num_bytes" else count(at), "middle")
     canvas.write((LEFT + WIDTH) / 2, bottom + 36, "weights" if value == "num_bytes" else "parameters", "middle")
     canvas.write(16, TOP + HEIGHT / 2, "loss +, nats a token (log)", "middle", turned=True)
-    methods = list(dict.fromkeys((point["criterion"], point["layout"]) for point in points))
+    methods = list(dict.fromkeys(map(_method, points)))
     for index, method in enumerate(methods):
         stroke, dash = STYLES[index % len(STYLES)]
-        curve = [point for point in points if (point["criterion"], point["layout"]) == method]
+        curve = [point for point in points if _method(point) == method]
         corners = [place(point, _loss(point)) for point in curve if _loss(point) is not None]
         canvas.path("M" + "L".join(f"{n(x)} {n(y)}" for x, y in corners), stroke=stroke, width=2, dash=dash)
         measured = [place(point, point["measured"]) for point in curve if point["measured"] is not None]
         canvas.marks("ring", measured, 4.5, stroke)
         y = bottom + 56 + 18 * index
         canvas.line(LEFT, y, LEFT + 40, y, stroke, 2, dash)
-        canvas.write(LEFT + 50, y + 4, ", ".join(method) + ("; rings are measured" if measured else ""))
+        canvas.write(LEFT + 50, y + 4, method + ("; rings are measured" if measured else ""))
     canvas.height = bottom + 56 + 18 * len(methods)
     if chosen is not None:
         canvas.marks("cross", [place(chosen, _loss(chosen)), (LEFT + 20, canvas.height)], 8, INK)
-        label = (
-            f"chosen: {chosen['criterion']}, {chosen['layout']}, {chosen['ratio']:.1%} removed, +{_loss(chosen):.4f}"
-        )
+        label = f"chosen: {_method(chosen)}, {chosen['ratio']:.1%} removed, +{_loss(chosen):.4f}"
         canvas.write(LEFT + 50, canvas.height + 4, label)
         canvas.height += 18
     return canvas.text()
+
+
+def _method(point: dict[str, Any]) -> str:
+    number = point.get("num_experts")
+    return f"{point['criterion']}, {point['layout']}" + ("" if number is None else f", {number} experts")
 
 
 def _loss(point: dict[str, Any]) -> float | None:

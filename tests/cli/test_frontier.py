@@ -25,6 +25,15 @@ def test_frontier(inputs, run):
     assert "compare ratios, not criteria" in result.output
 
 
+def test_numbers_of_experts(inputs, run):
+    flags = ["--ratios", "0.5", "--layouts", "variable", "uniform", "--experts", "all", 4, "--width-multiple", 2]
+    result = run("frontier", "-s", inputs.statistics, *flags)
+    assert result.status == 0, result.error
+    rows = [line.split()[:3] for line in result.output.splitlines()]
+    assert rows[0] == ["criterion", "layout", "experts"]
+    assert rows[2:5] == [["heapr", "variable", "all"], ["heapr", "uniform", "all"], ["heapr", "uniform", "4"]]
+
+
 def test_measured(inputs, run):
     text = inputs.calibration[inputs.calibration.index("--dataset") + 1]
     flags = ["-m", inputs.model, "--measure", text, "--windows", 2, "--window-length", 16, "--points", 2]
@@ -87,6 +96,11 @@ def test_the_command_that_is_printed_makes_what_was_chosen(inputs, run, tmp_path
         (["--points", 4], "points=4: is about measuring"),
         (["--dtype", "float32"], "dtype=float32: is about measuring"),
         (["--criteria", "heap"], "must be one of"),
+        (["--experts", "4"], "needs the layout uniform, not variable; add it to layouts (--layouts uniform)"),
+        (
+            ["--experts", "auto"],
+            "experts='auto': must be numbers such as 32 24 16, or all; --num-experts auto of 'prune'",
+        ),
         (["--measure", "demo", "-m", "demo", "--dtype", "int4"], "dtype='int4': must be one of"),
     ],
 )
