@@ -123,16 +123,17 @@ def frontier(
     if points < 2:
         raise HeaprError(f"points={points}: must be at least 2, the ends of a curve")
 
-    numbers = [config.num_experts] if num_experts is None else list(num_experts)
-    layouts = layouts or (config.layout,)
+    numbers = list(dict.fromkeys([config.num_experts] if num_experts is None else num_experts))
+    layouts = list(dict.fromkeys(layouts or [config.layout]))
     if "auto" in numbers:
         raise HeaprError(
             "num_experts='auto': is chosen by fits to the calibration text, ratio by ratio; name the numbers to compare, such as 32 "
             "24 16"
         )
     if num_experts is not None and "uniform" not in layouts:
+        asked = ", ".join("all" if number is None else str(number) for number in numbers)
         raise HeaprError(
-            f"num_experts={numbers}: needs the layout uniform, not {', '.join(layouts)}; add it to layouts (--layouts uniform)"
+            f"num_experts={asked}: needs the layout uniform, not {', '.join(layouts)}; add it to layouts (--layouts uniform)"
         )
 
     def measured(point: FrontierPoint) -> FrontierPoint:
@@ -140,7 +141,7 @@ def frontier(
         return replace(point, measured=increase, error=error)
 
     found: list[FrontierPoint] = []
-    for criterion in criteria or (config.criterion,):
+    for criterion in dict.fromkeys(criteria or [config.criterion]):
         for layout, number in [
             (layout, n) for layout in layouts for n in (numbers if layout == "uniform" else [None])
         ]:

@@ -47,11 +47,14 @@ def text_measure(
         statistics (`AtomicStatistics`): what plans are made from, and compensated with.
         config (`HeaprConfig`): `compensate` is used.
         text (`Dataset` or `str`): as for [`~optimum_heapr.evaluation.perplexity.evaluate_perplexity`].
-        windows, window_length (`int`): how many, and tokens in each.
+        windows, window_length (`int`): how many, at least two, and tokens in each.
 
     Raises:
         HeaprError: if the model is another one, the text cannot be read, or compensation needs more than there is.
     """
+    for name, value in {"windows": windows, "window_length": window_length}.items():
+        if value < 2:
+            raise HeaprError(f"{name}={value}: must be at least 2; leave it out for the default")
     statistics.check_model(model, find_expert_blocks(model))
     if config.compensates_blocks:
         raise HeaprError(
@@ -61,6 +64,11 @@ def text_measure(
         for path, block in statistics.blocks.items():
             block.check_grams(path, "compensate=True", gradients=False)
     found = evaluation_windows(tokenizer, text, window_length, windows)
+    if len(found) < 2:
+        raise HeaprError(
+            f"text={source_name(text)!r}: has one window of {window_length} tokens, of which no error can be told; lower window_length, "
+            "or name a longer text"
+        )
     place(model)
     warn_of_positions(model, found)
     return loss_measure(model, found, source_name(text), statistics)

@@ -145,7 +145,7 @@ def test_numbers_of_experts_are_compared_at_one_layout(statistics):
 
 
 def test_refusals(statistics):
-    with pytest.raises(HeaprError, match=r"num_experts=\[4\]: needs the layout uniform, not variable"):
+    with pytest.raises(HeaprError, match="num_experts=4: needs the layout uniform, not variable"):
         frontier(statistics, HeaprConfig(), num_experts=[4])
     with pytest.raises(HeaprError, match="num_experts='auto': is chosen by fits to the calibration text"):
         frontier(statistics, HeaprConfig(), layouts=["uniform"], num_experts=["auto"])

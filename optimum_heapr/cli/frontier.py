@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ..frontier import FrontierPoint
 
 
+MOST_RATIOS = 200
+
+
 class FrontierCommand(HeaprSubcommand):
     NAME = "frontier"
     HELP = "Show size against loss for many ratios, criteria and layouts, from one statistics file."
@@ -96,6 +99,9 @@ class FrontierCommand(HeaprSubcommand):
                     f"{name}={measuring[name]}: is about measuring; add --measure and --model, or leave it out"
                 )
         ratios = ratios_of(args.ratios)
+        bound = args.max_loss_increase
+        if bound is not None and not bound > 0:
+            raise HeaprError(f"max_loss_increase={bound}: must be above 0")
         experts = {} if args.experts is None else {"num_experts": [expert_number(text) for text in args.experts]}
         if args.output:
             check_output_is_not_input(args.output, args.statistics, args.model, args.measure, args.config)
@@ -116,7 +122,6 @@ class FrontierCommand(HeaprSubcommand):
         compared = given(args, "criteria", "layouts", "points", "max_loss_increase") | experts
         points = frontier(statistics, config, ratios, measure=measure, **compared)
         found: dict[str, Any] = {"points": [point.to_dict() for point in points]}
-        bound = args.max_loss_increase
         if bound is not None:
             chosen = smallest_within(points, bound)
             command = None if chosen is None else prune_command(args, chosen.config(config))
@@ -164,6 +169,8 @@ def ratios_of(text: str) -> list[float]:
     try:
         if text.count(":") == 2:
             first, last, step = map(number, text.split(":"))
+            if not (last - first) / step < MOST_RATIOS:  # also for NaN
+                raise HeaprError(f"ratios={text!r}: takes a larger STEP; at most {MOST_RATIOS} ratios can be had")
             ratios = [round(first + index * step, 10) for index in range(int((last - first) / step + 1e-9) + 1)]
         else:
             ratios = [float(number(part)) for part in text.split(",")]
