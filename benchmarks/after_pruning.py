@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -180,8 +181,10 @@ def run(args, tool: str, folder: str, output: str = "", package: str | None = No
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     reason = ""
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if "Error" in line]
-        reason = said[-1][:160] if said else f"the process ends with {done.returncode}"
+        said = re.findall(
+            r"^\s*(\w*Error: .+)", done.stderr, re.MULTILINE
+        )  # of those that follow each other the cause
+        reason = said[0][:160] if said else f"the process ends with {done.returncode}"
     return (json.loads(lines[0]) if lines else None), reason.replace("|", "\\|")
 
 

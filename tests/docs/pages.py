@@ -21,6 +21,7 @@ ENVIRONMENTS = {
     "vLLM": "tests/serving/run_vllm.sh",
     "llama.cpp": "tests/serving/run_llama_cpp.sh",
     "bitsandbytes": "tests/surgery/run_quantizers.sh",
+    "llm-compressor": "tests/surgery/run_llm_compressor.sh",
 }
 
 # What pages name and this machine does not have, and what is taken in its place: a model by a small one of its family.

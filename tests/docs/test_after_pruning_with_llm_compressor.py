@@ -1,0 +1,21 @@
+# Licensed under the Apache License, Version 2.0
+"""What the guide does with llm-compressor, where it is; `tests/surgery/run_llm_compressor.sh` makes an environment that has it."""
+
+import importlib.util
+
+import pytest
+
+from tests.docs.pages import ROOT
+from tests.docs.running import run_page
+
+
+environment = "llm-compressor"
+if importlib.util.find_spec("llmcompressor") is None:
+    pytest.skip(
+        "no llm-compressor here; tests/surgery/run_llm_compressor.sh makes an environment", allow_module_level=True
+    )
+
+
+def test_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs/source/guides/after_pruning.md", tmp_path, {environment})
