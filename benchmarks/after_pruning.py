@@ -198,6 +198,7 @@ def row(args, name: str, form: str, folder: str, before: dict) -> str:
         if reason:
             memory, perplexity = after["experts"], f"{before['perplexity']:.2f} → {after['perplexity']:.2f}"
             return f"| {name} | {form} | | {types(memory)} | {perplexity} | not saved: {reason} |"
+        saved = str(next(Path(saved).rglob("config.json")).parent)  # auto-round makes a folder of its own in it
         again, reason = run(args, "reload", saved, "", tool.package)
         sizes = f"{was:,} → {saved_bytes(saved):,}"
         at_once = f"{before['perplexity']:.2f}" + (f" → {after['perplexity']:.2f}" if after else "")

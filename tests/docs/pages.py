@@ -40,6 +40,7 @@ STAND_INS = {
     "--dataset wikitext2 ptb": "--dataset demo",
     "--dataset wikitext2": "--dataset demo",
     "wikitext2": "demo",  # in recipes
+    "align_for: quantization": "width_multiple: 16",  # small experts have no 128
     "./pruned": "demo",
     # The harness's data are on the Hub, and the demo has no chat template.
     "--tasks paper": "--tasks here --include-path tasks-here",
@@ -53,6 +54,7 @@ STAND_INS = {
 # Of each of these options a run here takes at most so much, where a page gives it.
 AT_MOST = {
     "num_samples": 12,
+    "reconstruction_steps": 2,
     "seq_length": 64,
     "max_steps": 2,
     "eval_steps": 2,

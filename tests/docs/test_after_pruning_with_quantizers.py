@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""What the guide does with a quantizer, where there is one; `tests/surgery/run_quantizers.sh` makes an environment that has it."""
+"""What the guides do with a quantizer, where there is one; `tests/surgery/run_quantizers.sh` makes an environment that has it."""
 
 import importlib.util
 
@@ -16,6 +16,8 @@ if importlib.util.find_spec("bitsandbytes") is None:
     )
 
 
-def test_snippets_run(tmp_path, monkeypatch):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", ["docs/source/guides/after_pruning.md", "docs/source/guides/one_gpu.md"])
+def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page(ROOT / "docs/source/guides/after_pruning.md", tmp_path, {environment})
+    run_page(ROOT / page, tmp_path, {environment})
