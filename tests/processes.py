@@ -1,13 +1,14 @@
 # Licensed under the Apache License, Version 2.0
-"""New processes that need not wait for torch: forked from one that has imported it and done nothing else.
+"""New processes that need not wait for imports: forked from one that has made them and done nothing else.
 
-Two thirds of the six seconds in which a new interpreter gets to work go into libraries that read no settings and that no
-test is about. Those are there already; the libraries of Hugging Face and this package are not, so that a process finds
-them as a new interpreter does and they read their settings from its environment.
+Most of the seconds in which a new interpreter gets to work go into libraries that no test is about. `has` says which of them may be
+there already: those that read no settings, so that a process finds the libraries of Hugging Face as a new interpreter does, and they
+read theirs from its environment; these as well, with the settings of the suite; or the package too.
 """
 
-import multiprocessing
+import functools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -18,50 +19,85 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests import forking
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "torch.distributed.tensor",
-        "scipy.stats",
-        "scipy.optimize",
-        "pandas",
-        "sympy",
-        "pytest",
-        "chardet",
-        "fsspec",
-        "jinja2",
-        "psutil",
-        "pyarrow.parquet",
-        "regex",
-        "requests",
-        "yaml",
-    ]
-)
+
+ROOT = str(Path(__file__).resolve().parents[1])
+
+# What each has that the one before, from which it is forked, has not.
+STAGES = {
+    "torch": """
+import chardet, fsspec, jinja2, pandas, psutil, pyarrow.parquet, pytest, regex, requests, scipy.optimize, scipy.stats, sympy, yaml
+import torch, torch._dynamo, torch.distributed.tensor
+""",
+    "libraries": """
+import accelerate.commands.launch, datasets, peft, torch.distributed.run
+import transformers.generation.utils, transformers.modeling_utils, transformers.trainer
+import transformers.models.qwen3_moe.modeling_qwen3_moe
+""",
+    "package": """
+import optimum.commands.optimum_cli
+import optimum_heapr.cli.calibrate, optimum_heapr.cli.prune, optimum_heapr.recovery.runner
+""",
+}
+SERVE = "import sys\n{imports}\nfrom tests import forking\nforking.serve(sys.argv[1])\nforking.run()"
+
+# Of the suite, before any test changes them; the command line switches bars off before the libraries are imported.
+_SETTINGS = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+_SETTINGS["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+_lives: list[int] = []  # each stage ends when this process, which holds the other end of its standard input, does
+
+
+@functools.cache
+def _address(stage: str) -> str:
+    """Where the process listens that has what the stage says; it is started when first asked for."""
+    address = os.path.join(tempfile.mkdtemp(prefix="heapr-fork-"), stage)
+    arguments = ["-c", SERVE.format(imports=STAGES[stage]), address]
+    standard_input, life = os.pipe()
+    ready, output = os.pipe()
+    before = list(STAGES)[: list(STAGES).index(stage)]
+    if before:
+        forking.ask(_address(before[-1]), arguments, _SETTINGS, ROOT, [standard_input, output, 2])[1].detach()
+    else:
+        subprocess.Popen([sys.executable, *arguments], env=_SETTINGS, cwd=ROOT, stdin=standard_input, stdout=output)
+    _lives.append(life)
+    os.close(standard_input)
+    os.close(output)
+    with open(ready) as lines:
+        assert lines.readline() == "ready\n", f"the process that has {stage} ended while it imported it"
+    return address
 
 
 class Started:
     """A process at work, in the terms of `subprocess.Popen`; its output goes to files."""
 
-    def __init__(self, code: str, arguments: list[str], env: Mapping[str, str] | None, cwd: os.PathLike | None):
+    def __init__(
+        self, code: str, arguments: list[str], env: Mapping[str, str] | None, cwd: os.PathLike | None, has: str
+    ):
         self._folder = Path(tempfile.mkdtemp(prefix="heapr-process-"))
+        self.returncode: int | None = None
         environment = dict(os.environ if env is None else env)
-        job = (code, arguments, environment, str(cwd or os.getcwd()), str(self._folder))
-        self._process = _SERVER.Process(target=_run, args=job)
-        self._process.start()
-        self.pid = self._process.pid
+        files = [open(os.devnull), *(open(self._folder / name, "ab") for name in ("output", "error"))]
+        streams = [file.fileno() for file in files]
+        arguments = ["-c", code, *arguments]
+        self.pid, self._connection = forking.ask(
+            _address(has), arguments, environment, str(cwd or os.getcwd()), streams
+        )
+        for file in files:
+            file.close()
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+    def poll(self, timeout: float = 0) -> int | None:
+        """How it ended, within so many seconds from now."""
+        if self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
+            self.returncode = forking.status(self._connection)
+            self._connection.close()
+        return self.returncode
 
     def wait_for_line(self, line: str, timeout: float = 120) -> bool:
         """Whether it printed this line before it ended."""
         until = time.monotonic() + timeout
         while True:
-            ended = self.returncode is not None
+            ended = self.poll() is not None
             if line in self._read("output").splitlines():
                 return True
             if ended or time.monotonic() > until:
@@ -70,8 +106,7 @@ class Started:
 
     def communicate(self, timeout: float = 280) -> tuple[str, str]:
         """What it printed on both streams, once it has ended."""
-        self._process.join(timeout)
-        if self.returncode is None:
+        if self.poll(timeout) is None:
             self.kill()
             raise subprocess.TimeoutExpired("python", timeout, self._read("output"), self._read("error"))
         try:
@@ -80,8 +115,9 @@ class Started:
             shutil.rmtree(self._folder)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
+        if self.poll() is None:
+            self.returncode = -signal.SIGKILL
+            self._connection.close()
 
     def _read(self, name: str) -> str:
         path = self._folder / name
@@ -89,10 +125,10 @@ class Started:
 
 
 def start_python(
-    code: str, *arguments, env: Mapping[str, str] | None = None, cwd: os.PathLike | None = None
+    code: str, *arguments, env: Mapping[str, str] | None = None, cwd: os.PathLike | None = None, has: str = "torch"
 ) -> Started:
-    """As `python -c code arguments`, in the environment `env` and the folder `cwd`."""
-    return Started(code, [str(argument) for argument in arguments], env, cwd)
+    """As `python -c code arguments`, in the environment `env` and the folder `cwd`, from the stage `has`."""
+    return Started(code, [str(argument) for argument in arguments], env, cwd, has)
 
 
 def run_python(code: str, *arguments, timeout: float = 280, **options) -> subprocess.CompletedProcess:
@@ -107,9 +143,16 @@ OPTIMUM_CLI = "from optimum.commands.optimum_cli import main\nmain()"
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process that works on the CPU with others."""
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), ROOT)))
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **more}
+
+
+def launched(**more: str) -> dict[str, str]:
+    """Of a launcher whose processes are forked as well: it takes the program that asks for them as its Python."""
+    python = Path(tempfile.mkdtemp(prefix="heapr-python-")) / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {forking.__file__} "$@"\n')
+    python.chmod(0o700)
+    return environment(PYTHON_EXEC=str(python), **{forking.ADDRESS: _address("package")}, **more)
 
 
 def free_port() -> int:
@@ -122,7 +165,9 @@ def in_two_processes(code: str, *arguments, **variables: str) -> list[subprocess
     """The code in two processes that work together; no launcher started them."""
     variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        start_python(code, *arguments, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables))
+        start_python(
+            code, *arguments, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables), has="package"
+        )
         for rank in range(2)
     ]
     try:
@@ -134,21 +179,3 @@ def in_two_processes(code: str, *arguments, **variables: str) -> list[subprocess
         subprocess.CompletedProcess(["python", "-c", code], process.returncode, *output)
         for process, output in zip(processes, outputs)
     ]
-
-
-def _run(code: str, arguments: list[str], environment: dict[str, str], cwd: str, folder: str) -> None:
-    """In the new process."""
-    import torch
-
-    for name, descriptor in (("output", 1), ("error", 2)):
-        file = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(file, descriptor)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = ["", *filter(None, paths)]
-    sys.argv = ["-c", *arguments]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP has read its own in the process forked from
-    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

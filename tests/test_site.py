@@ -33,7 +33,9 @@ def reference():
 def build(docs: Path, output: Path) -> subprocess.CompletedProcess:
     """As `python docs/build.py -o output`."""
     script = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    return run_python(script, docs / "build.py", "-o", output, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return run_python(
+        script, docs / "build.py", "-o", output, env={**os.environ, "PYTHONPATH": str(ROOT)}, has="libraries"
+    )
 
 
 def needs_sphinx() -> None:

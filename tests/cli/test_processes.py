@@ -14,7 +14,7 @@ import torch
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
 from optimum_heapr.utils.companions import STATISTICS_NAME, own_file
 from tests.helpers import SUMS
-from tests.processes import OPTIMUM_CLI, environment, free_port, in_two_processes
+from tests.processes import OPTIMUM_CLI, environment, free_port, in_two_processes, launched, run_python
 
 
 pytestmark = pytest.mark.slow
@@ -54,24 +54,17 @@ main()
 """
 
 
+def launch(launcher, *arguments, **variables):
+    """The module of a launcher, and the processes that it starts."""
+    code = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    return run_python(code, launcher, *arguments, env=launched(**variables), has="libraries", timeout=250)
+
+
 def accelerate(processes, *arguments):
-    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one, see below. Each is a new interpreter."""
-    settings = [
-        "--num_machines=1",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        f"--main_process_port={free_port()}",
-    ]
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        f"--num_processes={processes}",
-        *settings,
-    ]
-    command = [*launcher, "--module", "optimum.commands.optimum_cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=250)
+    """`accelerate launch` of several processes on CPUs; the flag --cpu would start one, see below."""
+    flags = ["--multi_gpu", f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no"]
+    flags += ["--dynamo_backend=no", f"--main_process_port={free_port()}", "--module", "optimum.commands.optimum_cli"]
+    return launch("accelerate.commands.launch", *flags, *arguments)
 
 
 def assert_as_one_process_measures(output, inputs):
@@ -113,7 +106,7 @@ def test_two_processes_prune_as_one_and_write_once(inputs, tmp_path):
 
 
 def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):
-    """A flag of accelerate, not ours; should it ever start two, the guide and the warning are to be changed."""
+    """A flag of accelerate, not ours; should it ever start two, the guide and the warning are to be changed. Each process is new."""
     output = tmp_path / "statistics"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
     command = [*launcher, "--module", "optimum.commands.optimum_cli", "heapr", "calibrate", "-m", inputs.model]
@@ -152,9 +145,8 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
     arguments = list(map(str, arguments))
     began = time.monotonic()
     if launcher:
-        start = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        command = [sys.executable, *start, str(script), *arguments]
-        result = subprocess.run(command, env=environment(HOW=how), capture_output=True, text=True, timeout=120)
+        flags = ["--nproc-per-node=2", f"--master-port={free_port()}"]
+        result = launch("torch.distributed.run", *flags, script, *arguments, HOW=how)
         status, error = [result.returncode], result.stderr
     else:
         results = in_two_processes(DIES, *arguments, HOW=how)

@@ -36,7 +36,7 @@ main()
 def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
     output, state = tmp_path / "out.safetensors", tmp_path / "out.safetensors.state"
     command = ["calibrate", "-m", inputs.model, "-o", output, *inputs.calibration]
-    process = start_python(KILLED, int(number), 4, "heapr", *command, "--save-every", 2)
+    process = start_python(KILLED, int(number), 4, "heapr", *command, "--save-every", 2, has="package")
     _, error = process.communicate()
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error
     assert state.exists() and not output.exists()

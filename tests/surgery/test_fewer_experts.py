@@ -95,7 +95,7 @@ def saved(tmp_path_factory):
             pruner.apply(plans[family])
             pruner.save_pretrained(folder / f"{family}-{memory}", max_shard_size="50KB")
     save_file({"ids": token_ids()}, folder / "ids.safetensors")
-    done = run_python(LOAD_ELSEWHERE, folder, *(f"{family}-streaming" for family in FAMILIES))
+    done = run_python(LOAD_ELSEWHERE, folder, *(f"{family}-streaming" for family in FAMILIES), has="libraries")
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, plans, load_file(folder / "logits.safetensors")
 
