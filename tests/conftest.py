@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Settings of every test: the CPU, one thread (or `OMP_NUM_THREADS`), no network, no caches outside a temporary folder."""
 
+import functools
 import gc
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib import import_module
 
 import pytest
 import torch
@@ -36,8 +38,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path in quick)
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     """Whatever is there by now stays; libraries that collect garbage after each of their runs need not go through it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and session.items:  # one that runs many files needs them all
+        import_module("datasets")
+        import_module("peft")
+        import_module("transformers.trainer")
     gc.collect()
     gc.freeze()
 
@@ -85,6 +91,24 @@ def optimum_logs_from_the_start():
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     logger.addHandler(_StandardError())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_may_be_lost_with_the_power():
+    """No test cuts it, and thousands of files need not be waited for until the disk has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed_distributions_are_read_once():
+    """Optimum reads the metadata of each, a hundred or two, whenever its command runs; here it runs a thousand times."""
+    from optimum.commands import optimum_cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimum_cli, "load_subpackages", functools.cache(optimum_cli.load_subpackages))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
