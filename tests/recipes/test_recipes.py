@@ -17,6 +17,10 @@ PRUNING = sorted(RECIPES.rglob("prune_*.yaml"))
 RECOVERY = sorted(RECIPES.rglob("recover_*.yaml"))
 
 
+# Two steps, each of two micro-batches where a recipe has several.
+STEPS = {"max_steps": 2, "eval_steps": 2, "batch_size": 2, "micro_batch_size": 1}
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(RECIPES))
 
@@ -53,7 +57,7 @@ def test_the_recipes_of_the_demonstration_run():
     assert pruner.applied_plan.ratio == pytest.approx(0.25)
     assert pruner.applied_plan.compensation
     # What a few steps win is for tests/recovery to say; this is about the recipes being of use as they are.
-    fewer = {"max_steps": 2, "eval_steps": 2, "num_samples": 12, "seq_length": 64}
+    fewer = {**STEPS, "num_samples": 12, "seq_length": 64}
     before = "pruned and compensated"
     for name, teacher, after in (
         ("recover_lora.yaml", None, "recovered"),
@@ -90,8 +94,9 @@ def test_the_recipes_for_a_model_run_on_a_small_one_of_its_family(folder):
         pruner.prune()
         assert pruner.applied_plan.ratio == pytest.approx(config.ratio, abs=0.01)
     for path in sorted((RECIPES / folder).glob("recover_*.yaml")):
-        fewer = {"max_steps": 2, "eval_steps": 2, "num_samples": 16, "seq_length": 16}
-        config = RecoveryConfig.from_file(path).replace(**fewer)
+        config = RecoveryConfig.from_file(path)
+        assert config.batch_size % config.micro_batch_size == 0
+        config = config.replace(**STEPS, num_samples=16, seq_length=16)
         report = pruner.recover(rows, config, teacher if config.distills else None)
         assert report.steps == 2
 
