@@ -4,12 +4,17 @@
 A random Qwen3-MoE of `--gigabytes` is written to a temporary folder. Each row of the table is a process of its own, from
 loading to statistics, so that its peak memory is its own; what a process takes that has imported everything and loaded
 nothing is the first row. Times are of the processor, loading included. Prints one Markdown table.
+
+With `--cold` the table is another one: seconds on the wall where no weights are in the page cache when a run begins, nor when its
+second pass does, with and without reading the next layer ahead. Only on an idle machine does it say anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -65,10 +70,10 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
     spent, cost = (0.0, 0.0), None
     if memory != "none":
         pruner = HeaprPruner.from_pretrained(folder, config, memory=memory, activation_memory=budget)
-        statistics = pruner.calibrate(Dataset.from_dict({"input_ids": ids}), keep_grams=False)
+        measured = pruner.calibrate(Dataset.from_dict({"input_ids": ids}), keep_grams=False)
         spent = time.process_time() - began[0], time.perf_counter() - began[1]
-        peak, cost = statistics.cost.peak_bytes, str(statistics.cost)
-        statistics.save(output)
+        peak, cost = measured.cost.peak_bytes, str(measured.cost)
+        measured.save(output)
     else:
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
@@ -78,8 +83,61 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
     print(json.dumps({"peak": peak, "cpu": spent[0], "wall": spent[1], "cost": cost}))
 
 
-def run_row(arguments: list[str]) -> dict:
-    output = subprocess.run([sys.executable, __file__, "--worker", *arguments], capture_output=True, text=True)
+def forget(folder: str) -> None:
+    """Has the system drop the weights from its page cache."""
+    for path in Path(folder).glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_cold(folder: str, ahead: str, samples: int, length: int, budget: str) -> None:
+    """Seconds on the wall of a calibration layer by layer whose weights come from the disk in both passes."""
+    from datasets import Dataset
+
+    from optimum_heapr import HeaprConfig, HeaprPruner
+    from optimum_heapr.calibration.streaming import _Schedule
+    from optimum_heapr.layerwise.source import SourceCheckpoint
+
+    head = _Schedule._head
+
+    def between_passes(schedule):
+        head(schedule)
+        forget(folder)
+
+    _Schedule._head = between_passes
+    if ahead == "no":
+        SourceCheckpoint.read_ahead = lambda self, names: None
+    ids = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
+    config = HeaprConfig(num_samples=samples, seq_length=length)
+    pruner = HeaprPruner.from_pretrained(folder, config, memory="streaming", activation_memory=budget)
+    forget(folder)
+    began = time.perf_counter()
+    pruner.calibrate(Dataset.from_dict({"input_ids": ids}))
+    print(json.dumps({"wall": time.perf_counter() - began}))
+
+
+def cold_table(folder: Path, size: int, common: list[str]) -> None:
+    """Three rounds in turns; the medians."""
+    found: dict[str, list[float]] = {"warm": [], "no": [], "yes": []}
+    for _ in range(3):
+        for way, times in found.items():
+            worker = "--worker" if way == "warm" else "--cold-worker"
+            rest = ["streaming", "heapr", str(folder.parent / "warm.safetensors")] if way == "warm" else [way]
+            times.append(run_row([str(folder), *rest, *common], worker)["wall"])
+    seconds = {way: statistics.median(times) for way, times in found.items()}
+    forget(str(folder))
+    began = time.perf_counter()
+    for path in folder.glob("*.safetensors"):
+        path.read_bytes()
+    print(f"{size / 1e9:.2f} GB of weights; reading them once takes {time.perf_counter() - began:.1f} s\n")
+    print("| weights | seconds | ratio |\n|---|---|---|")
+    names = {"warm": "in the page cache", "no": "on the disk", "yes": "on the disk, the next layer read ahead"}
+    for way, name in names.items():
+        print(f"| {name} | {seconds[way]:.1f} | {seconds[way] / seconds['warm']:.2f} |")
+
+
+def run_row(arguments: list[str], worker: str = "--worker") -> dict:
+    output = subprocess.run([sys.executable, __file__, worker, *arguments], capture_output=True, text=True)
     if output.returncode:
         raise SystemExit(output.stderr)
     return json.loads(output.stdout.splitlines()[-1])
@@ -115,12 +173,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--activation-memory", default="64MB")
+    parser.add_argument("--cold", action="store_true", help="seconds on the wall with nothing in the page cache")
     parser.add_argument("--folder", default=None, help="where the model is written; needs its size free")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         place = Path(folder)
         size = make_checkpoint(place / "model", args)
         common = [str(args.samples), str(args.length), args.activation_memory]
+        if args.cold:
+            return cold_table(place / "model", size, common)
         base = run_row([str(place / "model"), "none", "heapr", "-", *common])["peak"]
         print(
             f"{size / 1e9:.2f} GB of weights, {args.samples} x {args.length} tokens, budget {args.activation_memory}\n"
@@ -150,5 +211,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         folder, memory, criterion, output, samples, length, budget = sys.argv[2:]
         measure(folder, memory, criterion, output, int(samples), int(length), budget)
+    elif sys.argv[1:2] == ["--cold-worker"]:
+        folder, ahead, samples, length, budget = sys.argv[2:]
+        measure_cold(folder, ahead, int(samples), int(length), budget)
     else:
         main()
