@@ -101,8 +101,8 @@ class HeaprPruner(PrunerSummary):
             memory (`str`): `plain` loads the model; `offload` leaves what does not fit on the host or the disk; `streaming`
                 never loads it, but goes through it layer by layer; `auto` decides from the memory there is. Unless it is
                 `plain`, [`~HeaprPruner.save_pretrained`] cuts the checkpoint file by file.
-            activation_memory (`int` or `str`, *optional*): for `streaming`, how much of the host's memory, e.g. `"8GB"`, the
-                inputs of all layers may take before they go to the disk; by default a quarter of what is free.
+            activation_memory (`int` or `str`, *optional*): for `streaming`, what layer inputs may take of the host before they go
+                to the disk, e.g. `"8GB"`; by default a quarter of what is free.
             model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `offload_folder`, `revision`,
                 `token`, `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
@@ -187,15 +187,16 @@ class HeaprPruner(PrunerSummary):
         statistics: AtomicStatistics | str | os.PathLike | None = None,
         measure: bool = False,
         prompts: Sequence[str] | None = None,
+        fits_path: str | os.PathLike | None = None,
     ) -> PreTrainedModel:
-        """Cuts the model in place and returns it; `self.report` then says what that did. With `memory="streaming"` or `"offload"`
-        the plan is only checked here, and [`~HeaprPruner.save_pretrained`] cuts the checkpoint.
+        """Cuts the model in place and returns it; `self.report` says what that did. Streamed or offloaded, it is cut when saved.
 
         Args:
             plan (`PruningPlan` or `str`): what stays.
             statistics (`AtomicStatistics` or `str`, *optional*): for compensation within experts; defaults to `self.statistics`.
             measure (`bool`): measure before and after, as `eval_dataset` and `eval_samples` of the plan's config say.
             prompts (`Sequence[str]`, *optional*): texts to complete before and after; by default beginnings of that text.
+            fits_path (`str`, *optional*): folder to keep fitted blocks in, and to go on from, until the model is saved.
 
         Raises:
             HeaprError: if the plan is of another model, or statistics to compensate with or text to measure on are missing.
@@ -207,7 +208,7 @@ class HeaprPruner(PrunerSummary):
         if self.calibration_data is None and needs_text(plan.config, measure):
             self.calibration_data = load_calibration_data(plan.config, self.tokenizer)
         data, measured = self.calibration_data, (self.tokenizer, prompts) if measure else None
-        self.report, self.applied_plan = self._stages.apply(plan, statistics, data, measured), plan
+        self.report, self.applied_plan = self._stages.apply(plan, statistics, data, measured, fits_path), plan
         return self.model
 
     def prune(self, prompts: Sequence[str] | None = None, **changes: Any) -> PreTrainedModel:
@@ -280,15 +281,14 @@ class HeaprPruner(PrunerSummary):
                 self.statistics.save(own_folder(temporary) / STATISTICS_NAME, grams=False)  # grams can outweigh it
             if self.recovery_report is not None and self.recovery_report.improved:
                 self.recovery_report.add_to(temporary)
+        self._stages.remove_fits()
         if push_to_hub:
             push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Uploads what [`~HeaprPruner.save_pretrained`] writes to the repository `NAME` or `OWNER/NAME`, in one commit.
-
-        Takes the options of that and of [`~optimum_heapr.hub.push.push_folder`]. If the Hub refuses, nothing has changed there.
-        """
+        """Uploads what [`~HeaprPruner.save_pretrained`] writes, with its options and those of
+        [`~optimum_heapr.hub.push.push_folder`], to `NAME` or `OWNER/NAME`, in one commit. If the Hub refuses, nothing changes there."""
         push_options, save_options = split_push_options(options)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_options)

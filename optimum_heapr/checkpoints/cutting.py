@@ -64,6 +64,7 @@ def stream_plan(
     statistics: AtomicStatistics | None = None,
     data: CalibrationData | None = None,
     activation_memory: int | None = None,
+    fits_path: Path | None = None,
 ) -> None:
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
@@ -76,6 +77,7 @@ def stream_plan(
         statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
         data (`CalibrationData`, *optional*): needed to compensate over blocks, which loads one layer at a time.
         activation_memory (`int`, *optional*): bytes of layer inputs that this keeps in the memory of the host.
+        fits_path (`Path`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
 
     Raises:
         HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or statistics or text
@@ -93,7 +95,7 @@ def stream_plan(
         if plan.config.compensates_blocks:
             fitted = FittedFiles(Path(work) / "fitted")
             layers = StreamedModel(skeleton, source, default_device())
-            compensate_together(layers, data, plan, Path(work), fitted.keep, activation_memory)
+            compensate_together(layers, data, plan, Path(work), fitted.keep, activation_memory, fits_path)
         layout = cut_model(skeleton, plan, source.blocks)
         target = TargetCheckpoint(skeleton, source, plan, layout, statistics, fitted)
         _write(skeleton, target, folder, max_shard_size)

@@ -21,6 +21,7 @@ from ..report.content import build_report
 from ..report.jump import jump_text, jumped
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_compensation, check_plan
+from ..surgery.fit_files import remove_fits
 from ..surgery.rectangles import best_rectangle
 from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
@@ -65,6 +66,7 @@ class LoadedModel:
     ):
         self.model = model
         self._base = base
+        self._fits_path: Path | None = None
         kept_out = ("device_map", "offload_folder")
         self._options = model_options and {key: value for key, value in model_options.items() if key not in kept_out}
 
@@ -172,6 +174,7 @@ class LoadedModel:
         statistics: AtomicStatistics | None,
         data: CalibrationData | None,
         measured: tuple[PreTrainedTokenizerBase | None, Sequence[str] | None] | None = None,
+        fits_path: Path | None = None,
     ) -> dict[str, Any] | None:
         """Cuts the model, and says in a report what that did.
 
@@ -180,6 +183,7 @@ class LoadedModel:
             statistics (`AtomicStatistics`, *optional*): for compensation within experts.
             data (`CalibrationData`, *optional*): for compensation over blocks.
             measured (`tuple`, *optional*): tokenizer, and prompts if there are any, to measure before and after.
+            fits_path (`Path`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
         """
         check_compensation(plan, statistics, data)  # before minutes are spent on measuring
         workload = None
@@ -193,8 +197,9 @@ class LoadedModel:
                     "some left over (eval_samples=%d)",
                     plan.config.eval_samples,
                 )
+        self._fits_path = fits_path
         base, before = self.base, observe(self.model, plan.tokens, workload)
-        apply_plan(self.model, plan, statistics, data)
+        apply_plan(self.model, plan, statistics, data, fits_path)
         written_as_stored(self.model)
         after = observe(self.model, plan.routed_tokens, workload)
         report = build_report(plan, base.name, before, after, workload)
@@ -202,6 +207,11 @@ class LoadedModel:
             report["loss"]["jump"] = self._culprit(workload, before.losses, after.losses)
             logger.warning("%s", jump_text(report))
         return report
+
+    def remove_fits(self) -> None:
+        """Deletes what `fits_path` of [`apply`] kept, once the pruned model is safe."""
+        if self._fits_path is not None:
+            remove_fits(Path(self._fits_path))
 
     def _culprit(self, workload: Workload, before: list[float], after: list[float]) -> dict[str, Any]:
         """The layer that made the loss jump, or why it is not known."""

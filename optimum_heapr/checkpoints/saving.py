@@ -16,6 +16,7 @@ from ..planning.plan import PruningPlan
 from ..report.content import build_report
 from ..report.files import write_report
 from ..report.observation import observe
+from ..surgery.fit_files import remove_fits
 from ..text.samples import load_calibration_data
 from ..utils.companions import PLAN_NAME, own_folder
 from ..utils.errors import HeaprError, did_you_mean
@@ -45,6 +46,7 @@ def apply_streaming(
     max_shard_size: int | str = "5GB",
     statistics: AtomicStatistics | str | os.PathLike | None = None,
     experts_as: str = "packed",
+    fits_path: Path | None = None,
     **model_options: Any,
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
@@ -61,6 +63,8 @@ def apply_streaming(
         statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts; over
             blocks, the calibration text that the plan names is read again.
         experts_as (`str`): `packed`, or `linear` for a checkpoint that loads with its experts as linear layers.
+        fits_path (`Path`, *optional*): folder to keep each block that was compensated over or trained in; a run that was ended
+            goes on from those that it finds there. They go once the output is there.
         model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
@@ -70,9 +74,11 @@ def apply_streaming(
     statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
     check_form(plan.config, experts_as)
     folder = Path(folder)
-    options = {"max_shard_size": size, "experts_as": experts_as}
+    options = {"max_shard_size": size, "experts_as": experts_as, "fits_path": fits_path}
     with replace_folder(folder, overwrite) as temporary:
         write_streaming(model, plan, temporary, statistics=statistics, model_options=model_options, **options)
+    if fits_path is not None:
+        remove_fits(fits_path)
     return folder
 
 
@@ -112,6 +118,7 @@ def write_streaming(
     experts_as: str = "packed",
     data: CalibrationData | None = None,
     activation_memory: int | None = None,
+    fits_path: Path | None = None,
 ) -> None:
     """What [`apply_streaming`] does, into an empty folder."""
     from ..utils.tensor_files import checkpoint_files
@@ -127,7 +134,7 @@ def write_streaming(
         skeleton.config.experts_as = experts_as
     if plan.config.compensates_blocks and data is None:
         data = load_calibration_data(plan.config, tokenizer)
-    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory)
+    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory, fits_path)
     report = build_report(plan, base.name, before, observe(skeleton, plan.routed_tokens))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
 

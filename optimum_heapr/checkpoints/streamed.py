@@ -106,6 +106,7 @@ class OffloadedModel(LoadedModel):
         statistics: AtomicStatistics | None,
         data: CalibrationData | None,
         measured: tuple | None = None,
+        fits_path: Path | None = None,
     ) -> None:
         """Keeps what [`save`] cuts the checkpoint with: the weights are not here to be cut, and nothing is measured.
 
@@ -115,7 +116,7 @@ class OffloadedModel(LoadedModel):
         check_compensation(plan, statistics, data)
         if measured is not None and measured[1] is not None:
             logger.warning("prompts are not completed, as nothing is measured: the weights are not in memory")
-        self._statistics, self._data = statistics, data
+        self._statistics, self._data, self._fits_path = statistics, data, fits_path
 
     def save(
         self,
@@ -150,6 +151,7 @@ class OffloadedModel(LoadedModel):
             max_shard_size=max_shard_size,
             experts_as=experts_as,
             activation_memory=self._activation_memory,
+            fits_path=self._fits_path,
             model_options=self._options,
         )
 

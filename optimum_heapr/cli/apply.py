@@ -9,6 +9,7 @@ from ..utils.errors import HeaprError
 from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
 from .options import TEXT_OPTIONS, add_config_options, add_model_options, changed_options, model_options_from
+from .running import fits_from
 
 
 class ApplyCommand(HeaprSubcommand):
@@ -32,6 +33,12 @@ class ApplyCommand(HeaprSubcommand):
             "and --dequantize imply it; the result is the same",
         )
 
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="keep each block that is compensated over or trained in OUTPUT.fits, and go on from those that are there",
+        )
+
     def execute(self) -> Any:
         from ..utils.files import check_output_folder
 
@@ -50,13 +57,22 @@ class ApplyCommand(HeaprSubcommand):
         plan.config = plan.config.replace(**changed_options(args))
         check_form(plan.config, args.experts_as)
         options = model_options_from(args)
+        fits = fits_from(args) if plan.config.compensates_blocks else None
         if args.in_memory or args.packed or args.device_map or args.dequantize:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
-            pruner.apply(plan, args.statistics)
+            pruner.apply(plan, args.statistics, fits_path=fits if args.resume else None)
             pruner.save_pretrained(args.output, args.overwrite, **saving)
         else:
             options |= {name: saving[name] for name in ("max_shard_size", "experts_as")}
-            apply_streaming(args.model, plan, args.output, args.overwrite, statistics=args.statistics, **options)
+            apply_streaming(
+                args.model,
+                plan,
+                args.output,
+                args.overwrite,
+                statistics=args.statistics,
+                fits_path=fits if args.resume else None,
+                **options,
+            )
         self.show(plan_table(plan))
         print(f"Pruned model written to {args.output}")
         return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}

@@ -25,6 +25,7 @@ from .running import (
     add_state_options,
     chosen_memory,
     end_processes,
+    fits_from,
     kept_path,
     kept_statistics,
     state_from,
@@ -39,7 +40,7 @@ class PruneCommand(HeaprSubcommand):
     def parse_args(parser):
         add_model_options(parser)
         add_output_options(parser, required=False)
-        add_state_options(parser)
+        add_state_options(parser, "; with either flag, blocks that are fitted are kept in OUTPUT.fits as well")
         add_memory_options(parser)
         parser.add_argument(
             "-s", "--statistics", help="statistics file, folder or name on the Hub, in place of calibrating"
@@ -125,6 +126,7 @@ class PruneCommand(HeaprSubcommand):
                     "--strict out and use 'evaluate', or pass --memory plain"
                 )
             state, saving = state_from(self.args, options["memory"])
+            fits = None if state is None else fits_from(self.args)
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             check_prompts(self.args.prompt, pruner.tokenizer)
@@ -152,7 +154,7 @@ class PruneCommand(HeaprSubcommand):
                 if self.args.dry_run:
                     del pruner
                     return {"output": None, **plan_document(plan, self.args.model)}
-                pruner.apply(plan, measure=True, prompts=self.args.prompt)
+                pruner.apply(plan, measure=True, prompts=self.args.prompt, fits_path=fits)
                 if self.args.strict:
                     refuse_jump(pruner.report)
                 pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)

@@ -39,8 +39,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_state_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--save-every` and `--resume`, for commands that calibrate."""
+def add_state_options(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds `--save-every` and `--resume`, for commands that calibrate; `more` is what else is gone on from."""
     parser.add_argument(
         "--save-every",
         type=int,
@@ -49,7 +49,9 @@ def add_state_options(parser: argparse.ArgumentParser) -> None:
         help="save the calibration to OUTPUT.state every K micro-batches",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from OUTPUT.state, if it is there; also saved on Ctrl-C"
+        "--resume",
+        action="store_true",
+        help=f"go on from OUTPUT.state, if it is there; also saved on Ctrl-C{more}",
     )
 
 
@@ -73,6 +75,23 @@ def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | State
     path, saving = beside(args.output, ".state"), {"resume": args.resume, "save_every": args.save_every}
     state = (StateFolder if memory == "streaming" else StateFile)(path, **saving)
     return state, {"state_path": path, "keep_state": True, **saving}
+
+
+def fits_from(args: argparse.Namespace) -> Path:
+    """Where blocks are kept that were compensated over or trained, until the output is safe.
+
+    Raises:
+        HeaprError: if a run that was ended left some there and `--resume` was not passed.
+    """
+    from ..utils.files import beside
+
+    path = beside(args.output, ".fits")
+    if path.exists() and not args.resume:
+        raise HeaprError(
+            f"fits={str(path)!r}: a run was interrupted here while it fitted blocks; pass --resume to go on, or delete the folder "
+            "to begin anew"
+        )
+    return path
 
 
 @contextmanager

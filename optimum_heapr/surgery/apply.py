@@ -38,6 +38,7 @@ def apply_plan(
     plan: PruningPlan,
     statistics: AtomicStatistics | None = None,
     data: CalibrationData | None = None,
+    fits_path: Path | None = None,
 ) -> torch.nn.Module:
     """Turns `model` into a pruned model, in place: a block at a time, whose old weights go before the next, so that at most
     the weights and one layer are in memory.
@@ -50,6 +51,7 @@ def apply_plan(
         plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
         statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
         data (`CalibrationData`, *optional*): needed to compensate over blocks.
+        fits_path (`Path`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
 
     Returns:
         `PreTrainedModel`: the same object, now of the pruned class; it saves and loads like any other.
@@ -60,7 +62,7 @@ def apply_plan(
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics, data)
     with whole_or_refused(model) as change:
-        compensate_model(model, plan, blocks, statistics, data, lambda weights: change.begins())
+        compensate_model(model, plan, blocks, statistics, data, lambda weights: change.begins(), fits_path)
         change.begins()
         cut_model(model, plan, blocks)
     return model
@@ -73,16 +75,17 @@ def compensate_model(
     statistics: AtomicStatistics | None,
     data: CalibrationData | None,
     changes: Callable[[list[torch.Tensor]], None],
+    fits_path: Path | None = None,
 ) -> None:
     """What [`apply_plan`] does to the weights that stay before it cuts, if the plan asks for compensation or training.
 
     Args:
-        model, plan, statistics, data: as there.
+        model, plan, statistics, data, fits_path: as there.
         blocks (`list[ExpertBlock]`): of the model.
         changes (`Callable`): is given the weights that are about to be changed, before each change.
     """
     if plan.config.compensates_blocks:
-        _compensate_together(model, plan, blocks, data, changes)
+        _compensate_together(model, plan, blocks, data, changes, fits_path)
     if plan.config.compensates_experts:
         for block in with_paths(blocks, desc="Compensating", unit="layer"):
             changes([block.module.down_proj])
@@ -97,6 +100,7 @@ def _compensate_together(
     blocks: list[ExpertBlock],
     data: CalibrationData,
     changes: Callable[[list[torch.Tensor]], None],
+    fits_path: Path | None,
 ) -> None:
     place(model)  # as calibration does
 
@@ -106,7 +110,7 @@ def _compensate_together(
         _take_over(model, block, plan.kept[block.path], fitted)
 
     with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):
-        compensate_together(Decoder(model, blocks), data, plan, Path(folder), take_over)
+        compensate_together(Decoder(model, blocks), data, plan, Path(folder), take_over, fits_path=fits_path)
 
 
 def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> StockLayout | None:

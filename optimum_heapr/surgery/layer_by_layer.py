@@ -18,6 +18,7 @@ from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .block_compensation import fit_block
 from .block_inputs import BlockInputs, TrainingInputs, watched_blocks
+from .fit_files import FitFiles
 from .fitted import FittedBlock, in_place_of
 from .reconstruction import block_output, reconstruct_block
 from .rerouting import Rerouting
@@ -43,6 +44,7 @@ def compensate_together(
     folder: Path,
     keep: Callable[[ExpertBlock, FittedBlock], None],
     activation_memory: int | None = None,
+    fits_path: Path | None = None,
 ) -> None:
     """Fits all blocks of an unpruned model, from the first layer to the last, and trains them where that is asked for.
 
@@ -57,9 +59,11 @@ def compensate_together(
         keep (`Callable`): is given each block and what becomes of it, and may change it: no other layer sees that.
         activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
             quarter of what is free.
+        fits_path (`Path`, *optional*): a folder that each block which is done is kept in, and taken from by a run that goes
+            on; what it is called with is then still computed. Who made it removes it.
 
     Raises:
-        HeaprError: if a layer needs more than the hidden states of the one before.
+        HeaprError: if a layer needs more than the hidden states of the one before, or what is in `fits_path` is of another run.
     """
     own = data.fingerprint
     if plan.data and plan.data["sha256"] != own["sha256"]:
@@ -67,6 +71,8 @@ def compensate_together(
             "The model is compensated on other text than it was measured on: %s tokens of %s in place of %s of %s",
             *(part for text in (own, plan.data) for part in (text["num_tokens"], text["source"])),
         )
+    dtype = decoder.blocks[0].module.down_proj.dtype
+    fits = None if fits_path is None else FitFiles(Path(fits_path), plan, data, dtype)
     walk = walk_through(decoder, data, plan.config.batch_size, folder, activation_memory)
     rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
@@ -77,13 +83,18 @@ def compensate_together(
             pruned = walk.branch("pruned", number)
         with decoder.layer(number, then=number + 1 if number < last else None) as layer:
             called = calls_of(walk, number, layer, {_PLAN: rerouting})
-            trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned and blocks else {}
-            fitted = {
-                block.path: _fitted(
-                    decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan
-                )
-                for block in blocks
-            }
+            if fits is not None and all(map(fits.has, blocks)):
+                fitted = {block.path: fits.read(block) for block in blocks}
+            else:
+                trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned and blocks else {}
+                fitted = {
+                    block.path: _fitted(
+                        decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan
+                    )
+                    for block in blocks
+                }
+                for block in blocks if fits is not None else ():
+                    fits.write(block, fitted[block.path])
             if pruned:
                 with in_place_of(decoder.model, blocks, plan.kept, fitted) as cut, routed_anew(rerouting, cut):
                     for index in walk.batches if number < last else ():

@@ -1,11 +1,13 @@
 # Licensed under the Apache License, Version 2.0
 """`optimum-cli heapr calibrate` killed and resumed."""
 
+import shutil
 import signal
 
 import pytest
 
 from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.surgery import layer_by_layer
 from tests.cli.conftest import listing, weights_and_settings
 from tests.processes import start_python
 
@@ -92,3 +94,41 @@ def test_prune_goes_on_with_what_was_measured(memory, run, inputs, tmp_path, mon
 def test_prune_without_an_output_has_nowhere_to_save(run, inputs):
     result = run("prune", "-m", inputs.model, *inputs.calibration, "--dry-run", "--save-every", 4)
     assert result.status == 2 and "name the output with -o" in result.error
+
+
+def test_blocks_that_were_fitted_stay_until_the_model_is_written(run, inputs, tmp_path, monkeypatch):
+    plain, fitted = layer_by_layer._fitted, []
+
+    def stopped(model, block, *arguments):
+        if fitted:
+            raise KeyboardInterrupt
+        fitted.append(block.path)
+        return plain(model, block, *arguments)
+
+    def counted(model, block, *arguments):
+        fitted.append(block.path)
+        return plain(model, block, *arguments)
+
+    output, fits, over_blocks = (
+        tmp_path / "out",
+        tmp_path / "out.fits",
+        ["--compensate", "--compensation-scope", "block"],
+    )
+    assert run("plan", "-s", inputs.statistics, *over_blocks, "-o", tmp_path / "plan").status == 0
+    for command in (
+        ["prune", "-m", inputs.model, "-s", inputs.statistics, *over_blocks, *inputs.calibration, "-o", output],
+        ["apply", "-m", inputs.model, "-p", tmp_path / "plan", *inputs.calibration, "-o", output],
+    ):
+        monkeypatch.setattr(layer_by_layer, "_fitted", stopped)
+        result = run(*command, "--resume")
+        assert result.status == 130 and not output.exists() and [file.name for file in fits.iterdir()], result.error
+        expected = f"fits={str(fits)!r}: a run was interrupted here while it fitted blocks; pass --resume to go on"
+        refused = run(*command, *([] if command[0] == "apply" else ["--save-every", 1]))
+        assert refused.status == 2 and expected in refused.error
+        fitted.clear()
+        monkeypatch.setattr(layer_by_layer, "_fitted", counted)
+        result = run(*command, "--resume")
+        assert result.status == 0 and len(fitted) == 1, result.error
+        assert (output / "config.json").is_file() and not fits.exists()
+        shutil.rmtree(output)
+        fitted.clear()

@@ -1,0 +1,118 @@
+# Licensed under the Apache License, Version 2.0
+"""What lets the fitting and training of blocks be killed at any moment and go on later: the blocks that are done, in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..calibration.state import differences
+from ..fingerprint import hash_of_samples
+from ..utils.artefacts import read_artefact, write_artefact
+from ..utils.errors import HeaprError, reason_of
+from .fitted import FittedBlock
+
+
+if TYPE_CHECKING:
+    from ..experts import ExpertBlock
+    from ..planning.plan import PruningPlan
+    from ..text.samples import CalibrationData
+
+
+FORMAT = "heapr_fit"
+
+_ENDING = ".fit.safetensors"
+
+
+class FitFiles:
+    """A folder of blocks that were fitted, of one plan on one text.
+
+    Args:
+        folder (`Path`): is made if need be.
+        plan (`PruningPlan`): `compensation` and `reconstruction` of it are kept with the blocks.
+        data (`CalibrationData`): what they are fitted on.
+        dtype (`torch.dtype`): of the model.
+    """
+
+    def __init__(self, folder: Path, plan: PruningPlan, data: CalibrationData, dtype: torch.dtype):
+        self.folder, self.plan = folder, plan
+        self._run = json.loads(json.dumps(_description(plan, data, dtype)))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, block: ExpertBlock) -> bool:
+        """Whether this block is done."""
+        return self._file_of(block).is_file()
+
+    def read(self, block: ExpertBlock) -> FittedBlock:
+        """What a block became, on the device of its weights; the plan gets what was said of it.
+
+        Raises:
+            HeaprError: if the file is damaged, or of a run that differs.
+        """
+        tensors, document = read_artefact(self._file_of(block), FORMAT)
+        try:
+            found = differences(document["run"], self._run)
+            if found:
+                raise HeaprError(
+                    f"fits={str(self.folder)!r}: saved by a run that differs ({'; '.join(found)}); go on with the same plan, text "
+                    "and options, or delete the folder to begin anew"
+                )
+            errors = document["errors"]
+            rows = {name: [tensors[f"{name}.{e}"] for e in range(block.num_experts)] for name in document["rows"]}
+            shared = {name: tensors[f"shared.{name}"] for name in document["shared"]}
+            self.plan.compensation[block.path] = [tuple(pair) for pair in document["compensation"]]
+            self.plan.reconstruction |= {block.path: document["reconstruction"]} if document["reconstruction"] else {}
+        except (KeyError, TypeError, ValueError) as error:
+            raise HeaprError(
+                f"fits={str(self.folder)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
+            ) from error
+        device = block.device
+        rows = {name: [part.to(device) for part in parts] for name, parts in rows.items()}
+        shared = {name: weight.to(device) for name, weight in shared.items()}
+        return FittedBlock(rows.pop("down_proj"), shared, *errors, trained=rows)
+
+    def write(self, block: ExpertBlock, fitted: FittedBlock) -> None:
+        """Keeps what a block became, whole or not at all."""
+        tensors = {f"{name}.{e}": part for name, parts in fitted.experts.items() for e, part in enumerate(parts)}
+        tensors |= {f"shared.{name}": weight for name, weight in fitted.shared.items()}
+        document = {
+            "run": self._run,
+            "rows": list(fitted.experts),
+            "shared": list(fitted.shared),
+            "errors": [fitted.error_before, fitted.error_after],
+            "compensation": self.plan.compensation[block.path],
+            "reconstruction": self.plan.reconstruction.get(block.path),
+        }
+        write_artefact(self._file_of(block), FORMAT, tensors, document)
+
+    def _file_of(self, block: ExpertBlock) -> Path:
+        return self.folder / f"{block.path}{_ENDING}"
+
+
+def remove_fits(folder: Path) -> None:
+    """Deletes the folder, once what was made of it is safe; files that no run wrote stay, and the folder with them."""
+    for file in folder.glob(f"*{_ENDING}"):
+        file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _description(plan: PruningPlan, data: CalibrationData, dtype: torch.dtype) -> dict[str, Any]:
+    """What a fit depends on, plain JSON types."""
+    config = plan.config
+    kept = (
+        f"{path}.{expert}:{indices.tolist()}".encode()
+        for path, experts in plan.kept.items()
+        for expert, indices in enumerate(experts)
+    )
+    names = ("ridge", "reconstruction_steps", "reconstruction_learning_rate", "seed", "batch_size")
+    return {
+        "model": {**plan.model, "dtype": str(dtype)},
+        "kept": hash_of_samples(kept),
+        "dropped": plan.dropped,
+        "data": {key: value for key, value in data.fingerprint.items() if "source" not in key},
+        **{name: getattr(config, name) for name in names},
+    }

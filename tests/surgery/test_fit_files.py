@@ -1,0 +1,135 @@
+# Licensed under the Apache License, Version 2.0
+"""Blocks that were fitted before a run was killed are not fitted again, and the result is that of a run that was not."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.checkpoints.saving import apply_streaming
+from optimum_heapr.surgery import layer_by_layer
+from optimum_heapr.surgery.fit_files import remove_fits
+from tests.helpers import calibration_data, tiny_model
+
+
+OPTIONS = {"ratio": 0.5, "compensate": True, "compensation_scope": "block", "batch_size": 8, "reconstruction_steps": 4}
+
+
+class Killed(BaseException):
+    """No error that anything may catch."""
+
+
+@pytest.fixture(scope="module", params=["qwen2_moe", "gpt_oss"])
+def measured(request):
+    """A model (with a shared expert, or biases), text and statistics. Not to be changed."""
+    model, data = tiny_model(request.param), calibration_data(*[24] * 40)
+    return model, data, calibrate(model, data, 8)
+
+
+def applied(measured, folder, **changes):
+    """The weights of the pruned model, and its plan."""
+    model, data, statistics = measured
+    pruner = HeaprPruner(copy.deepcopy(model), config=HeaprConfig(**{**OPTIONS, **changes}))
+    pruner.statistics, pruner.calibration_data = statistics, data
+    return pruner.apply(pruner.plan(), fits_path=folder).state_dict(), pruner.applied_plan
+
+
+@pytest.fixture
+def fits_until(monkeypatch):
+    """Kills a run when it comes to the block of this number; `None` lets it go on. Lists the blocks that are fitted."""
+    fitted, plain = [], layer_by_layer._fitted
+
+    def until(number):
+        def fit(model, block, *arguments):
+            if number is not None and len(fitted) == number:
+                raise Killed
+            fitted.append(block.path)
+            return plain(model, block, *arguments)
+
+        fitted.clear()
+        monkeypatch.setattr(layer_by_layer, "_fitted", fit)
+        return fitted
+
+    return until
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_what_was_fitted_is_taken_over(measured, steps, tmp_path, fits_until):
+    expected, plan = applied(measured, None, reconstruction_steps=steps)
+    fits_until(1)
+    with pytest.raises(Killed):
+        applied(measured, tmp_path / "fits", reconstruction_steps=steps)
+    fitted = fits_until(None)
+    found, resumed = applied(measured, tmp_path / "fits", reconstruction_steps=steps)
+    assert fitted == list(plan.kept)[1:]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert resumed == plan and bool(plan.reconstruction) == bool(steps)
+    (tmp_path / "fits" / "notes.txt").write_text("mine")
+    remove_fits(tmp_path / "fits")
+    assert [entry.name for entry in (tmp_path / "fits").iterdir()] == ["notes.txt"]
+
+
+def test_file_by_file_too(tmp_path, fits_until):
+    model, data = tiny_model("qwen2_moe"), calibration_data(*[24] * 40)
+    model.save_pretrained(tmp_path / "model")
+    pruner = HeaprPruner.from_pretrained(tmp_path / "model", HeaprConfig(**OPTIONS), memory="streaming")
+    pruner.statistics, pruner.calibration_data = calibrate(model, data, 8), data
+    plan, fits = pruner.plan(), tmp_path / "fits"
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "expected")
+    fits_until(1)
+    pruner.apply(plan, fits_path=fits)
+    with pytest.raises(Killed):
+        pruner.save_pretrained(tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists() and len(list(fits.iterdir())) == 1
+    fitted = fits_until(None)
+    pruner.save_pretrained(tmp_path / "pruned")
+    assert not fits.exists(), "the output is safe"
+    assert fitted == list(plan.kept)[1:]
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "pruned"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_what_another_run_left_is_refused(measured, tmp_path):
+    applied(measured, tmp_path / "fits")
+    differ = (
+        r"fits='.*fits': saved by a run that differs \({}.*\); go on with the same plan, text and options, or delete"
+    )
+    with pytest.raises(HeaprError, match=differ.format("reconstruction_steps was 4, is 5")):
+        applied(measured, tmp_path / "fits", reconstruction_steps=5)
+    with pytest.raises(HeaprError, match=differ.format("kept was ")):
+        applied(measured, tmp_path / "fits", ratio=0.25)
+    model, _, statistics = measured
+    with pytest.raises(HeaprError, match=differ.format(r"data.num_samples was 40, is 39; data.num_tokens was")):
+        applied((model, calibration_data(*[24] * 39), statistics), tmp_path / "fits")
+    for file in (tmp_path / "fits").iterdir():
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(HeaprError, match="fit='.*': truncated or not a safetensors file"):
+        applied(measured, tmp_path / "fits")
+    shutil.rmtree(tmp_path / "fits")
+
+
+def test_from_a_plan_file_too(tmp_path, fits_until):
+    model, data = tiny_model(), calibration_data(*[24] * 8)
+    model.save_pretrained(tmp_path / "model")
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"input_ids": [sample.tolist() for sample in data.samples]})
+    rows.to_json(tmp_path / "text.jsonl")
+    config = HeaprConfig(**{**OPTIONS, "dataset": str(tmp_path / "text.jsonl"), "num_samples": 8, "seq_length": 24})
+    pruner = HeaprPruner.from_pretrained(tmp_path / "model", config)
+    pruner.calibrate()
+    pruner.plan().save(tmp_path / "plan.safetensors")
+    arguments = tmp_path / "model", tmp_path / "plan.safetensors", tmp_path / "out"
+    fits_until(1)
+    with pytest.raises(Killed):
+        apply_streaming(*arguments, fits_path=tmp_path / "fits")
+    fitted = fits_until(None)
+    apply_streaming(*arguments, fits_path=tmp_path / "fits")
+    assert len(fitted) == 1 and (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "fits").exists()
