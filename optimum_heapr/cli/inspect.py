@@ -30,20 +30,16 @@ class InspectCommand(HeaprSubcommand):
     def execute(self) -> Any:
         from ..calibration.statistics import FORMAT as STATISTICS_FORMAT
         from ..calibration.statistics import AtomicStatistics
-        from ..planning.comparison import compare_plans
         from ..planning.plan import PruningPlan
         from ..report.files import read_report
         from ..utils.artefacts import artefact_format
         from ..utils.companions import PLAN_NAME, REPORT_NAME, own_file
-        from .documents import comparison_document, plan_document, statistics_document
+        from .documents import plan_document, statistics_document
         from .lines import rectangle_lines, search_lines
         from .tables import importance_table, report_text, size_line, statistics_table
 
         if self.args.other is not None:
-            plans = [PruningPlan.load(path, "np") for path in (self.args.path, self.args.other)]
-            compared = compare_plans(*plans)
-            self.show(comparison_table(*plans, compared))
-            return comparison_document(compared)
+            return compared(self, self.args.path, self.args.other)
         path = Path(self.args.path)
         if path.is_dir():
             report = own_file(path, REPORT_NAME)
@@ -63,6 +59,18 @@ class InspectCommand(HeaprSubcommand):
         return found
 
 
+def compared(command: HeaprSubcommand, *paths: str) -> Any:
+    """Shows what two plans keep, and gives what `--json` prints of it."""
+    from ..planning.comparison import compare_plans
+    from ..planning.plan import PruningPlan
+    from .documents import comparison_document
+
+    plans = [PruningPlan.load(path, "np") for path in paths]
+    blocks = compare_plans(*plans)
+    command.show(comparison_table(*plans, blocks))
+    return comparison_document(blocks)
+
+
 def comparison_table(first: PruningPlan, second: PruningPlan, compared: list[BlockComparison]) -> str:
     """What two plans keep, each and both, layer by layer."""
     from .tables import table
@@ -74,12 +82,24 @@ def comparison_table(first: PruningPlan, second: PruningPlan, compared: list[Blo
             f"{block.both / block.total:.1%}",
             f"{block.overlap:.2f}",
             f"{block.by_chance:.2f}",
+            *(f"{least}-{most}" for least, most in block.widths),
             *(f"{loss:.5f}" for loss in block.loss_increase),
         ]
         for block in compared
     ]
-    header = ["block", "first keeps", "second", "both", "overlap", "by chance", "est. loss +, first", "second"]
-    asked = [f"{name}: {plan!r}" for name, plan in (("first", first), ("second", second))]
+    header = [
+        "block",
+        "first keeps",
+        "second",
+        "both",
+        "overlap",
+        "by chance",
+        "widths, first",
+        "second",
+        "est. loss +, first",
+        "second",
+    ]
+    asked = [f"{name}: {plan.in_words()}" for name, plan in (("first", first), ("second", second))]
     note = "overlap: kept by both, of what either keeps; by chance: that of random sets of these sizes."
     if first.config.criterion != second.config.criterion:
         note += " Estimates of two criteria do not compare."

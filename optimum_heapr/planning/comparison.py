@@ -23,6 +23,7 @@ class BlockComparison:
         kept (`tuple[int, int]`): of these, how many each plan keeps.
         both (`int`): how many both keep.
         loss_increase (`tuple[float, float]`): estimates, each by its own criterion's measure, nats a token.
+        widths (`tuple`): the least and the largest width of an expert, in each plan.
     """
 
     path: str
@@ -30,6 +31,7 @@ class BlockComparison:
     kept: tuple[int, int]
     both: int
     loss_increase: tuple[float, float]
+    widths: tuple[tuple[int, int], tuple[int, int]]
 
     @property
     def overlap(self) -> float:
@@ -68,13 +70,18 @@ def compare_plans(first: PruningPlan, second: PruningPlan) -> list[BlockComparis
         total = len(experts) * first.original_width[path]
         both = sum(len(one & other) for one, other in pairs)
         losses = first.loss_increase[path], second.loss_increase[path]
-        found.append(BlockComparison(path, total, kept, both, losses))
+        lengths = [[len(indices) for indices in plan.kept[path]] for plan in (first, second)]
+        widths = tuple((min(each), max(each)) for each in lengths)
+        found.append(BlockComparison(path, total, kept, both, losses, widths))
     return [*found, _together(found)]
 
 
 def _together(blocks: list[BlockComparison]) -> BlockComparison:
     kept = tuple(sum(block.kept[side] for block in blocks) for side in (0, 1))
     losses = tuple(sum(block.loss_increase[side] for block in blocks) for side in (0, 1))
-    return BlockComparison(
-        "all", sum(block.total for block in blocks), kept, sum(block.both for block in blocks), losses
+    widths = tuple(
+        (min(block.widths[side][0] for block in blocks), max(block.widths[side][1] for block in blocks))
+        for side in (0, 1)
     )
+    total, both = (sum(getattr(block, name) for block in blocks) for name in ("total", "both"))
+    return BlockComparison("all", total, kept, both, losses, widths)

@@ -271,6 +271,7 @@ def test_inspect_compares_two_plans(run, inputs, tmp_path):
     other = tmp_path / "plan.safetensors"
     assert run("plan", "-s", inputs.statistics, "--ratio", 0.5, "--criterion", "magnitude", "-o", other).status == 0
     found = run("inspect", inputs.pruned, other)
+    assert run("plan", inputs.pruned, other, "--compare").output == found.output
     assert found.status == 0, found.error
     last = next(line for line in found.output.splitlines() if line.startswith("all")).split()
     assert last[1:3] == ["75.0%", "50.0%"] and 0 < float(last[3][:-1]) <= 50

@@ -26,6 +26,7 @@ def test_counts_are_of_sets():
     assert one.by_chance == pytest.approx(2 / 6)
     assert other.overlap == 1.0 and (together.path, together.total, together.both) == ("all", 16, 3)
     assert together.loss_increase == pytest.approx((0.3, 0.3))
+    assert (one.widths, other.widths, together.widths) == (((1, 3), (1, 3)), ((0, 1), (0, 1)), ((0, 3), (0, 3)))
     nothing = plan_that_keeps([[[], []], [[], []]])
     assert compare_plans(nothing, nothing)[0].overlap == 1.0
 

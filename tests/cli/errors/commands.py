@@ -18,7 +18,7 @@ def an_option_of_another_command(inputs, here):
 
 @mistake(early=True)
 def statistics_without_their_flag(inputs, here):
-    return ["plan", inputs.statistics, "-o", here / "out"], ["required: -s/--statistics", "--help"]
+    return ["plan", inputs.statistics, "-o", here / "out"], ["-s/--statistics", "--compare"]
 
 
 @mistake(early=True)
