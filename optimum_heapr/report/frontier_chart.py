@@ -13,12 +13,8 @@ from .svg import DARK, GRID, INK, Canvas, n
 
 
 DECADES = 3  # of loss; what is below would be noise
-STYLES = (
-    (DARK, ""),
-    ("#b1662b", "7 3"),
-    ("#3a7d7c", "2 3"),
-    ("#7d7c78", "9 3 2 3"),
-)  # colours, and dashes for who sees none
+COLOURS = (DARK, "#b1662b", "#3a7d7c", "#7d7c78")
+DASHES = ("", "7 3", "2 3", "9 3 2 3")  # for who sees no colours
 TOP, HEIGHT = 20, 300
 
 Points = Sequence[dict[str, Any]]
@@ -76,7 +72,7 @@ def _chart(name: str, title: str, points: Points, chosen: dict[str, Any] | None)
     canvas.write(16, TOP + HEIGHT / 2, "loss +, nats a token (log)", "middle", turned=True)
     methods = list(dict.fromkeys(map(_method, points)))
     for index, method in enumerate(methods):
-        stroke, dash = STYLES[index % len(STYLES)]
+        stroke, dash = style(index)
         curve = [point for point in points if _method(point) == method]
         corners = [place(point, _loss(point)) for point in curve if _loss(point) is not None]
         canvas.path("M" + "L".join(f"{n(x)} {n(y)}" for x, y in corners), stroke=stroke, width=2, dash=dash)
@@ -92,6 +88,12 @@ def _chart(name: str, title: str, points: Points, chosen: dict[str, Any] | None)
         canvas.write(LEFT + 50, canvas.height + 4, label)
         canvas.height += 18
     return canvas.text()
+
+
+def style(index: int) -> tuple[str, str]:
+    """Colour and dash of a line: of the first four both differ, and no two of sixteen are the same."""
+    turn, place = divmod(index, len(COLOURS))
+    return COLOURS[place], DASHES[(place + turn) % len(DASHES)]
 
 
 def _method(point: dict[str, Any]) -> str:

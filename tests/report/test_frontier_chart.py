@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from optimum_heapr.report.frontier_chart import DECADES, frontier_charts
+from optimum_heapr.report.frontier_chart import DECADES, frontier_charts, style
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -75,3 +75,16 @@ def test_what_cannot_be_drawn_is_left_out():
     low, middle, high = (y for _, y in corners(chart)[0])
     assert low - high > 2 * (middle - high) > 0 and (low - high) < (DECADES + 1) * (middle - high)
     assert "no plan raises the loss" in frontier_charts([point(0.2, 0.0)])["frontier-heapr"]
+
+
+def test_no_two_of_sixteen_lines_look_the_same():
+    styles = [style(index) for index in range(16)]
+    assert len(set(styles)) == 16
+    assert all(len({styles[index][part] for index in range(4)}) == 4 for part in (0, 1)), (
+        "colour and dash both tell few"
+    )
+    numbers = [
+        {**point(ratio, ratio, calibrated=ratio), "num_experts": n} for n in (None, 8) for ratio in (0.2, 0.4, 0.6)
+    ]
+    [chart] = frontier_charts(numbers).values()
+    assert "heapr, variable, 8 experts" in chart and len(corners(chart)) == 2
