@@ -83,6 +83,8 @@ def compared(found: list[FrontierPoint], known, statistics, config: HeaprConfig)
     told = [(point, increase) for point, (increase, error) in zip(unseen, truth) if error < TOLD * increase]
     errors = [point.calibrated / increase - 1 for point, increase in told]
     factors = [increase / point.estimated for point, increase in told]
+    if not told:
+        return f"0 of {len(unseen)} | | |"
     worst = max(errors, key=abs)
     mean = sum(map(abs, errors)) / len(errors)
     return f"{len(told)} of {len(unseen)} | {worst:+.0%} | {mean:.0%} | {min(factors):.1f} to {max(factors):.1f}"
