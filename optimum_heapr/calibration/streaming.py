@@ -92,6 +92,8 @@ def calibrate_streaming(
     if gram:
         largest = max(range(len(streamed.layers)), key=lambda index: sum(map(_matrix_size, streamed.blocks_of(index))))
         check_gram_memory(streamed.blocks_of(largest), place=accelerator.device)
+        if accelerator.num_processes > 1 and accelerator.is_main_process:  # see `add_parts`
+            check_gram_memory(streamed.blocks_of(largest), accelerator.num_processes, torch.device("cpu"))
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)

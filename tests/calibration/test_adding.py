@@ -15,6 +15,8 @@ from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.streamed import StreamedCheckpoint
 from optimum_heapr.configuration import HeaprConfig
+from optimum_heapr.layerwise import memory
+from optimum_heapr.layerwise.walk import LayerWalk
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import assert_same_statistics, calibration_data, tiny_model
 from tests.ranks import Ranks
@@ -235,3 +237,13 @@ def test_what_was_put_beside_a_state_stays(tmp_path, heapr_log):
     folder.remove()
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
     assert "holds files that no calibration wrote" in heapr_log.text
+
+
+def test_what_the_first_process_cannot_hold_is_refused_before_it_begins(work, monkeypatch):
+    """It has the matrices of as many layers at once as there are processes."""
+    experts = tiny_model().config.num_experts, tiny_model().config.moe_intermediate_size
+    of_one_layer = 2 * 4 * experts[0] * experts[1] ** 2  # matrices, bytes
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * of_one_layer - 1)
+    monkeypatch.setattr(LayerWalk, "capture", lambda *_, **__: pytest.fail("measuring began"))
+    with pytest.raises(HeaprError, match=f"statistics='gram': needs {2 * of_one_layer:,} bytes on cpu"):
+        work.run()
