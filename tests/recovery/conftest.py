@@ -2,6 +2,8 @@
 """A pruned model on disk, what it was pruned from, and text for both."""
 
 import copy
+import functools
+import json
 from types import SimpleNamespace
 
 import datasets
@@ -37,9 +39,14 @@ def quick(**options) -> RecoveryConfig:
 
 
 def prune(family: str, **options):
-    """A pruner with a tiny model of a family, pruned."""
+    """A pruner with a tiny model of a family, pruned; each that is asked for is a copy."""
     config = HeaprConfig(**{"ratio": 0.34, "num_samples": 30, "seq_length": 16, **options})
-    pruner = HeaprPruner(tiny_model(family), None, config)
+    return copy.deepcopy(_pruned(family, json.dumps(config.to_dict())))
+
+
+@functools.cache
+def _pruned(family: str, config: str) -> HeaprPruner:
+    pruner = HeaprPruner(tiny_model(family), None, HeaprConfig(**json.loads(config)))
     pruner.calibrate(ROWS)
     pruner.prune()
     return pruner
