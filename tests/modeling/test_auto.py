@@ -174,6 +174,7 @@ def test_files_in_the_checkpoint_need_nothing_else(pruned):
     folder, _ = pruned["qwen2_moe"]
     files = {path.stem for path in folder.glob("*.py")}
     assert files == {
+        "adapters",
         "atomic_experts",
         "compiled",
         "configuration_heapr",
