@@ -41,7 +41,10 @@ def load(folder: str, **options: Any):
 
     import optimum_heapr  # noqa: F401 (pruned models are known by it)
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    for module in model.modules():  # or bitsandbytes has kernels on some CPUs that take few shapes
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def by_config(make: Callable[[], Any]) -> Callable:

@@ -34,7 +34,7 @@ CONFIGS = {
     "bitsandbytes NF4": (lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 0.35),
     "torchao int8": (torchao, 0.65),
 }
-# On CPUs with products of bfloat16 bitsandbytes takes kernels for 4 bits that want rows in 32s; findings/ has a script.
+# On some CPUs its kernels for 4 bits want rows in 32s and columns in 64s; findings/ has a script.
 ANY_ROWS = """
 for module in model.modules():
     module.support_avx512bf16_for_cpu = False
