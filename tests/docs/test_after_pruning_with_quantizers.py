@@ -20,4 +20,6 @@ if importlib.util.find_spec("bitsandbytes") is None:
 @pytest.mark.parametrize("page", ["docs/source/guides/after_pruning.md", "docs/source/guides/one_gpu.md"])
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # On some CPUs its kernels for 4 bits want rows in 32s and columns in 64s, which small models do not have; findings/ has a script.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     run_page(ROOT / page, tmp_path, {environment})
