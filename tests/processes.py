@@ -23,6 +23,7 @@ from tests import forking
 
 
 ROOT = str(Path(__file__).resolve().parents[1])
+_FOLDER = os.environ["HF_HOME"]  # of this run of the suite, which removes it
 
 # What each has that the one before, from which it is forked, has not.
 STAGES = {
@@ -51,7 +52,7 @@ _lives: list[int] = []  # each stage ends when this process, which holds the oth
 @functools.cache
 def _address(stage: str) -> str:
     """Where the process listens that has what the stage says; it is started when first asked for."""
-    address = os.path.join(tempfile.mkdtemp(prefix="heapr-fork-"), stage)
+    address = os.path.join(tempfile.mkdtemp(prefix="fork-", dir=_FOLDER), stage)
     arguments = ["-c", SERVE.format(imports=STAGES[stage]), address]
     standard_input, life = os.pipe()
     ready, output = os.pipe()
@@ -74,7 +75,7 @@ class Started:
     def __init__(
         self, code: str, arguments: list[str], env: Mapping[str, str] | None, cwd: os.PathLike | None, has: str
     ):
-        self._folder = Path(tempfile.mkdtemp(prefix="heapr-process-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="process-", dir=_FOLDER))
         self.returncode: int | None = None
         environment = dict(os.environ if env is None else env)
         files = [open(os.devnull), *(open(self._folder / name, "ab") for name in ("output", "error"))]
@@ -149,7 +150,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def launched(**more: str) -> dict[str, str]:
     """Of a launcher whose processes are forked as well: it takes the program that asks for them as its Python."""
-    python = Path(tempfile.mkdtemp(prefix="heapr-python-")) / "python"
+    python = Path(tempfile.mkdtemp(prefix="python-", dir=_FOLDER)) / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {forking.__file__} "$@"\n')
     python.chmod(0o700)
     return environment(PYTHON_EXEC=str(python), **{forking.ADDRESS: _address("package")}, **more)
