@@ -3,6 +3,7 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -32,6 +33,21 @@ def test_version(run):
 
     result = run("--version")
     assert result.status == 0 and result.output == version("optimum-heapr") + "\n"
+
+
+def test_bash_completes_commands_and_flags(tmp_path):
+    """By a script that shtab makes of the parser, in a bash of its own."""
+    shtab = pytest.importorskip("shtab", reason="needs the extra completion: pip install 'optimum-heapr[completion]'")
+    from optimum_heapr.cli.completion import parser
+
+    (tmp_path / "script").write_text(shtab.complete(parser(), "bash"))
+    commands = """
+        source ./script
+        completed() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_optimum_cli; echo "${COMPREPLY[@]}"; }
+        completed optimum-cli he; completed optimum-cli heapr pl; completed optimum-cli heapr plan --crit
+    """
+    found = subprocess.run(["bash", "-c", commands], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["heapr", "plan", "--criterion"]
 
 
 def test_numbers_are_read_as_people_write_them(inputs, run):

