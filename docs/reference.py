@@ -97,7 +97,11 @@ def commands_markdown() -> str:
         parts += [f"## {command.NAME}", command.HELP]
         groups = [group for group in parser._action_groups if group._group_actions]
         for group in sorted(groups, key=lambda group: group.title != "Required arguments"):
-            rows = [f"| {_flags(action)} | {_meaning(action)} |" for action in group._group_actions]
+            rows = [
+                f"| {_flags(action)} | {_meaning(action)} |"
+                for action in group._group_actions
+                if action.help != argparse.SUPPRESS
+            ]
             parts.append("\n".join([f"| {group.title.capitalize()} | |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 

@@ -116,7 +116,7 @@ def check_in_memory(config: HeaprConfig, is_in_memory: bool) -> None:
     if config.max_loss_increase is not None and not is_in_memory:
         raise HeaprError(
             f"max_loss_increase={config.max_loss_increase}: plans are measured with the model in memory, and here it is read "
-            "layer by layer; name a ratio, or pass memory='plain' (--memory plain)"
+            "layer by layer; name a ratio, or pass memory='plain'"
         )
 
 
@@ -164,8 +164,8 @@ def plan_for(
             logger.warning("%s: the statistics are of other text, and may be of some that is measured on", source)
     else:
         raise HeaprError(
-            f"{goal}: no text was held out to measure on; set it before calibrate(), name the text as dataset and take "
-            "fewer samples of it, or name another as eval_dataset"
+            f"{goal}: no text was held out to measure on; name some with eval_dataset, or, before calibrating, ask for this "
+            "increase already and name a dataset that has more text than the samples"
         )
     place(model)
     warn_of_positions(model, windows)

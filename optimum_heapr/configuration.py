@@ -210,11 +210,11 @@ class HeaprConfig(Options):
         if self.reduction_over_sources == "max" and self.criterion not in BY_SOURCE:
             raise HeaprError(f"criterion={self.criterion!r}: reduction_over_sources='max' needs one of {BY_SOURCE}")
         if self.compensation_scope == "block" and not self.compensate:
-            raise HeaprError("compensation_scope='block': set compensate=True (--compensate), or leave the scope out")
+            raise HeaprError("compensation_scope='block': set compensate=True, or leave the scope out")
         if self.reconstruction_steps and not self.compensates_blocks:
             raise HeaprError(
                 f"reconstruction_steps={self.reconstruction_steps}: goes on from compensation over blocks; set compensate=True "
-                "and compensation_scope='block' (--compensate --compensation-scope block) too, or leave it out"
+                "and compensation_scope='block' too, or leave it out"
             )
         if self.statistics == "vector" and (self.criterion == "obs" or self.compensates_experts):
             raise HeaprError(

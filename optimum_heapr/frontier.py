@@ -133,7 +133,7 @@ def frontier(
     if num_experts is not None and "uniform" not in layouts:
         asked = ", ".join("all" if number is None else str(number) for number in numbers)
         raise HeaprError(
-            f"num_experts={asked}: needs the layout uniform, not {', '.join(layouts)}; add it to layouts (--layouts uniform)"
+            f"num_experts={asked}: needs the layout uniform, not {', '.join(layouts)}; add it to the layouts"
         )
 
     def measured(point: FrontierPoint) -> FrontierPoint:

@@ -26,7 +26,7 @@ def not_finite_error(problem: str, index: int, samples: list[int]) -> HeaprError
     """What is said about a micro-batch whose loss or gradients are not finite."""
     return HeaprError(
         f"{problem}: not finite in micro-batch {index} (samples {samples}); look at these samples, load the model in "
-        "bfloat16 or float32, or leave them out with skip_nonfinite=True (--skip-nonfinite)"
+        "bfloat16 or float32, or leave them out with skip_nonfinite=True"
     )
 
 

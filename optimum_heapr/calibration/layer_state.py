@@ -64,8 +64,8 @@ class StateFolder:
         self.path = state_path(path)
         if self.path.is_file():
             raise HeaprError(
-                f"state={str(self.path)!r}: was saved by a calibration that is not streaming; go on with --memory plain or "
-                "offload, or delete the file to begin anew"
+                f"state={str(self.path)!r}: was saved by a calibration that is not streaming; go on with memory='plain' or "
+                "memory='offload', or delete the file to begin anew"
             )
         if not self.path.exists() or self._was_removed():
             return
@@ -76,7 +76,7 @@ class StateFolder:
             )
         if not resume:
             raise HeaprError(
-                f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
+                f"state={str(self.path)!r}: a calibration was interrupted here; pass resume=True to go on, or "
                 "delete the folder to begin anew"
             )
 

@@ -69,7 +69,7 @@ def _check_fit(first: AtomicStatistics, other: AtomicStatistics) -> None:
         if block.has_curves and not block.has_grams:
             raise HeaprError(
                 f"statistics to merge: those of {path} hold removal curves without the matrices that gave them; calibrate "
-                "without --no-grams"
+                "with keep_grams=True"
             )
         if not torch.allclose(block.weight_norm.float(), other.blocks[path].weight_norm.float(), rtol=1e-2):
             raise HeaprError(f"statistics to merge: the weights of {path} differ; calibrate one model")

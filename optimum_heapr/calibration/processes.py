@@ -43,7 +43,7 @@ _SHARDING_LAUNCHES = {
 
 _WHOLE_MODEL = (
     "each process of a calibration holds the whole model and measures its share of the samples; leave the sharding out, and "
-    "where a model does not fit use one process with --memory auto or --device-map auto"
+    "where a model does not fit use one process with memory='auto' or device_map='auto'"
 )
 
 
@@ -115,7 +115,7 @@ def check_placement(model: torch.nn.Module, num_processes: int) -> None:
     if num_processes > 1 and len(devices) > 1:
         raise HeaprError(
             f"device_map: spreads the model over {', '.join(sorted(devices))}, and each of {num_processes} processes would "
-            "do so; launch one process, or leave device_map out (--memory plain)"
+            "do so; launch one process, or leave device_map out"
         )
 
 
@@ -257,5 +257,5 @@ def peers_needed(for_what: str = "the sums could be added") -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise HeaprError(
             f"processes: another one ended before {for_what} ({reason}); see what it printed, and run again, "
-            "with --resume if --save-every was on"
+            "with resume=True if save_every was set"
         ) from error

@@ -67,12 +67,12 @@ class StateFile:
         self.run: dict[str, Any] = {}
         if self.path.is_dir():
             raise HeaprError(
-                f"state={str(self.path)!r}: was saved by a calibration that is streaming; go on with --memory streaming, or "
+                f"state={str(self.path)!r}: was saved by a calibration that is streaming; go on with memory='streaming', or "
                 "delete the folder to begin anew"
             )
         if self.path.exists() and not resume:
             raise HeaprError(
-                f"state={str(self.path)!r}: a calibration was interrupted here; pass --resume (resume=True) to go on, or "
+                f"state={str(self.path)!r}: a calibration was interrupted here; pass resume=True to go on, or "
                 "delete the file to begin anew"
             )
 

@@ -111,7 +111,7 @@ def load_model(
         quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
         options = {"dtype": "auto", **quantization, **model_options}
         if skeleton and quantization:
-            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use apply() or --in-memory")
+            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use HeaprPruner.apply()")
         if skeleton:
             model = load_skeleton(auto_class, config, path, str(name), **options)
         else:

@@ -18,6 +18,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from ..utils import logging
 from ..utils.errors import HeaprError, did_you_mean
+from .wording import in_flags
 
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             for name in names:
                 os.environ.setdefault(name, "1")
         try:
-            with _terminated_like_interrupted(), _messages(self.args):
+            with _terminated_like_interrupted(), _messages(self.args), logging.worded(self._worded):
                 found = self.execute()
             if self.args.json and found is not None:
                 print(json.dumps(_valid(found), indent=2))
         except HeaprError as error:
-            print(f"optimum-cli heapr {self.NAME}: error: {error}", file=sys.stderr)
+            print(f"optimum-cli heapr {self.NAME}: error: {self._worded(str(error))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as error:
             from ..utils.files import beside
@@ -70,6 +71,9 @@ class HeaprSubcommand(BaseOptimumCLICommand):
                 left = f"{state} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
             sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
+
+    def _worded(self, message: str) -> str:
+        return in_flags(message, self.parser)
 
     def execute(self) -> Any:
         """Does what the command is for.

@@ -43,9 +43,6 @@ PLANNING_OPTIONS = tuple(
 )
 
 
-STATISTICS_ARE_ENOUGH = tuple(name for name in PLANNING_OPTIONS if name != "max_loss_increase")
-
-
 RECOMMENDED = "--criterion obs --compensate --compensation-scope block"
 """What loses least in `docs/source/benchmarks.md`, as it is written everywhere."""
 
@@ -61,8 +58,10 @@ def add_config_options(
     names: Iterable[str],
     config_class: type[Options] = HeaprConfig,
     title: str | None = None,
+    hidden: Iterable[str] = (),
 ) -> None:
-    """Adds one flag for each named option of a configuration, and `-c/--config` for a recipe file that they override."""
+    """Adds one flag for each named option of a configuration, and `-c/--config` for a recipe file that they override; `hidden` are
+    those that are known, for what is said of them, and not listed."""
     title = title or ("Pruning options" if config_class is HeaprConfig else "Recovery options")
     group = parser.add_argument_group(title)
     group.add_argument("-c", "--config", help="recipe: a YAML or JSON file of these options; flags override it")
@@ -74,7 +73,7 @@ def add_config_options(
         option, kind = options[name], option_type(kinds[name])
         flag = "--" + name.replace("_", "-")
         default = "" if option.default is None else f" (default: {option.default})"
-        help = option.metadata["help"] + default
+        help = argparse.SUPPRESS if name in hidden else option.metadata["help"] + default
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:

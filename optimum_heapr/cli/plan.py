@@ -10,7 +10,7 @@ from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
 from .checks import check_serves
 from .inspect import compared
-from .options import STATISTICS_ARE_ENOUGH, add_config_options, config_from
+from .options import PLANNING_OPTIONS, add_config_options, config_from
 
 
 class PlanCommand(HeaprSubcommand):
@@ -33,7 +33,7 @@ class PlanCommand(HeaprSubcommand):
             "--overwrite", action="store_true", help="replace the output if it is an artefact of this package"
         )
         parser.add_argument("--dry-run", action="store_true", help="print the table of widths and write nothing")
-        add_config_options(parser, (*STATISTICS_ARE_ENOUGH, "seed"))
+        add_config_options(parser, (*PLANNING_OPTIONS, "seed"), hidden=("max_loss_increase",))
 
     def execute(self) -> Any:
         from ..utils.artefacts import check_output_artefact

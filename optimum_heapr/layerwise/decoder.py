@@ -197,7 +197,7 @@ class Decoder:
     def _refusal(self, reason: str) -> HeaprError:
         return HeaprError(
             f"model={model_name(self.model)!r} (model_type {self.model.config.model_type!r}): cannot be calibrated layer by "
-            f"layer: {reason}; use --memory offload, or plain"
+            f"layer: {reason}; use memory='offload' or memory='plain'"
         )
 
 
@@ -217,7 +217,7 @@ def decoder_layers(model: PreTrainedModel, blocks: list[ExpertBlock]) -> tuple[s
         where = ", ".join(str(path) for path in found)
         raise HeaprError(
             f"model={model_name(model)!r}: cannot be calibrated layer by layer: its experts are not in one list of layers "
-            f"({where}); use --memory offload, or plain"
+            f"({where}); use memory='offload' or memory='plain'"
         )
     (path,) = found
     return path, model.get_submodule(path)

@@ -142,6 +142,6 @@ def _only(made: dict) -> torch.Tensor:
 
 def not_streamable(model: PreTrainedModel, reason: str) -> HeaprError:
     return HeaprError(
-        f"model={model_name(model)!r}: cannot be read piece by piece: {reason}; pass --in-memory (apply) or --memory plain "
-        "(calibrate, prune)"
+        f"model={model_name(model)!r}: cannot be read piece by piece: {reason}; calibrate it with memory='plain', and "
+        "cut it with HeaprPruner.apply()"
     )

@@ -95,8 +95,8 @@ def routing_of(statistics: AtomicStatistics, kept: int) -> dict[str, Any]:
 def _number(config: HeaprConfig) -> int:
     if config.num_experts == "auto":
         raise HeaprError(
-            "num_experts='auto': is measured with the model and the text, so use `optimum-cli heapr prune`, or HeaprPruner.plan(); or "
-            "name a number"
+            "num_experts='auto': is measured with the model and the text, which HeaprPruner.plan() has; plan with that, or name "
+            "a number"
         )
     return int(config.num_experts)
 

@@ -52,8 +52,8 @@ class Goal:
             return cls.of_ratio(config)
         if name == "max_loss_increase":
             raise HeaprError(
-                f"{name}={value}: has to be measured with the model; plan with HeaprPruner.plan(), or run "
-                "`optimum-cli heapr prune`, with these statistics"
+                f"{name}={value}: is measured with the model, and a plan from statistics alone has none; use HeaprPruner.plan() with "
+                "these statistics, or see what each ratio costs with HeaprPruner.frontier()"
             )
         asked = f"{name}={value!r}"
         whole, each, target, unit = _sizes(config, statistics)

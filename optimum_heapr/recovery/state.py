@@ -39,7 +39,9 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in _OURS):
             raise HeaprError(f"state={str(path)!r}: holds something else than a run of recovery; name another folder")
         if self.path.exists() and not resume and is_main_process():
-            raise HeaprError(f"state={str(path)!r}: a run that was interrupted; pass --resume to go on, or remove it")
+            raise HeaprError(
+                f"state={str(path)!r}: a run that was interrupted; pass resume=True to go on, or remove it"
+            )
 
     def begin(self, run: dict[str, Any]) -> None:
         """Records what the run depends on, or compares it with what is recorded.

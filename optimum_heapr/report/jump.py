@@ -71,11 +71,11 @@ def refuse_jump(report: dict[str, Any] | None) -> None:
     """
     if report is None or "measured" not in report["loss"]:
         raise HeaprError(
-            "strict=True: nothing was measured that could have jumped; name text with --eval-dataset, or leave --strict out"
+            "strict=True: nothing was measured that could have jumped; name text with eval_dataset, or do without strict=True"
         )
     text = jump_text(report)
     if text is not None:
         layer = report["loss"]["jump"].get("layer", "BLOCK")
         raise HeaprError(
-            f"strict=True: {text}; remove less, calibrate on more text, or keep what must stay with --protect '{layer}.*'"
+            f"strict=True: {text}; remove less, calibrate on more text, or keep what must stay with protect='{layer}.*'"
         )

@@ -94,7 +94,7 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
         raise HeaprError(
             f"{option}: needs {needed:,} bytes on {device} for {config.num_samples} samples of {config.seq_length} tokens, and "
             f"{available:,} are available; calibrate on fewer, or use "
-            "--memory streaming, which has one layer there, or compensation_scope='expert'"
+            "memory='streaming', which has one layer there, or compensation_scope='expert'"
         )
 
 

@@ -247,7 +247,7 @@ def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Non
             "folder"
         )
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise HeaprError(f"output={str(path)!r}: folder is not empty; name another or pass --overwrite")
+        raise HeaprError(f"output={str(path)!r}: folder is not empty; name another or pass overwrite=True")
     _check_writable(path)
 
 
@@ -261,7 +261,7 @@ def check_output_file(path: str | os.PathLike, overwrite: bool = False) -> None:
     if path.is_dir():
         raise HeaprError(f"output={str(path)!r}: is a folder; name a file")
     if path.exists() and not overwrite:
-        raise HeaprError(f"output={str(path)!r}: file exists; name another or pass --overwrite")
+        raise HeaprError(f"output={str(path)!r}: file exists; name another or pass overwrite=True")
     _check_writable(path)
 
 

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .memory import peak_memory
@@ -36,8 +36,25 @@ class _Logger(logging.LoggerAdapter):
 
     def log(self, level: int, message: object, *arguments: Any, **options: Any) -> None:
         if self.isEnabledFor(level):
+            if _wording is not None:
+                message, arguments = _wording(str(message) % arguments if arguments else str(message)), ()
             options["stacklevel"] = options.get("stacklevel", 1) + 1
             self.logger._log(level, message, arguments, **options)
+
+
+_wording: Callable[[str], str] | None = None
+"""How what is logged is worded, where that is not in the terms of Python."""
+
+
+@contextlib.contextmanager
+def worded(wording: Callable[[str], str]) -> Iterator[None]:
+    """Until the block ends, all that is logged is what `wording` makes of it."""
+    global _wording
+    before, _wording = _wording, wording
+    try:
+        yield
+    finally:
+        _wording = before
 
 
 @contextlib.contextmanager
@@ -62,7 +79,8 @@ LINE_EVERY = 30.0
 
 
 def progress(iterable: Iterable | None = None, **kwargs: Any):
-    """A `tqdm` bar: one for each phase of the pipeline. Off a terminal, such as in a log, a line every `LINE_EVERY` seconds.
+    """A `tqdm` bar: one for each phase of the pipeline, and a widget in notebooks. Elsewhere, such as in a log, a line every
+    `LINE_EVERY` seconds.
 
     It is silent on every rank but the first, for what takes less than that, and when `HF_HUB_DISABLE_PROGRESS_BARS` or
     `TQDM_DISABLE` is set.
@@ -71,9 +89,11 @@ def progress(iterable: Iterable | None = None, **kwargs: Any):
 
     names = () if bars_are_lines else ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
     off = any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules:  # a notebook, as tqdm finds it; it is no terminal
         return tqdm(iterable, disable=off or not is_main_process(), **kwargs)
-    return _lines()(iterable, disable=off or not is_main_process(), **{"mininterval": LINE_EVERY, **kwargs})
+    # The time is looked at after each step: so a line is never late, and the thread that looks after the bars of others stays away.
+    lines = {"mininterval": LINE_EVERY, "miniters": 1}
+    return _lines()(iterable, disable=off or not is_main_process(), **{**lines, **kwargs})
 
 
 bars_are_lines = False

@@ -43,12 +43,12 @@ def unquantized_loading(config: PreTrainedConfig, model: str, dequantize: bool) 
     if method not in DEQUANTIZABLE:
         raise HeaprError(
             f"model={model!r}: its weights are quantized ({method}), which cannot be cut; name the checkpoint in bfloat16 "
-            f"that it was made from (dequantize, --dequantize, is for {' and '.join(DEQUANTIZABLE)})"
+            f"that it was made from (dequantize is for {' and '.join(DEQUANTIZABLE)})"
         )
     if not dequantize:
         raise HeaprError(
-            f"model={model!r}: its weights are quantized ({method}), which cannot be cut; pass --dequantize "
-            "(dequantize=True) to prune it in floating point, or name an unquantized checkpoint"
+            f"model={model!r}: its weights are quantized ({method}), which cannot be cut; pass dequantize=True "
+            "to prune it in floating point, or name an unquantized checkpoint"
         )
     from transformers.quantizers.auto import AutoQuantizationConfig
 

@@ -121,5 +121,5 @@ def test_removal_curves_are_of_one_part_and_are_not_added(tmp_path):
     for index, part in enumerate(parts):
         part.save(tmp_path / str(index), grams=False)
     alone = [AtomicStatistics.load(tmp_path / str(index)) for index in range(len(parts))]
-    with pytest.raises(HeaprError, match="removal curves without the matrices .* calibrate without --no-grams"):
+    with pytest.raises(HeaprError, match="removal curves without the matrices .* calibrate with keep_grams=True"):
         merge_statistics(alone)

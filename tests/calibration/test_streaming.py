@@ -321,7 +321,7 @@ def test_state_of_the_other_kind_is_refused(folder, tmp_path):
     (tmp_path / "state").unlink()
     pruner.calibrate(rows, keep_state=True, **options)
     assert (tmp_path / "state").is_dir()
-    with pytest.raises(HeaprError, match="interrupted here; pass --resume"):
+    with pytest.raises(HeaprError, match="interrupted here; pass resume=True"):
         pruner.calibrate(rows, state_path=tmp_path / "state")
     with pytest.raises(HeaprError, match="was saved by a calibration that is streaming"):
         HeaprPruner.from_pretrained(folder).calibrate(rows, **options)

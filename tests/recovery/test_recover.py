@@ -265,7 +265,7 @@ def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(copy.deepcopy(pruned.model), tmp_path / "state", **options)
     monkeypatch.undo()
-    with pytest.raises(HeaprError, match="a run that was interrupted; pass --resume"):
+    with pytest.raises(HeaprError, match="a run that was interrupted; pass resume=True"):
         run(copy.deepcopy(pruned.model), tmp_path / "state", **options)
     other = {"config=.*the run in": {**options, "rank": 2}}
     for expected, changed in other.items():

@@ -323,7 +323,7 @@ def test_the_current_folder_can_be_named(tmp_path, monkeypatch):
 
 def test_a_filled_folder_needs_overwrite(tmp_path):
     old = written_folder(tmp_path / "old", file="x")
-    with pytest.raises(HeaprError, match=r"output='.*': folder is not empty; name another or pass --overwrite"):
+    with pytest.raises(HeaprError, match=r"output='.*': folder is not empty; name another or pass overwrite=True"):
         check_output_folder(old)
     with pytest.raises(HeaprError, match="folder is not empty"):
         replace_folder(old).__enter__()
@@ -411,7 +411,7 @@ def test_of_files_only_artefacts_are_replaced(tmp_path):
     write_artefact(tmp_path / "plan", "heapr_plan", {}, {})
     for name in ("new", "empty", "plan"):
         check_output_artefact(tmp_path / name, overwrite=True)
-    with pytest.raises(HeaprError, match="file exists; name another or pass --overwrite"):
+    with pytest.raises(HeaprError, match="file exists; name another or pass overwrite=True"):
         check_output_artefact(tmp_path / "plan")
 
 
@@ -426,7 +426,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path):
 
 def test_an_existing_file_needs_overwrite(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(HeaprError, match=r"output='.*file': file exists; name another or pass --overwrite"):
+    with pytest.raises(HeaprError, match=r"output='.*file': file exists; name another or pass overwrite=True"):
         check_output_file(tmp_path / "file")
     check_output_file(tmp_path / "file", overwrite=True)
     check_output_file(tmp_path / "new" / "file")

@@ -72,7 +72,7 @@ def mxfp4(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_refused_with_what_to_do(kind, request):
     folder = request.getfixturevalue(kind)
-    with pytest.raises(HeaprError, match=rf"quantized \({kind}\), which cannot be cut; pass --dequantize"):
+    with pytest.raises(HeaprError, match=rf"quantized \({kind}\), which cannot be cut; pass dequantize=True"):
         HeaprPruner.from_pretrained(folder)
 
 
@@ -88,7 +88,7 @@ def test_method_that_cannot_be_undone_is_refused_either_way(tmp_path):
 
 def test_streaming_is_refused(fp8, tmp_path):
     plan = random_plan(wide_model("qwen3_moe"), layout="uniform")
-    with pytest.raises(HeaprError, match="pass --dequantize"):
+    with pytest.raises(HeaprError, match="pass dequantize=True"):
         apply_streaming(fp8, plan, tmp_path / "pruned")
     with pytest.raises(HeaprError, match="cannot be dequantized file by file; use apply"):
         apply_streaming(fp8, plan, tmp_path / "pruned", dequantize=True)

@@ -159,7 +159,7 @@ PARTS = [
     ("plan", ("loss_increase",), {}, ["(it has no 'model.layers.0.mlp.experts')"]),
     ("plan", ("unreached",), "x", ["(its 'unreached' is \"x\", which it cannot be)"]),
     ("plan", ("tokens",), 3, ["(its 'tokens' is 3, which it cannot be)"]),
-    ("plan", ("config", "ratio"), "x", ["ratio='x': must be of type float"]),
+    ("plan", ("config", "ratio"), "x", ["--ratio x: must be of type float"]),
 ]
 for kind, part, value, named in PARTS:
     mistake(name=f"{kind}: {'.'.join(part)} is {value!r}")(_changed(kind, part, value, named))

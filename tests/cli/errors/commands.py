@@ -60,17 +60,17 @@ def evaluate_on_a_missing_text(inputs, here):
 
 @mistake(early=True)
 def time_without_a_prompt(inputs, here):
-    return ["evaluate", "-m", inputs.model, "--speed", "--prompt-length", "0"], ["prompt_length=0", "at least 2"]
+    return ["evaluate", "-m", inputs.model, "--speed", "--prompt-length", "0"], ["--prompt-length 0", "at least 2"]
 
 
 @mistake(early=True)
 def time_no_sequences(inputs, here):
-    return ["evaluate", "-m", inputs.model, "--speed", "--batch-size", "0"], ["batch_size=0", "at least 1"]
+    return ["evaluate", "-m", inputs.model, "--speed", "--batch-size", "0"], ["--batch-size 0", "at least 1"]
 
 
 @mistake(early=True)
 def time_no_new_tokens(inputs, here):
-    return ["evaluate", "-m", inputs.model, "--speed", "--new-tokens", "0"], ["new_tokens=0", "at least 1"]
+    return ["evaluate", "-m", inputs.model, "--speed", "--new-tokens", "0"], ["--new-tokens 0", "at least 1"]
 
 
 @mistake
@@ -82,19 +82,19 @@ def evaluate_on_nothing(inputs, here):
 @mistake
 def evaluate_no_windows(inputs, here):
     flags = ["-m", inputs.model, "--dataset", inputs.text, "--num-samples", "0"]
-    return ["evaluate", *flags], ["num_samples=0", "at least 1"]
+    return ["evaluate", *flags], ["--num-samples 0", "at least 1"]
 
 
 @mistake
 def evaluate_fewer_than_no_windows(inputs, here):
     flags = ["-m", inputs.model, "--dataset", inputs.text, "--num-samples", "-1"]
-    return ["evaluate", *flags], ["num_samples=-1", "at least 1"]
+    return ["evaluate", *flags], ["--num-samples -1", "at least 1"]
 
 
 @mistake
 def evaluate_windows_of_one_token(inputs, here):
     flags = ["-m", inputs.model, "--dataset", inputs.text, "--seq-length", "1"]
-    return ["evaluate", *flags], ["seq_length=1", "at least 2"]
+    return ["evaluate", *flags], ["--seq-length 1", "at least 2"]
 
 
 @mistake

@@ -166,7 +166,7 @@ def _bad_header(header: str, command: str):
                 str(model),
                 "cannot be loaded (Error while deser",
             ]
-        named = ["model.safetensors'", "is not a safetensors file of known dtypes (", "it"]
+        named = ["model.safetensors:", "is not a safetensors file of known dtypes (", "it"]
         return ["apply", "-m", model, "-p", inputs.plan, "-o", here / "out"], named
 
     return made

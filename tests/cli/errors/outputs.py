@@ -36,13 +36,13 @@ def output_is_a_file(inputs, here):
 @mistake(early=True)
 def unknown_shard_size(inputs, here):
     flags = [*inputs.calibration, "--max-shard-size", "5XB"]
-    return prune(inputs, here, *flags), ["max_shard_size='5XB'", "12GB"]
+    return prune(inputs, here, *flags), ["--max-shard-size 5XB", "12GB"]
 
 
 @mistake(early=True)
 def unknown_shard_size_of_apply(inputs, here):
     flags = ["-m", inputs.model, "-p", inputs.plan, "-o", here / "out", "--max-shard-size", "0"]
-    return ["apply", *flags], ["max_shard_size='0'", "12GB"]
+    return ["apply", *flags], ["--max-shard-size 0", "12GB"]
 
 
 @mistake(early=True)
@@ -64,7 +64,7 @@ def output_is_no_output(inputs, here):
 def output_is_the_current_folder_of_something_else(inputs, here):
     (here / "paper.tex").write_text("mine")
     flags = ["-m", inputs.model, "-p", inputs.plan, "-o", ".", "--overwrite"]
-    return ["apply", *flags], ["output='.'", "'paper.tex'", "no record"]
+    return ["apply", *flags], ["--output .", "'paper.tex'", "no record"]
 
 
 @mistake
@@ -167,7 +167,7 @@ def overwriting_a_card_that_was_edited(inputs, here):
 @mistake(early=True)
 def statistics_of_a_run_that_failed(inputs, here):
     shutil.copy(inputs.statistics, here / "out.statistics.safetensors")
-    named = [f"statistics='{here / 'out.statistics.safetensors'}'", "pass -s", "delete the file to calibrate anew"]
+    named = [f"--statistics {here / 'out.statistics.safetensors'}", "pass -s", "delete the file to calibrate anew"]
     return prune(inputs, here, *inputs.calibration), named
 
 
@@ -175,5 +175,5 @@ def statistics_of_a_run_that_failed(inputs, here):
 def a_state_that_no_calibration_wrote(inputs, here):
     (here / "out.state").mkdir()
     (here / "out.state" / "model.safetensors").write_text("weights")
-    named = [f"state='{here / 'out.state'}'", "no calibration wrote", "name another"]
+    named = [f"state {here / 'out.state'}", "no calibration wrote", "name another"]
     return prune(inputs, here, *inputs.calibration, "--memory", "streaming", "--resume"), named

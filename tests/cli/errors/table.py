@@ -86,5 +86,7 @@ def check(result, command: str, named: list[str], late: bool = False):
     assert result.status == 2, result
     assert result.error.startswith(f"optimum-cli heapr {command}: error: ") and result.error.count("\n") == 1
     assert result.error.endswith("\n") and (late or without_estimate(result.output) == "")
+    # On the command line arguments of Python are flags; a column of a text is neither.
+    assert not re.search(r"(?<!--)\b(?!input_ids=)[a-z_]+=['\[TFN\d]|\w\(\)", result.error), result.error
     for part in named:
-        assert part in result.error
+        assert part in result.error, (part, result.error)

@@ -9,7 +9,7 @@ from tests.helpers import SENTENCES
 
 @mistake
 def no_dataset(inputs, here):
-    return prune(inputs, here), ["dataset=None", "name the text"]
+    return prune(inputs, here), ["--dataset", "name the text"]
 
 
 @mistake(early=True)
@@ -24,7 +24,7 @@ def missing_dataset_on_the_hub(inputs, here):
 
 @mistake(early=True)
 def calibrate_without_a_dataset(inputs, here):
-    return ["calibrate", "-m", inputs.model, "-o", here / "out"], ["dataset=None", "name the text"]
+    return ["calibrate", "-m", inputs.model, "-o", here / "out"], ["--dataset", "name the text"]
 
 
 @mistake(early=True)
@@ -69,7 +69,7 @@ def samples_of_one_token(inputs, here):
 @mistake(early=True)
 def missing_text_column(inputs, here):
     flags = ["--dataset", inputs.text, "--text-column", "body"]
-    return prune(inputs, here, *flags), ["text_column='body'", "text", "name one of them"]
+    return prune(inputs, here, *flags), ["--text-column body", "text", "name one of them"]
 
 
 @mistake
@@ -136,7 +136,7 @@ def _read(command: str, file: str, content: bytes, named: list[str]):
     def made(inputs, here):
         (here / file).write_bytes(content)
         flags = ["-m", inputs.model, "-o", here / "out", "--dataset", file, "--seq-length", 8, "--num-samples", 1]
-        return [command, *flags], [f"{file}'", *named]
+        return [command, *flags], [file, *named]
 
     return made
 
