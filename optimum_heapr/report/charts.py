@@ -12,16 +12,18 @@ from .numbers import count, layer_names
 from .svg import CIVIDIS, DARK, FAINT, GRID, INK, LIGHT, Canvas, cividis, n
 
 
-WIDTH, LEFT, RIGHT = 920, 70, 14
+WIDTH, NARROW = 920, 340  # of a picture, in what it says of letters: beside other text, and on a phone
+LEFT, RIGHT = 70, 14
 LEVELS = 41  # of colour: cells of one level are one path
 
 
-def kept_widths(report: dict[str, Any]) -> str:
+def kept_widths(report: dict[str, Any], room: float = WIDTH) -> str:
     """Heat map of the share of each expert that stays."""
     blocks = report["blocks"]
     names = layer_names([block["path"] for block in blocks])
     rows = [[width / block["width"] for width in block["widths"]] for block in blocks]
     return _heat_map(
+        room,
         "widths",
         "Kept share of each expert, by layer and expert",
         names,
@@ -32,7 +34,7 @@ def kept_widths(report: dict[str, Any]) -> str:
     )
 
 
-def tokens_per_expert(report: dict[str, Any]) -> str:
+def tokens_per_expert(report: dict[str, Any], room: float = WIDTH) -> str:
     """Heat map of the calibration tokens of each expert, on a logarithmic scale; empty if that is not known."""
     blocks = report["blocks"]
     if not all(block["tokens"] for block in blocks):
@@ -40,6 +42,7 @@ def tokens_per_expert(report: dict[str, Any]) -> str:
     most = max(max(block["tokens"]) for block in blocks) or 1
     top = math.log1p(most)
     return _heat_map(
+        room,
         "tokens",
         "Calibration tokens of each expert, by layer and expert",
         layer_names([block["path"] for block in blocks]),
@@ -50,26 +53,26 @@ def tokens_per_expert(report: dict[str, Any]) -> str:
     )
 
 
-def kept_by_layer(report: dict[str, Any]) -> str:
+def kept_by_layer(report: dict[str, Any], room: float = WIDTH) -> str:
     """Columns of the kept share of each layer, with the quartiles of its experts."""
     blocks = report["blocks"]
     shares = [sum(block["widths"]) / (block["width"] * len(block["widths"])) for block in blocks]
     ranges = [[quartile / block["width"] for quartile in _quartiles(block["widths"])] for block in blocks]
     names = layer_names([block["path"] for block in blocks])
     title = "Kept share of each layer"
-    return _columns("kept", title, names, [("kept", shares)], lambda value: f"{100 * value:.0f} %", 1.0, ranges)
+    return _columns(room, "kept", title, names, [("kept", shares)], lambda value: f"{100 * value:.0f} %", 1.0, ranges)
 
 
-def loss_by_layer(report: dict[str, Any]) -> str:
+def loss_by_layer(report: dict[str, Any], room: float = WIDTH) -> str:
     """Columns of the estimated increase of the loss of each layer."""
     blocks = report["blocks"]
     values = [max(block["estimated_loss_increase"], 0.0) for block in blocks]
     names = layer_names([block["path"] for block in blocks])
     title = "Estimated increase of the loss by layer, nats a token"
-    return _columns("loss", title, names, [("estimate", values)], lambda value: f"{value:.2g}")
+    return _columns(room, "loss", title, names, [("estimate", values)], lambda value: f"{value:.2g}")
 
 
-def compensated_errors(report: dict[str, Any]) -> str:
+def compensated_errors(report: dict[str, Any], room: float = WIDTH) -> str:
     """Columns of the error of the experts' outputs with and without compensation; empty where there was none."""
     found = [(block["path"], block["compensation"]) for block in report["blocks"] if "compensation" in block]
     if not found:
@@ -77,10 +80,12 @@ def compensated_errors(report: dict[str, Any]) -> str:
     before, after = [done["before"] for _, done in found], [done["after"] for _, done in found]
     series = [("plain removal", before), ("compensated", after)]
     title = "Relative squared error of what was cut, by layer"
-    return _columns("errors", title, layer_names([path for path, _ in found]), series, lambda value: f"{value:.2g}")
+    return _columns(
+        room, "errors", title, layer_names([path for path, _ in found]), series, lambda value: f"{value:.2g}"
+    )
 
 
-def importance_histogram(report: dict[str, Any]) -> str:
+def importance_histogram(report: dict[str, Any], room: float = WIDTH) -> str:
     """What stays and what goes over the importance, with the line of the cut; empty if it is not known."""
     found = report["importance"]
     if not found or not found["edges"]:
@@ -88,14 +93,14 @@ def importance_histogram(report: dict[str, Any]) -> str:
     is_log, edges = found["scale"] == "log", found["edges"]
     place = math.log10 if is_log else float
     low, high = place(edges[0]), place(edges[-1])
-    canvas = Canvas("importance", WIDTH, "Importance of the atomic experts that stay and that go")
+    canvas = Canvas("importance", room, "Importance of the atomic experts that stay and that go")
     top, height = 38, 200
     bottom = top + height
     most = max(kept + removed for kept, removed in zip(found["kept"], found["removed"])) or 1
-    step = (WIDTH - LEFT - RIGHT) / len(found["kept"])
+    step = (room - LEFT - RIGHT) / len(found["kept"])
 
     def x_of(value: float) -> float:
-        return LEFT + (place(value) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (place(value) - low) / (high - low) * (room - LEFT - RIGHT)
 
     most = axis(canvas, top, bottom, most, _short)
     hatched = canvas.hatching(LIGHT)
@@ -109,18 +114,19 @@ def importance_histogram(report: dict[str, Any]) -> str:
         canvas.line(x_of(value), bottom, x_of(value), bottom + 4, INK)
         canvas.write(x_of(value), bottom + 18, label, "middle")
     scale = "log scale" if is_log else "linear scale"
-    canvas.write((LEFT + WIDTH) / 2, bottom + 36, f"importance, {report['config']['criterion']} ({scale})", "middle")
+    canvas.write((LEFT + room) / 2, bottom + 36, f"importance, {report['config']['criterion']} ({scale})", "middle")
     canvas.write(16, (top + bottom) / 2, "atomic experts", "middle", turned=True)
     if found["cut"] is not None and edges[0] <= found["cut"] <= edges[-1]:
         x = x_of(found["cut"])
         canvas.line(x, 26, x, bottom, INK, 1.6, "5 3")
-        canvas.write(min(max(x, LEFT + 240), WIDTH - 70), 21, f"cut at {found['cut']:.2g}", "middle")
+        canvas.write(min(max(x, LEFT + 240), room - 70), 21, f"cut at {found['cut']:.2g}", "middle")
     _legend(canvas, [("removed", hatched), ("kept", DARK)], 10)
     canvas.height = bottom + 44
     return canvas.text()
 
 
 def _heat_map(
+    room: float,
     name: str,
     title: str,
     names: Sequence[str],
@@ -131,11 +137,11 @@ def _heat_map(
 ) -> str:
     """Layers from top to bottom, experts from left to right, values from 0 to 1."""
     experts, top = max(map(len, rows)), 8
-    cell = (WIDTH - LEFT - RIGHT) / experts
+    cell = (room - LEFT - RIGHT) / experts
     height = min(max(cell, 8.5), 26)
     bottom = top + height * len(rows)
     data = {"left": LEFT, "top": top, "cell": cell, "row": height}
-    canvas = Canvas(name, WIDTH, title, data)
+    canvas = Canvas(name, room, title, data)
     levels: dict[int, list[str]] = {}
     wide = n(cell + 0.5)  # over the edge of the next, or roundings leave seams
     for index, values in enumerate(rows):
@@ -164,16 +170,18 @@ def _heat_map(
     every = next((step for step in (1, 2, 4, 8, 16, 32, 64) if step * cell >= 22), 128)
     for expert in range(0, experts, every):
         canvas.write(LEFT + (expert + 0.5) * cell, bottom + 16, str(expert), "middle")
-    canvas.write((LEFT + WIDTH - RIGHT) / 2, bottom + 34, "expert", "middle")
+    canvas.write((LEFT + room - RIGHT) / 2, bottom + 34, "expert", "middle")
     canvas.write(16, (top + bottom) / 2, "layer", "middle", turned=True)
 
-    y = bottom + 50
+    y, bar = bottom + 50, LEFT + 222
     canvas.write(LEFT, y + 11, legend[0])
-    canvas.write(LEFT + 214, y + 11, legend[1], "end")
-    canvas.rectangle(LEFT + 222, y, 180, 13, canvas.gradient(CIVIDIS), GRID)
-    canvas.write(LEFT + 410, y + 11, legend[2])
+    if is_narrow := room < WIDTH:
+        y, bar = y + 20, LEFT + 26
+    canvas.write(bar - 8, y + 11, legend[1], "end")
+    canvas.rectangle(bar, y, 180, 13, canvas.gradient(CIVIDIS), GRID)
+    canvas.write(bar + 188, y + 11, legend[2])
     for place, (shape, meaning) in enumerate(used):
-        x = LEFT + 490 + 150 * place
+        x, y = (LEFT, y + 20) if is_narrow else (LEFT + 490 + 150 * place, y)
         canvas.rectangle(x, y, 13, 13, CIVIDIS[0])
         canvas.marks(shape, [(x + 6.5, y + 6.5)], 3.4, "#fff")
         canvas.write(x + 20, y + 11, meaning)
@@ -182,6 +190,7 @@ def _heat_map(
 
 
 def _columns(
+    room: float,
     name: str,
     title: str,
     names: Sequence[str],
@@ -191,11 +200,11 @@ def _columns(
     ranges: Sequence[tuple[float, float]] = (),
 ) -> str:
     """One group of columns a layer; the first of two series is hatched."""
-    canvas = Canvas(name, WIDTH, title)
+    canvas = Canvas(name, room, title)
     top, height = 30, 180
     bottom = top + height
     most = most or max(max(values) for _, values in series) or 1.0
-    step = (WIDTH - LEFT - RIGHT) / len(names)
+    step = (room - LEFT - RIGHT) / len(names)
     width = min(step * 0.72 / len(series), 60)
     fills = [DARK] if len(series) == 1 else [canvas.hatching(LIGHT), DARK]
     most = axis(canvas, top, bottom, most, write)
@@ -215,7 +224,7 @@ def _columns(
     every = next((k for k in (1, 2, 4, 5, 10, 20) if k * step >= 6 + 7 * max(len(label[-8:]) for label in names)), 40)
     for index in range(0, len(names), every):
         canvas.write(LEFT + (index + 0.5) * step, bottom + 16, names[index][-8:], "middle")
-    canvas.write((LEFT + WIDTH - RIGHT) / 2, bottom + 34, "layer", "middle")
+    canvas.write((LEFT + room - RIGHT) / 2, bottom + 34, "layer", "middle")
     if len(series) > 1:
         _legend(canvas, list(zip([label for label, _ in series], fills)), 10)
     elif ranges:
@@ -232,7 +241,7 @@ def axis(canvas: Canvas, top: float, bottom: float, most: float, write: Callable
     steps = math.ceil(most / step - 0.001)
     for index in range(steps + 1):
         y = bottom - (bottom - top) * index / steps
-        canvas.line(LEFT, y, WIDTH - RIGHT, y, INK if index == 0 else GRID)
+        canvas.line(LEFT, y, canvas.width - RIGHT, y, INK if index == 0 else GRID)
         canvas.write(LEFT - 8, y + 4, write(step * index), "end")
     return step * steps
 

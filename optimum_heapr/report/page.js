@@ -1,8 +1,8 @@
 // Says which expert the pointer is at, and what is known of it. Without it the page is whole.
 "use strict";
 const blocks = JSON.parse(document.getElementById("blocks").textContent);
-for (const figure of document.querySelectorAll("figure.heat")) {
-  const picture = figure.querySelector("svg"), output = figure.querySelector("output"), place = picture.dataset;
+for (const picture of document.querySelectorAll("figure.heat svg")) {
+  const output = picture.closest("figure").querySelector("output"), place = picture.dataset;
   picture.addEventListener("pointermove", (event) => {
     const scale = picture.viewBox.baseVal.width / picture.clientWidth, box = picture.getBoundingClientRect();
     const expert = Math.floor(((event.clientX - box.left) * scale - place.left) / place.cell);

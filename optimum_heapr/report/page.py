@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from os.path import commonprefix
@@ -17,6 +18,9 @@ from .search_chart import search_chart
 from .tables import Table, comparison, compensation, coverage, importance, layers, measured_on, reconstruction, search
 
 
+_ROOMS = {"roomy": charts.WIDTH, "narrow": charts.NARROW}
+
+
 def report_html(report: dict[str, Any]) -> str:
     """The whole report; see [`~optimum_heapr.report.content.build_report`]."""
     style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -26,33 +30,35 @@ def report_html(report: dict[str, Any]) -> str:
         _section(comparison(report)),
         _section(
             search(report),
-            _figure(search_chart(report), "What was measured, with one standard error; the cross is what was taken."),
+            _figure(search_chart, report, "What was measured, with one standard error; the cross is what was taken."),
         ),
         _section(
             layers(report),
             _figure(
-                charts.kept_widths(report),
+                charts.kept_widths,
+                report,
                 "How much of each expert stays. Point at a cell for its numbers.",
                 "heat",
             ),
-            _figure(charts.kept_by_layer(report), "What stays of each layer."),
-            _figure(charts.loss_by_layer(report), "What its pruning is estimated to cost, nats a token."),
+            _figure(charts.kept_by_layer, report, "What stays of each layer."),
+            _figure(charts.loss_by_layer, report, "What its pruning is estimated to cost, nats a token."),
         ),
         _section(
             importance(report),
-            _figure(charts.importance_histogram(report), "Importance of all routed atomic experts, and the cut."),
+            _figure(charts.importance_histogram, report, "Importance of all routed atomic experts, and the cut."),
         ),
         _section(
             coverage(report),
             _figure(
-                charts.tokens_per_expert(report),
+                charts.tokens_per_expert,
+                report,
                 "How many calibration tokens the router gave to each expert. Experts with few have rough scores.",
                 "heat",
             ),
         ),
         _section(
             compensation(report),
-            _figure(charts.compensated_errors(report), "What compensation makes up for, by layer."),
+            _figure(charts.compensated_errors, report, "What compensation makes up for, by layer."),
         ),
         _section(reconstruction(report)),
         _samples(report),
@@ -114,11 +120,13 @@ def _section(table: Table, *figures: str) -> str:
     return f"<section><h2>{escape(table.title)}</h2>{''.join(figures)}{made}{notes}</section>"
 
 
-def _figure(chart: str, caption: str, kind: str = "") -> str:
-    if not chart:
+def _figure(chart: Callable[..., str], report: dict[str, Any], caption: str, kind: str = "") -> str:
+    """A chart, drawn for a page and for a phone, of which the style sheet shows the one that there is room for."""
+    if not chart(report):
         return ""
+    drawn = "".join(f"<div class='{name}'>{chart(report, room)}</div>" for name, room in _ROOMS.items())
     readout = "<output aria-live='polite'></output>" if kind else ""
-    return f"<figure class='{kind}'><div class='wide'>{chart}</div><figcaption>{escape(caption)} {readout}</figcaption></figure>"
+    return f"<figure class='{kind}'>{drawn}<figcaption>{escape(caption)} {readout}</figcaption></figure>"
 
 
 def _samples(report: dict[str, Any]) -> str:

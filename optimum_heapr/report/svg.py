@@ -20,14 +20,14 @@ class Canvas:
     """Shapes one after another; `text()` is the picture.
 
     Args:
-        name (`str`): of the picture, unlike that of others on the same page: definitions are called after it.
+        name (`str`): of the picture, unlike that of others as wide on the same page: definitions are called after both.
         width (`float`): in user units; the picture scales to the place it is given.
         title (`str`): what it shows, for those who cannot see it.
         data (`dict[str, float]`, *optional*): `data-` attributes.
     """
 
     def __init__(self, name: str, width: float, title: str, data: dict[str, float] | None = None):
-        self.name, self.width, self.height, self.title, self.data = name, width, 0.0, title, data or {}
+        self.name, self.width, self.height, self.title, self.data = f"{name}-{n(width)}", width, 0.0, title, data or {}
         self.parts: list[str] = []
 
     def rectangle(self, x: float, y: float, width: float, height: float, fill: str, stroke: str | None = None) -> None:

@@ -176,9 +176,7 @@ def test_each_process_has_its_own_file(tmp_path, monkeypatch):
 
 def test_a_state_that_is_there_needs_a_word(tmp_path):
     (tmp_path / "state").write_bytes(b"")
-    with pytest.raises(
-        HeaprError, match=r"a calibration was interrupted here; pass resume=True to go on"
-    ):
+    with pytest.raises(HeaprError, match=r"a calibration was interrupted here; pass resume=True to go on"):
         StateFile(tmp_path / "state")
 
 

@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 from optimum_heapr.report import charts
+from optimum_heapr.report.search_chart import TOP, search_chart
 from optimum_heapr.report.svg import cividis
 from tests.report.reports import large_report, measured_pruner
 
@@ -102,3 +103,18 @@ def test_what_is_not_known_is_not_drawn():
         == charts.compensated_errors(report)
         == ""
     )
+
+
+def test_what_was_taken_is_said_where_no_mark_is():
+    """Above the highest line of the axis, on the side of its mark that has room, in both widths."""
+    found = [(0.5, 0.0178), (0.25, 0.0022), (0.475, 0.0147), (0.9, 0.019)]
+    points = [{"ratio": ratio, "increase": increase, "error": 0.003} for ratio, increase in found]
+    for taken in (0.25, 0.475, 0.9):
+        report = {"search": points, "config": {"max_loss_increase": 0.02}, "removed": {"ratio": taken}}
+        for room in (charts.WIDTH, charts.NARROW):
+            drawn = ElementTree.fromstring(search_chart(report, room))
+            [label] = [text for text in drawn.iter(f"{SVG}text") if text.text.startswith("taken")]
+            assert float(label.get("y")) < TOP < 40
+            x, long = float(label.get("x")), 6.5 * len(label.text)
+            left, right = (x - long, x) if label.get("text-anchor") == "end" else (x, x + long)
+            assert 0 < left and right < room

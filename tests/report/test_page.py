@@ -110,10 +110,17 @@ def test_charts_turn_dark_with_the_page():
     dark = style.partition("prefers-color-scheme: dark")[2].partition("@media print")[0]
     for colour in (FAINT, GRID, INK, DARK):
         assert f'"{colour}"' in dark, colour
+
+
+def test_each_chart_is_drawn_for_a_phone_as_well():
+    """At most as wide as what a screen of 390 px leaves, so that letters keep their size and nothing is cut off at the edge."""
     page = report_html(measured_pruner().report)
-    assert page.count("<svg") == page.count("<div class='wide'><svg"), (
-        "each may be wider than a telephone, and scrolls"
-    )
+    widths = re.findall(r"<div class='(roomy|narrow)'><svg [^>]*viewBox='0 0 (\d+) ", page)
+    assert len(widths) == page.count("<svg") and set(widths) == {("roomy", "920"), ("narrow", "340")}
+    for right in re.findall(r"<text x='([\d.]+)'", "".join(re.findall(r"<div class='narrow'>.*?</svg>", page))):
+        assert float(right) <= 340
+    names = re.findall(r" id='([^']+)'", page)
+    assert len(set(names)) == len(names)
 
 
 def test_the_page_and_the_markdown_show_what_was_searched():
