@@ -24,7 +24,7 @@ from .lines import (
     source_lines,
     unreached_lines,
 )
-from .options import RECOMMENDED
+from .options import RECOMMENDED, flags_of
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def plan_table(plan: PruningPlan) -> str:
             f"criterion {config.criterion}, allocation {config.allocation}, width multiple {multiple}, "
             f"layout {config.layout}",
             f"removed {plan.ratio:.2%} of the routed atomic experts ({plan.removed:,} of {plan.total:,}; asked "
-            f"{f'{asked:.2%}' if goal == 'ratio' else f'{goal}={asked}'}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
+            f"{f'{asked:.2%}' if goal == 'ratio' else ' '.join(flags_of({goal: asked}))}), {plan.parameter_ratio:.2%} of all {plan.model['num_parameters']:,} parameters",
             *rounding_lines(plan, multiple),
             *group_lines(plan),
             size_line(plan),

@@ -233,7 +233,7 @@ def test_layers_that_need_more_than_hidden_states_are_refused(folder, tmp_path, 
                 return forward(self, *arguments, **options)
 
         monkeypatch.setattr(DeepseekModel, "forward", edited)
-        with pytest.raises(HeaprError, match=f"cannot be calibrated layer by layer: {reason}.*use --memory offload"):
+        with pytest.raises(HeaprError, match=f"cannot be calibrated layer by layer: {reason}.*use memory='offload'"):
             streamed(folder, calibration_data(8), tmp_path / "work")
         skeleton, _ = load_model(folder, skeleton=True)
         with pytest.raises(HeaprError, match=reason):  # the same is known without reading a weight

@@ -29,7 +29,7 @@ def test_the_last_model_of_evaluate_is_looked_for_before_the_first_is_measured(r
     add = "optimum_heapr.evaluation.comparison.Comparison.add"
     monkeypatch.setattr(add, lambda *_, **__: pytest.fail("it was measured"))
     result = run("evaluate", "-m", inputs.model, tmp_path / "none", "--dataset", inputs.text, "--seq-length", 24)
-    assert result.status == 2 and f"{str(tmp_path / 'none')!r}: no such folder" in result.error
+    assert result.status == 2 and f"--model {tmp_path / 'none'}: no such folder" in result.error
 
 
 def test_the_published_text_is_looked_for_before_a_model_is_loaded(run, inputs, tmp_path, monkeypatch):

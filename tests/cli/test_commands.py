@@ -168,7 +168,7 @@ def test_a_ratio_takes_the_place_of_a_size_in_the_recipe(run, inputs, tmp_path):
     result = run("plan", *flags, "-c", tmp_path / "recipe.yaml", "--ratio", "0.3")
     assert result.status == 0 and "asked 30.00%" in result.output
     refused = run("plan", *flags, "--target-size", "1MB", "--ratio", "0.3")
-    assert refused.status == 2 and "target_size='1MB': ratio=0.3 is given as well; leave one out" in refused.error
+    assert refused.status == 2 and "--target-size 1MB: --ratio 0.3 is given as well; leave one out" in refused.error
 
 
 def test_recipe_with_an_unknown_key_suggests_the_nearest(run, inputs, tmp_path):
@@ -242,13 +242,13 @@ def test_evaluate_compares_speed_and_size(run, inputs):
         ([], "nothing to evaluate; name text with --dataset, --tasks, or --speed"),
         (
             ["--speed", "--prompt-length", "4000"],
-            "prompt_length=4000: with new_tokens=64 the model has positions for 128",
+            "--prompt-length 4000: with --new-tokens 64 the model has positions for 128",
         ),
         (
             ["--speed", "--prompt-length", "12", "--new-tokens", "4", "--repetitions", "0"],
-            "repetitions=0: must be at least 1",
+            "--repetitions 0: must be at least 1",
         ),
-        (["--tasks", "x", "--include-path", "nowhere"], "include_path='nowhere': no such folder"),
+        (["--tasks", "x", "--include-path", "nowhere"], "--include-path nowhere: no such folder"),
     ],
 )
 def test_evaluate_refuses(flags, problem, run, inputs):
@@ -344,7 +344,7 @@ def test_the_installed_command(inputs, tmp_path):
     arguments = [script, "heapr", "plan", "-s", inputs.statistics, "-o", tmp_path / "plan", "--ratio", "1.2"]
     result = subprocess.run([str(argument) for argument in arguments], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("optimum-cli heapr plan: error: ratio=1.2") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("optimum-cli heapr plan: error: --ratio 1.2") and result.stderr.count("\n") == 1
     assert listing(tmp_path) == {}
 
 

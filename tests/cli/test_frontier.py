@@ -92,21 +92,21 @@ def test_the_command_that_is_printed_makes_what_was_chosen(inputs, run, tmp_path
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--ratios", "half"], "ratios='half': must be FIRST:LAST:STEP"),
+        (["--ratios", "half"], "--ratios half: must be FIRST:LAST:STEP"),
         (["--measure", "demo"], "--measure and --model go together"),
-        (["--measure", "demo", "-m", "demo", "--max-loss-increase", 0], "max_loss_increase=0: must be above 0"),
-        (["--measure", "demo", "-m", "demo", "--windows", 1], "windows=1: must be at least 2"),
-        (["--max-loss-increase", 0.1], "max_loss_increase=0.1: is about measuring; add --measure and --model"),
-        (["--windows", 4], "windows=4: is about measuring"),
-        (["--points", 4], "points=4: is about measuring"),
-        (["--dtype", "float32"], "dtype=float32: is about measuring"),
+        (["--measure", "demo", "-m", "demo", "--max-loss-increase", 0], "--max-loss-increase 0: must be above 0"),
+        (["--measure", "demo", "-m", "demo", "--windows", 1], "--windows 1: must be at least 2"),
+        (["--max-loss-increase", 0.1], "--max-loss-increase 0.1: is about measuring; add --measure and --model"),
+        (["--windows", 4], "--windows 4: is about measuring"),
+        (["--points", 4], "--points 4: is about measuring"),
+        (["--dtype", "float32"], "--dtype float32: is about measuring"),
         (["--criteria", "heap"], "must be one of"),
-        (["--experts", "4"], "needs the layout uniform, not variable; add it to layouts (--layouts uniform)"),
+        (["--experts", "4"], "needs the layout uniform, not variable; add it to the layouts"),
         (
             ["--experts", "auto"],
-            "experts='auto': must be numbers such as 32 24 16, or all; --num-experts auto of 'prune'",
+            "--experts auto: must be numbers such as 32 24 16, or all; --num-experts auto of 'prune'",
         ),
-        (["--measure", "demo", "-m", "demo", "--dtype", "int4"], "dtype='int4': must be one of"),
+        (["--measure", "demo", "-m", "demo", "--dtype", "int4"], "--dtype int4: must be one of"),
     ],
 )
 def test_refusals(flags, expected, inputs, run):

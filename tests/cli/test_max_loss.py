@@ -19,7 +19,7 @@ def test_prune_searches_and_says_what_it_measured(inputs, run, tmp_path):
         line = f"  removed {point['ratio']:.2%}: loss {point['increase']:+.5f} ± {point['error']:.5f}"
         assert line + (", taken" if point["ratio"] == plan.ratio else "") in lines
     assert result.output.count(", taken") == 1 and "to stay within 0.5 nats a token" in result.output
-    assert "asked max_loss_increase=0.5" in result.output
+    assert "asked --max-loss-increase 0.5" in result.output
     shown = run("inspect", tmp_path / "pruned" / "heapr" / "plan.safetensors")
     assert shown.status == 0 and f"removed {plan.search[0]['ratio']:.2%}: loss" in shown.output
 
@@ -27,15 +27,15 @@ def test_prune_searches_and_says_what_it_measured(inputs, run, tmp_path):
 def test_a_dry_run_with_statistics_searches_too(inputs, run):
     result = run("prune", "-m", inputs.model, "-s", inputs.statistics, *inputs.calibration, *FLAGS, "--dry-run")
     assert result.status == 0, result.error
-    assert "asked max_loss_increase=0.5" in result.output
+    assert "asked --max-loss-increase 0.5" in result.output
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--ratio", 0.3], "max_loss_increase=0.5: ratio=0.3 is given as well"),
-        (["--memory", "streaming"], "max_loss_increase=0.5: plans are measured with the model in memory"),
-        (["--eval-samples", 0], "eval_samples=0: must be at least 2"),
+        (["--ratio", 0.3], "--max-loss-increase 0.5: --ratio 0.3 is given as well"),
+        (["--memory", "streaming"], "--max-loss-increase 0.5: plans are measured with the model in memory"),
+        (["--eval-samples", 0], "--eval-samples 0: must be at least 2"),
     ],
 )
 def test_refusals(flags, expected, inputs, run, tmp_path):
@@ -49,4 +49,4 @@ def test_planning_from_statistics_alone_has_no_such_flag(inputs, run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("max_loss_increase: 0.5\n")
     result = run("plan", "-s", inputs.statistics, "-c", recipe, "-o", tmp_path / "plan.safetensors")
-    assert result.status == 2 and "max_loss_increase=0.5: has to be measured with the model" in result.error
+    assert result.status == 2 and "--max-loss-increase 0.5: is measured with the model" in result.error

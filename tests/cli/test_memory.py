@@ -40,7 +40,7 @@ def test_memory(flags, available, expected, run, inputs, tmp_path, monkeypatch):
 def test_a_word_that_is_none_of_them_is_refused(run, inputs, tmp_path):
     flags = ["-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--memory", "offlaod"]
     result = run("calibrate", *flags)
-    assert result.status == 2 and "memory='offlaod': must be one of auto, plain, offload, streaming" in result.error
+    assert result.status == 2 and "--memory offlaod: must be one of auto, plain, offload, streaming" in result.error
 
 
 def test_weights_that_are_no_safetensors_have_no_estimate(run, inputs, tmp_path):
@@ -107,4 +107,4 @@ def test_streaming_is_resumed(run, inputs, tmp_path, monkeypatch):
 def test_a_size_that_is_none_is_refused(run, inputs, tmp_path):
     flags = ["-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--activation-memory", "much"]
     result = run("calibrate", *flags)
-    assert result.status == 2 and "activation_memory='much': must be a number of bytes" in result.error
+    assert result.status == 2 and "--activation-memory much: must be a number of bytes" in result.error

@@ -19,5 +19,5 @@ def test_a_push_that_cannot_work_is_refused_first(name, step, run, inputs, tmp_p
     monkeypatch.delenv("HF_TOKEN", raising=False)
     result = run("apply", "-m", inputs.model, "-p", inputs.plan, "-o", tmp_path / "out", "--push-to-hub", name)
     assert result.status == 2 and result.error.count("\n") == 1
-    assert repr(name) in result.error and step in result.error
+    assert f"--push-to-hub {name}: " in result.error and step in result.error
     assert not (tmp_path / "out").exists()

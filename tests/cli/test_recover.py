@@ -62,10 +62,10 @@ def test_nothing_is_written_if_nothing_improved(run, inputs, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--distillation-weight", 1], "teacher=None: distillation_weight=1.0 needs the unpruned model; name it with"),
-        (["--targets", "expert"], "targets='expert': must be one of attention, experts, router, all"),
-        (["--dropout", 0.1], "dropout=0.1: PEFT has no dropout for LoRA on parameters"),
-        (["--batch-size", 3], "micro_batch_size=2: must divide batch_size=3"),
+        (["--distillation-weight", 1], "--teacher: --distillation-weight 1.0 needs the unpruned model; name it with"),
+        (["--targets", "expert"], "--targets expert: must be one of attention, experts, router, all"),
+        (["--dropout", 0.1], "--dropout 0.1: PEFT has no dropout for LoRA on parameters"),
+        (["--batch-size", 3], "--micro-batch-size 2: must divide --batch-size 3"),
     ],
 )
 def test_mistakes_are_one_line(run, inputs, text, tmp_path, flags, expected):

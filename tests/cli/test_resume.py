@@ -122,7 +122,7 @@ def test_blocks_that_were_fitted_stay_until_the_model_is_written(run, inputs, tm
         monkeypatch.setattr(layer_by_layer, "_fitted", stopped)
         result = run(*command, "--resume")
         assert result.status == 130 and not output.exists() and [file.name for file in fits.iterdir()], result.error
-        expected = f"fits={str(fits)!r}: a run was interrupted here while it fitted blocks; pass --resume to go on"
+        expected = f"fits {fits}: a run was interrupted here while it fitted blocks; pass --resume to go on"
         refused = run(*command, *([] if command[0] == "apply" else ["--save-every", 1]))
         assert refused.status == 2 and expected in refused.error
         fitted.clear()

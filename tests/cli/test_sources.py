@@ -47,9 +47,9 @@ def test_what_cannot_be_ranked_by_sources_is_refused_before_work_is_spent(inputs
     asked, output = ("--reduction-over-sources", "max"), tmp_path / "pruned"
     flags = ("prune", "-m", tmp_path / "no model is needed to say so", "--dataset", inputs.text, *asked, "-o", output)
     one = run(*flags)
-    assert one.status == 2 and f"dataset={str(inputs.text)!r} is one source; name a mixture" in one.error
+    assert one.status == 2 and f"--dataset {inputs.text} is one source; name a mixture" in one.error
     criterion = run(*flags, "--criterion", "obs")
-    assert criterion.status == 2 and "criterion='obs': reduction_over_sources='max' needs one of" in criterion.error
+    assert criterion.status == 2 and "--criterion obs: --reduction-over-sources max needs one of" in criterion.error
     planned = run("plan", "-s", inputs.statistics, *asked, "-o", tmp_path / "plan.safetensors")
     assert planned.status == 2 and "the calibration text is one source" in planned.error
     assert not output.exists() and not (tmp_path / "plan.safetensors").exists()

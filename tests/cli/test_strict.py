@@ -27,7 +27,7 @@ def test_a_jump_is_said_in_the_report_and_refused_if_that_is_asked_for(lying, ru
     refused = run(*flags, "-o", tmp_path / "refused", "--strict")
     assert refused.status == 2 and not (tmp_path / "refused").exists()
     (line,) = [line for line in refused.error.splitlines() if "error:" in line]
-    for part in ("strict=True: the loss rose by +", "model.layers.1 did it", "--protect 'model.layers.1.*'"):
+    for part in ("--strict: the loss rose by +", "model.layers.1 did it", "--protect 'model.layers.1.*'"):
         assert part in line
 
     written = run(*flags, "-o", tmp_path / "written")
@@ -49,9 +49,9 @@ def test_what_is_sane_is_written(inputs, run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--eval-samples", 0], "strict=True: looks at what is measured, and eval_samples=0 measures nothing"),
-        (["--dry-run"], "strict=True: looks at what is measured, and a dry run measures nothing"),
-        (["--memory", "streaming"], "strict=True: looks at what is measured with the model in memory"),
+        (["--eval-samples", 0], "--strict: looks at what is measured, and --eval-samples 0 measures nothing"),
+        (["--dry-run"], "--strict: looks at what is measured, and a dry run measures nothing"),
+        (["--memory", "streaming"], "--strict: looks at what is measured with the model in memory"),
     ],
 )
 def test_what_would_not_be_measured_is_refused_before_work_is_spent(flags, expected, inputs, run, tmp_path):
@@ -61,5 +61,5 @@ def test_what_would_not_be_measured_is_refused_before_work_is_spent(flags, expec
 
 def test_statistics_without_text_to_measure_on_are_refused(inputs, run, tmp_path):
     result = run("prune", "-m", inputs.model, "-s", inputs.statistics, "--strict", "-o", tmp_path / "pruned")
-    assert result.status == 2 and "strict=True: nothing was measured" in result.error
+    assert result.status == 2 and "--strict: nothing was measured" in result.error
     assert not (tmp_path / "pruned").exists()

@@ -55,7 +55,7 @@ def test_groups_and_what_a_token_gets_bound_the_number():
 
 def test_it_is_chosen_with_the_model_and_the_scope_that_fits():
     with pytest.raises(
-        HeaprError, match="num_experts='auto': is measured with the model and the text, so use `optimum-cli"
+        HeaprError, match="num_experts='auto': is measured with the model and the text, which HeaprPruner.plan"
     ):
         PruningPlan.build(statistics_of(), config_of())
     for options in ({"compensation_scope": "expert"}, {"ratio": None, "max_loss_increase": 0.1}):

@@ -90,7 +90,7 @@ def test_streaming_is_refused(fp8, tmp_path):
     plan = random_plan(wide_model("qwen3_moe"), layout="uniform")
     with pytest.raises(HeaprError, match="pass dequantize=True"):
         apply_streaming(fp8, plan, tmp_path / "pruned")
-    with pytest.raises(HeaprError, match="cannot be dequantized file by file; use apply"):
+    with pytest.raises(HeaprError, match="cannot be dequantized file by file; use HeaprPruner.apply"):
         apply_streaming(fp8, plan, tmp_path / "pruned", dequantize=True)
 
 
