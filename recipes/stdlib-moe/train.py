@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from optimum_heapr.cli.wording import in_flags
 from optimum_heapr.demo import demo_model_path, demo_texts
 from optimum_heapr.recovery.state import RunFolder
 from optimum_heapr.utils.errors import HeaprError
@@ -42,7 +43,7 @@ SEQUENCE_LENGTH = 256
 HEADER_CHARS = 10_000  # of each header, as of each document of the other small splits
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model, the tokenizer and texts")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints of an interrupted run")
@@ -52,6 +53,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(arguments)
     for name in ("steps", "save_steps", "batch_size", "threads"):
         if getattr(args, name) < 1:
@@ -237,7 +243,9 @@ def main() -> None:
     try:
         train(parse_args())
     except HeaprError as error:
-        sys.exit(f"error: {error}")  # to stderr; the status is that of the command line tools, below
+        sys.exit(
+            f"error: {in_flags(str(error), make_parser())}"
+        )  # to stderr; the status is that of the command line tools, below
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
 

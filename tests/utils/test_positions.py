@@ -20,7 +20,9 @@ def test_samples_longer_than_the_model_has_positions_for(positions, caplog):
     rows = datasets.Dataset.from_dict({"input_ids": random_ids(2, 24).tolist()})
     model = tiny_model("qwen3_moe", max_position_embeddings=positions)
     evaluate_perplexity(model, None, rows)
-    assert (WARNING in caplog.text) == (positions == 16)
+    evaluate_perplexity(model, None, rows)  # as after something was done to it: that is said once
+    assert caplog.text.count(WARNING) == (positions == 16)
     caplog.clear()
+    model = tiny_model("qwen3_moe", max_position_embeddings=positions)
     HeaprPruner(model, config=HeaprConfig(num_samples=2, seq_length=24)).calibrate(rows)
     assert (WARNING in caplog.text) == (positions == 16)
