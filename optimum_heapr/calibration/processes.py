@@ -235,6 +235,8 @@ def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, 
     """
     from accelerate.utils import gather_object
 
+    if accelerator.num_processes == 1:
+        return done.loss, done.targets, done.skipped
     with peers_needed():
         loss, targets = _added(accelerator, torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
         return loss, int(targets), sorted(gather_object(done.skipped))

@@ -32,7 +32,6 @@ class ApplyCommand(HeaprSubcommand):
             help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map "
             "and --dequantize imply it; the result is the same",
         )
-
         parser.add_argument(
             "--resume",
             action="store_true",
