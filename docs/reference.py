@@ -80,7 +80,7 @@ def commands_markdown() -> str:
     parts = [
         "# Command line",
         "`optimum-cli heapr COMMAND --help` prints the same. Exit status is 2 for what a user can correct, with one line "
-        "on standard error that says how, and 130 after Ctrl-C.",
+        "on standard error that says how, and 130 after Ctrl-C, 143 after SIGTERM.",
         "All commands take:",
         "\n".join(["| Option | |", "|---|---|", *common]),
         "With `--json` standard output is that document and nothing else, as `optimum-cli heapr plan ... --json | jq .planned_size` "

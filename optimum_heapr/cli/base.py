@@ -58,7 +58,10 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             with _terminated_like_interrupted(), _messages(self.args), logging.worded(self._worded):
                 found = self.execute()
             if self.args.json and found is not None:
-                print(json.dumps(_valid(found), indent=2))
+                print(json.dumps(_valid(found), indent=2), flush=True)
+        except BrokenPipeError:  # who read it has enough, as `head`: that is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+            sys.exit(141)  # 128 and SIGPIPE, which not all systems have
         except HeaprError as error:
             print(f"optimum-cli heapr {self.NAME}: error: {self._worded(str(error))}", file=sys.stderr)
             sys.exit(2)

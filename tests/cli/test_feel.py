@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_quiet_prints_errors_alone(inputs, run, tmp_path):
     assert result.status == 0 and result.output == result.error == "" and (tmp_path / "plan.safetensors").exists()
     assert run("frontier", "-s", inputs.statistics, "--ratios", "0.5", "--json", "-q").output.startswith("{")
     assert "--width-multiple" in run("plan", "-s", inputs.statistics, "-q", "--width-multiple", 99).error
+
+
+def test_a_reader_that_has_enough_is_no_error(inputs):
+    """As `head`; the pipe is closed before anything is written to it."""
+    line = (
+        f"{sys.executable} -m optimum.commands.optimum_cli heapr inspect {inputs.pruned}/heapr/report.json {{}} | true"
+    )
+    for flag in ("", "--json"):
+        command = f"{line.format(flag)}; exit ${{PIPESTATUS[0]}}"
+        found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert found.returncode == 128 + signal.SIGPIPE and found.stderr == ""
 
 
 def test_sigterm_says_what_ctrl_c_says(inputs, run, monkeypatch, tmp_path):
