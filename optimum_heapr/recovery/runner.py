@@ -192,7 +192,7 @@ def _trainer(
 ):
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from .trainer import KeepBestAndLast, MeasureLastStep, RecoveryTrainer, Samples
+    from .trainer import KeepBestAndLast, MeasureLastStep, ProgressLines, RecoveryTrainer, Samples
 
     arguments = _arguments(config, folder, model.dtype == torch.bfloat16)
     beside, cache = (teacher.model, teacher.cache) if teacher else (None, None)
@@ -206,6 +206,7 @@ def _trainer(
         train_dataset=Samples(data.training.samples, data.order(config), cache),
         eval_dataset=Samples(data.held_out.samples, list(range(len(data.held_out.samples)))),
         callbacks=[EarlyStoppingCallback(config.patience), MeasureLastStep(), KeepBestAndLast()]
+        + ([ProgressLines()] if arguments.disable_tqdm else [])
         + reporting_callbacks(config),
     )
     trainer.remove_callback(PrinterCallback)

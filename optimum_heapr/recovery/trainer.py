@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.errors import HeaprError
+from ..utils.logging import progress
 from .loss import IGNORED, TeacherOutput, summed_recovery_loss, token_losses
 
 
@@ -148,3 +149,16 @@ class MeasureLastStep(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         return control
+
+
+class ProgressLines(TrainerCallback):
+    """What is said of the steps where the `Trainer` shows no bar, such as in a log."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress(total=state.max_steps, initial=state.global_step, desc="Recovering", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

@@ -21,6 +21,7 @@ from optimum_heapr.recovery.output import plan_of, save_adapter, save_merged
 from optimum_heapr.recovery.state import RunFolder
 from optimum_heapr.recovery.teacher import Teacher, held_out_loss
 from optimum_heapr.recovery.trainer import RecoveryTrainer
+from optimum_heapr.utils import logging
 from tests.helpers import random_ids, tiny_model
 from tests.recovery.conftest import DISTILLATION, ROWS, prune, quick, run
 
@@ -250,9 +251,16 @@ def test_a_cached_teacher_says_what_one_beside_says(pruned, tmp_path):
     assert_close(adapter_weights(cached), adapter_weights(beside), atol=1e-5)
 
 
-def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(pruned, tmp_path, monkeypatch, capsys):
     options = {"targets": "experts", "max_steps": 4, "eval_steps": 2}
+    monkeypatch.setattr(logging, "LINE_EVERY", 1e-9)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
     whole = run(copy.deepcopy(pruned.model), tmp_path / "whole", **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Recovering: ")]
+    assert [line.split(",")[:2] for line in lines] == [
+        [f"Recovering: {share}%", f" {done} of 4"] for share, done in ((25, 1), (50, 2), (75, 3))
+    ]
     compute_loss, calls = RecoveryTrainer.compute_loss, []
 
     def stops(self, model, *arguments, **keywords):
