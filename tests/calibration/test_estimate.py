@@ -5,7 +5,10 @@ import torch
 
 from optimum_heapr import HeaprConfig
 from optimum_heapr.calibration.estimate import MemoryEstimate
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.layerwise import memory
+from optimum_heapr.text.samples import load_calibration_data
 from tests.helpers import tiny_model
 
 
@@ -41,3 +44,21 @@ def test_the_estimate_of_streaming(monkeypatch):
     assert estimate.layer_inputs == 6 * 8 * 16 * 32 * 4 and estimate.layer_inputs_on_host == 10_000
     assert MemoryEstimate.of(model, config, "streaming").layer_inputs_on_host == estimate.layer_inputs
     assert "streaming: needs" in str(estimate) and "GiB of disk for the inputs of all layers" in str(estimate)
+
+
+def test_activations_are_about_what_a_run_allocates():
+    """By the allocations of torch, which the load of the machine does not change; `benchmarks/activations.py` has resident memory."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, tokenizer = load_model("demo", dtype="float32")
+    config = HeaprConfig(dataset="demo", num_samples=2, seq_length=256)
+    data = load_calibration_data(config, tokenizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        calibrate(model, data)
+    now = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    estimate = MemoryEstimate.of(model, config)
+    assert most / 1.25 < estimate.activations + estimate.statistics < 2 * most
