@@ -211,7 +211,7 @@ def test_a_launcher_that_shards_is_refused(variable, name, monkeypatch):
     with pytest.raises(
         HeaprError,
         match=rf"launcher: accelerate uses {name} \({variable}\); each process of a calibration holds the whole model.*"
-        "use one process with --memory auto or --device-map auto",
+        "use one process with memory='auto' or device_map='auto'",
     ):
         check_launcher()
     with pytest.raises(HeaprError, match=f"launcher: accelerate uses {name}"):
