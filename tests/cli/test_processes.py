@@ -160,7 +160,7 @@ def test_a_process_that_dies_ends_the_run(how, launcher, inputs, tmp_path):
         error = "".join(errors)
     assert all(status) and time.monotonic() - began < 120
     if how == "error":
-        assert "loss=nan: not finite in micro-batch 3 (samples [3])" in error
+        assert "loss nan: not finite in micro-batch 3 (samples [3])" in error
     assert not (tmp_path / "out").exists()
 
     # The shares that were saved go on; only what is missing is measured.

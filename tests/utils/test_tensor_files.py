@@ -100,7 +100,7 @@ def test_what_is_read_ahead_is_in_the_page_cache_and_nothing_else(tmp_path):
         return {name: share_in_page_cache(path, info) for name, info in reader.tensors.items()}
 
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     before = shares()
     if before["b"] > 0.5:
