@@ -55,24 +55,21 @@ class FitFiles:
         tensors, document = read_artefact(self._file_of(block), FORMAT)
         try:
             found = differences(document["run"], self._run)
-            if found:
-                raise HeaprError(
-                    f"fits={str(self.folder)!r}: saved by a run that differs ({'; '.join(found)}); go on with the same plan, text "
-                    "and options, or delete the folder to begin anew"
-                )
-            errors = document["errors"]
-            rows = {name: [tensors[f"{name}.{e}"] for e in range(block.num_experts)] for name in document["rows"]}
-            shared = {name: tensors[f"shared.{name}"] for name in document["shared"]}
-            self.plan.compensation[block.path] = [tuple(pair) for pair in document["compensation"]]
-            self.plan.reconstruction |= {block.path: document["reconstruction"]} if document["reconstruction"] else {}
-        except (KeyError, TypeError, ValueError) as error:
+            fitted = None if found else _fitted_block(block, tensors, document)
+            compensation = [tuple(pair) for pair in document["compensation"]]
+            reconstruction = document["reconstruction"]
+        except (KeyError, TypeError, AttributeError) as error:
             raise HeaprError(
                 f"fits={str(self.folder)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
             ) from error
-        device = block.device
-        rows = {name: [part.to(device) for part in parts] for name, parts in rows.items()}
-        shared = {name: weight.to(device) for name, weight in shared.items()}
-        return FittedBlock(rows.pop("down_proj"), shared, *errors, trained=rows)
+        if fitted is None:
+            raise HeaprError(
+                f"fits={str(self.folder)!r}: saved by a run that differs ({'; '.join(found)}); go on with the same plan, text and "
+                "options, or delete the folder to begin anew"
+            )
+        self.plan.compensation[block.path] = compensation
+        self.plan.reconstruction |= {block.path: reconstruction} if reconstruction else {}
+        return fitted
 
     def write(self, block: ExpertBlock, fitted: FittedBlock) -> None:
         """Keeps what a block became, whole or not at all."""
@@ -90,6 +87,14 @@ class FitFiles:
 
     def _file_of(self, block: ExpertBlock) -> Path:
         return self.folder / f"{block.path}{_ENDING}"
+
+
+def _fitted_block(block: ExpertBlock, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> FittedBlock:
+    rows = {
+        name: [tensors[f"{name}.{e}"].to(block.device) for e in range(block.num_experts)] for name in document["rows"]
+    }
+    shared = {name: tensors[f"shared.{name}"].to(block.device) for name in document["shared"]}
+    return FittedBlock(rows.pop("down_proj"), shared, *document["errors"], trained=rows)
 
 
 def remove_fits(folder: Path) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.checkpoints.saving import apply_streaming
-from optimum_heapr.surgery import layer_by_layer
+from optimum_heapr.surgery import fit_files, layer_by_layer
 from optimum_heapr.surgery.fit_files import remove_fits
+from optimum_heapr.utils.artefacts import read_artefact
 from tests.helpers import calibration_data, tiny_model
 
 
@@ -95,11 +96,13 @@ def test_file_by_file_too(tmp_path, fits_until):
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_what_another_run_left_is_refused(measured, tmp_path):
+def _without_rows(tensors, document):
+    return tensors, {name: part for name, part in document.items() if name != "rows"}
+
+
+def test_what_another_run_left_is_refused(measured, tmp_path, monkeypatch):
     applied(measured, tmp_path / "fits")
-    differ = (
-        r"fits='.*fits': saved by a run that differs \({}.*\); go on with the same plan, text and options, or delete"
-    )
+    differ = r"^fits='[^']*fits': saved by a run that differs \({}.*\); go on with the same plan, text and options, or delete"
     with pytest.raises(HeaprError, match=differ.format("reconstruction_steps was 4, is 5")):
         applied(measured, tmp_path / "fits", reconstruction_steps=5)
     with pytest.raises(HeaprError, match=differ.format("kept was ")):
@@ -107,6 +110,10 @@ def test_what_another_run_left_is_refused(measured, tmp_path):
     model, _, statistics = measured
     with pytest.raises(HeaprError, match=differ.format(r"data.num_samples was 40, is 39; data.num_tokens was")):
         applied((model, calibration_data(*[24] * 39), statistics), tmp_path / "fits")
+    with pytest.raises(HeaprError, match=r"^fits='[^']*fits': is damaged \(it has no 'rows'\); delete the folder"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit_files, "read_artefact", lambda *given: _without_rows(*read_artefact(*given)))
+            applied(measured, tmp_path / "fits")
     for file in (tmp_path / "fits").iterdir():
         file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(HeaprError, match="fit='.*': truncated or not a safetensors file"):
