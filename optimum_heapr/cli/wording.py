@@ -73,7 +73,7 @@ def _shell(value: str) -> str:
     """A value as one writes it after a flag."""
     try:
         found = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it may raise
         return value
     return (
         shlex.join(map(str, found))
