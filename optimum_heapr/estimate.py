@@ -145,15 +145,16 @@ def estimate(
     pruned = [size for layout in layouts for ratio in ratios if (size := sizes.at(layout, ratio)) is not None]
     fitting = {} if memory is None else {layout: sizes.within(layout, memory * (1 - FREE_SHARE)) for layout in layouts}
     kinds = [(block.num_experts, block.width) for block in blocks]
+    stored = stored_bytes(name, **hub_options)
     return Estimate(
         model=os.fspath(name),
         size=sizes.before,
         routed_parameters=sizes.atoms * sizes.each,
         experts=[(*kind, kinds.count(kind)) for kind in dict.fromkeys(kinds)],
         dtype=str(blocks[0].module.down_proj.dtype).removeprefix("torch."),
-        stored_bytes=stored_bytes(name, **hub_options),
+        stored_bytes=stored,
         pruned=pruned,
-        calibration=_modes(model, config, tflops, bandwidth),
+        calibration=_modes(model, config, tflops, bandwidth, stored),
         fitting=fitting,
     )
 
@@ -212,15 +213,21 @@ class _Sizes:
 
 
 def _modes(
-    model: PreTrainedModel, config: HeaprConfig, tflops: float | None, bandwidth: float | None
+    model: PreTrainedModel, config: HeaprConfig, tflops: float | None, bandwidth: float | None, stored: int | None
 ) -> list[ModeEstimate]:
     work = CalibrationWork.of(model, config)
     plain = MemoryEstimate.of(model, config)
     streaming = MemoryEstimate.of(model, config, "streaming")
+    # A quantized checkpoint is read as it is stored; offloading brings in what was dequantized before.
+    quantized = any(
+        getattr(part, "quantization_config", None) for part in (model.config, model.config.get_text_config())
+    )
+    share = stored / plain.weights if quantized and stored else 1
     found = []
     for mode in MODES:
         needs = plain if mode == "plain" else streaming
         read, flops = work.bytes_read(mode), work.flops(mode)
+        read = read if mode == "offload" else round(read * share)
         found.append(
             ModeEstimate(
                 mode=mode,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
+import torch
 
 from ..layerwise.source import parameters_of
 from ..utils.errors import HeaprError
@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 
 _SHOWN = 4  # names of each kind in a message
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")  # the last number of a name: that of the expert
+_OF_SCALES = re.compile(r"(weight_scale_inv|qscale_weight|activation_scale|scales?)\$?$")
+_OF_WEIGHTS = re.compile(r"(weight|blocks)$")
 
 
 def load_complete(
@@ -110,6 +112,51 @@ def check_missing(name: str, missing: Iterable[str], unexpected: Iterable[str] =
     )
 
 
+def check_scales(name: str, model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> None:
+    """Refuses a quantized checkpoint without some of the scales of its weights, or with scales of other weights.
+
+    Args:
+        name (`str`): what the user called the model.
+        model (`PreTrainedModel`): without storage, from [`~optimum_heapr.checkpoints.skeleton.empty_model`].
+        tensors (`dict[str, TensorInfo]`): what its checkpoint holds.
+
+    Raises:
+        HeaprError: naming the tensors.
+    """
+    block = model.config.quantization_config.get("weight_block_size")
+    alone, misfits = [], []
+    for by_pattern in parameters_of(model, tensors, model._weight_conversions)[1].values():
+        names = [tensor for of_pattern in by_pattern.values() for tensor in of_pattern]
+        of_scales = [tensor for tensor in names if _OF_SCALES.search(tensor) and "activation_scale" not in tensor]
+        scales = {_OF_SCALES.sub("", tensor): tensor for tensor in of_scales}
+        for weight in sorted(set(names) - set(of_scales)):
+            stored, scale = tensors[weight], scales.get(_OF_WEIGHTS.sub("", weight))
+            if (stored.dtype.itemsize == 1) != (scale is not None):
+                alone.append(weight)
+            elif scale is not None and not _fit(stored, tensors[scale], block):
+                misfits.append(f"{weight} {list(stored.shape)} and {scale} {list(tensors[scale].shape)}")
+    if alone:
+        raise HeaprError(
+            f"model={name!r}: {len(alone)} of its weights are quantized and have no scales that transformers finds, or are not "
+            f"and have some: {_listed(alone)}; download it again, or name the checkpoint in bfloat16 that it was made from"
+        )
+    if misfits:
+        raise HeaprError(
+            f"model={name!r}: {len(misfits)} of its quantized weights have scales of other shapes: {_listed(misfits)}; "
+            "download it again, or name one whose files belong together"
+        )
+
+
+def _fit(weight: TensorInfo, scale: TensorInfo, block: list[int] | None) -> bool:
+    """Whether scales are those of a weight: one, one for each block, or one for the bytes that the last dimension holds."""
+    if weight.dtype == torch.uint8:
+        return weight.shape[:-1] == scale.shape
+    if block is None or torch.Size(scale.shape).numel() == 1 or weight.dtype == torch.int8:
+        return True
+    grid = tuple(-(-size // step) for size, step in zip(weight.shape[-2:], block))
+    return scale.shape == (*weight.shape[:-2], *grid)
+
+
 def _listed(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -118,7 +165,7 @@ def _listed(names: list[str]) -> str:
 def _look(model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> tuple[list[str], list[str]]:
     """Which parameters are missing, or tensors of those that make one together, and which have another shape than theirs."""
     state, widths = model.state_dict(), getattr(model.config, "expert_widths", None) or {}
-    converters, stored = parameters_of(model, tensors, get_model_conversion_mapping(model))
+    converters, stored = parameters_of(model, tensors, model._weight_conversions)
     ignored = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     missing = [name for name in state if name not in stored and not any(re.search(entry, name) for entry in ignored)]
     misfits = []
@@ -126,7 +173,11 @@ def _look(model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> tuple[list[
         if parameter in converters:
             path = parameter.rpartition(".")[0]
             experts = len(widths[path]) if path in widths else len(state[parameter])
-            missing += _absent(by_pattern, converters[parameter].source_patterns, experts)
+            # Scales may be there or not; `check_scales` knows.
+            patterns = [entry for entry in converters[parameter].source_patterns if not _OF_SCALES.search(entry)]
+            missing += _absent(
+                {entry: by_pattern[entry] for entry in patterns if entry in by_pattern}, patterns, experts
+            )
             continue
         ((name,),) = by_pattern.values()
         if tensors[name].shape != tuple(state[parameter].shape):

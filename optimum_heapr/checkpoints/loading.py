@@ -15,7 +15,7 @@ from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean, reason_of
 from ..utils.logging import get_logger, without_warnings
-from ..utils.quantized import unquantized_loading
+from ..utils.quantized import is_dequantizing, set_dequantizing
 from .origins import base_of_adapter, hub_options_in, load_configuration, place_of
 
 
@@ -93,7 +93,8 @@ def load_model(
     from transformers import AutoTokenizer
 
     from ..modeling.modeling_heapr import auto_class_name
-    from .skeleton import load_skeleton
+    from .completeness import check_scales
+    from .skeleton import empty_model, load_skeleton
 
     path = place_of(name)
     if not allow_quantized and model_options.get("quantization_config") is not None:
@@ -108,10 +109,9 @@ def load_model(
         config = load_configuration(name, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize = model_options.pop("dequantize", False)
-        quantization = unquantized_loading(config, str(name), dequantize) if dequantize or not allow_quantized else {}
-        options = {"dtype": "auto", **quantization, **model_options}
-        if skeleton and quantization:
-            raise HeaprError(f"model={str(name)!r}: cannot be dequantized file by file; use HeaprPruner.apply()")
+        options = {"dtype": "auto", **model_options}
+        if (dequantize or not allow_quantized) and set_dequantizing(config, str(name), dequantize):
+            check_scales(str(name), *empty_model(auto_class, config, base or path, **hub_options))
         if skeleton:
             model = load_skeleton(auto_class, config, path, str(name), **options)
         else:
@@ -158,7 +158,8 @@ def _load_weights(
     from .skeleton import empty_model
 
     if base is None:
-        load = partial(auto_class.from_pretrained, path, **options)
+        changed = {"config": config} if is_dequantizing(config) else {}
+        load = partial(auto_class.from_pretrained, path, **changed, **options)
         return load_complete(name, load, partial(empty_model, auto_class, config, path, **options))
     of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
     model, of_adapter = _load_weights(auto_class, config, base, base, None, of_base), hub_options_in(options)
@@ -232,7 +233,7 @@ def choose_memory(
     if memory not in MEMORY:
         raise HeaprError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}{did_you_mean(memory, MEMORY)}")
     # Where the weights go is said already.
-    if memory == "plain" or (memory == "auto" and {"device_map", "dequantize"} & set(model_options)):
+    if memory == "plain" or (memory == "auto" and {"device_map"} & set(model_options)):
         return "plain", None
     from ..calibration.estimate import MemoryEstimate
     from ..layerwise.layers import check_layers

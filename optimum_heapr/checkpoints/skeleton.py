@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from ..layerwise.source import parameters_of
 from ..utils.placement import without_storage
+from ..utils.quantized import is_dequantizing
 from ..utils.tensor_files import TensorReader, checkpoint_files
 from .completeness import load_complete
 
@@ -75,6 +78,8 @@ def empty_model(
 ) -> tuple[PreTrainedModel, dict[str, TensorInfo]]:
     """A model without storage, just made, and what its safetensors hold, by name; arguments as of [`load_skeleton`].
 
+    Its `_weight_conversions` are those that loading it would use.
+
     Raises:
         HeaprError: if its weights are not safetensors.
     """
@@ -88,7 +93,11 @@ def _empty_model(
     hub_options = {name: options[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in options}
     reader = TensorReader(checkpoint_files(path, **hub_options))
     trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
-    return without_storage(lambda: auto_class.from_config(config, **trust)), reader
+    model, quantizer = without_storage(lambda: auto_class.from_config(config, **trust)), None
+    if is_dequantizing(config):
+        quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    return model, reader
 
 
 def _tie_duplicates(model: PreTrainedModel, reader: TensorReader) -> None:
@@ -98,11 +107,15 @@ def _tie_duplicates(model: PreTrainedModel, reader: TensorReader) -> None:
         first, second = model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(origin)
         if first is second or target not in stored or origin not in stored:
             continue
-        (one,), (other,) = (sum(stored[name].values(), []) for name in (target, origin))
-        if first.shape == second.shape and torch.equal(
-            reader.read(one).to(first.dtype), reader.read(other).to(second.dtype)
-        ):
+        # A weight, and scales where it is quantized.
+        one, other = (sorted(sum(stored[name].values(), [])) for name in (target, origin))
+        if first.shape == second.shape and _same(reader, one, other, first.dtype):
             path, _, name = target.rpartition(".")
             setattr(model.get_submodule(path), name, second)
         else:
             del model.all_tied_weights_keys[target]
+
+
+def _same(reader: TensorReader, one: list[str], other: list[str], dtype: torch.dtype) -> bool:
+    pairs = ((reader.read(first).to(dtype), reader.read(second).to(dtype)) for first, second in zip(one, other))
+    return len(one) == len(other) and all(torch.equal(*pair) for pair in pairs)

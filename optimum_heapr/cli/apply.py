@@ -29,8 +29,8 @@ class ApplyCommand(HeaprSubcommand):
         parser.add_argument(
             "--in-memory",
             action="store_true",
-            help="load the whole model instead of cutting its checkpoint file by file; --packed, --device-map "
-            "and --dequantize imply it; the result is the same",
+            help="load the whole model instead of cutting its checkpoint file by file; --packed and --device-map "
+            "imply it; the result is the same",
         )
         parser.add_argument(
             "--resume",
@@ -57,7 +57,7 @@ class ApplyCommand(HeaprSubcommand):
         check_form(plan.config, args.experts_as)
         options = model_options_from(args)
         fits = fits_from(args) if plan.config.compensates_blocks else None
-        if args.in_memory or args.packed or args.device_map or args.dequantize:
+        if args.in_memory or args.packed or args.device_map:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
             pruner.apply(plan, args.statistics, fits_path=fits if args.resume else None)
             pruner.save_pretrained(args.output, args.overwrite, **saving)

@@ -50,13 +50,23 @@ class SourceCheckpoint:
                 name = next(iter(self.stored[parameter].values()))[0]
                 raise not_streamable(skeleton, f"{name} becomes several parameters")
 
-    def parameter(self, name: str, expert: int | None = None) -> torch.Tensor:
-        """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in."""
+    def parameter(
+        self, name: str, expert: int | None = None, device: torch.device = torch.device("cpu")
+    ) -> torch.Tensor:
+        """A parameter, or `parameter[expert : expert + 1]` of it, in the dtype that the model is loaded in.
+
+        Args:
+            name (`str`): of the parameter.
+            expert (`int`, *optional*): which.
+            device (`torch.device`): where it goes, and is converted.
+        """
         dtype, stored = self.dtypes[name], self.stored[name]
         if name not in self.converters:
             ((key,),) = stored.values()
-            return self.reader.read(key, expert).to(dtype)
+            return self.reader.read(key, expert).to(device, dtype)
         converter = copy.deepcopy(self.converters[name])
+        # What dequantizes takes weights and scales as they are stored.
+        stored_dtype = any(hasattr(operation, "hf_quantizer") for operation in converter.operations)
         for pattern, keys in stored.items():
             row = None
             if expert is not None:
@@ -64,17 +74,18 @@ class SourceCheckpoint:
                 one_each = len(self.reader.tensors[keys[0]].shape) < len(self.empty[name].shape)
                 keys, row = ([keys[expert]], None) if one_each else (keys, expert)
             for key in keys:
-                converter.add_tensor(name, key, pattern, self.reader.read(key, row).to(dtype))
+                tensor = self.reader.read(key, row).to(device)
+                converter.add_tensor(name, key, pattern, tensor if stored_dtype else tensor.to(dtype))
         shape = self.empty[name].shape if expert is None else (1, *self.empty[name].shape[1:])
-        return _only(converter.convert(name, model=StandIn({name: shape})))
+        return _only(converter.convert(name, model=StandIn({name: shape}, dtype=dtype))).detach().to(dtype)
 
     def load(self, name: str, device: torch.device) -> torch.Tensor:
         """A whole parameter in memory of its own; of experts no more than one is held besides."""
         if name not in self._of_experts:
-            return self.parameter(name).to(device)
+            return self.parameter(name, device=device)
         made = torch.empty(self.empty[name].shape, dtype=self.dtypes[name], device=device)
         for expert in range(made.shape[0]):
-            made[expert : expert + 1] = self.parameter(name, expert)
+            made[expert : expert + 1] = self.parameter(name, expert, device)
         return made
 
     def read_ahead(self, names: Iterable[str]) -> None:
@@ -121,14 +132,23 @@ def parameters_of(
 
 
 class StandIn:
-    """What conversions ask of a model: the shape of a parameter, and the widths of experts."""
+    """What conversions ask of a model: the shape and dtype of a parameter, and the widths of experts."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], expert_widths: dict[str, list[int]] | None = None):
-        self.shapes = shapes
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        expert_widths: dict[str, list[int]] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.shapes, self.dtype = shapes, dtype
         self.config = SimpleNamespace(expert_widths=expert_widths)
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        return torch.empty(self.shapes[name], device="meta")
+        return torch.empty(self.shapes[name], dtype=self.dtype, device="meta")
+
+    def get_submodule(self, path: str) -> SimpleNamespace:
+        inside = (name for name in self.shapes if name.rpartition(".")[0] == path)
+        return SimpleNamespace(**{name.rpartition(".")[2]: self.get_parameter(name) for name in inside})
 
 
 def unlisted(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import HeaprError
 
@@ -16,28 +16,25 @@ if TYPE_CHECKING:
 DEQUANTIZABLE = ("fp8", "mxfp4")
 
 
-def unquantized_loading(config: PreTrainedConfig, model: str, dequantize: bool) -> dict[str, Any]:
-    """Options of `from_pretrained` with which a checkpoint is loaded in floating point.
+def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> bool:
+    """Has a configuration say that its checkpoint is loaded in floating point.
 
     Args:
-        config (`PreTrainedConfig`): configuration of the checkpoint.
+        config (`PreTrainedConfig`): configuration of the checkpoint; changed if it is quantized.
         model (`str`): what the user called it.
         dequantize (`bool`): whether quantized weights are to be converted.
+
+    Returns:
+        `bool`: whether the checkpoint is quantized.
 
     Raises:
         HeaprError: if the checkpoint is quantized and conversion was not asked for, or is not possible.
     """
     # The two places where checkpoints have it: the top, and the part that describes the text model.
-    saved = next(
-        (
-            found
-            for part in (config, config.get_text_config())
-            if (found := getattr(part, "quantization_config", None))
-        ),
-        None,
-    )
+    parts = list({id(part): part for part in (config, config.get_text_config())}.values())
+    saved = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if not saved:
-        return {}
+        return False
     saved = saved if isinstance(saved, dict) else saved.to_dict()
     method = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
     if method not in DEQUANTIZABLE:
@@ -50,6 +47,15 @@ def unquantized_loading(config: PreTrainedConfig, model: str, dequantize: bool) 
             f"model={model!r}: its weights are quantized ({method}), which cannot be cut; pass dequantize=True "
             "to prune it in floating point, or name an unquantized checkpoint"
         )
-    from transformers.quantizers.auto import AutoQuantizationConfig
+    if method == "fp8":
+        from .fp8 import METHOD as method
+    for part in parts[1:]:
+        vars(part).pop("quantization_config", None)
+    config.quantization_config = {**saved, "quant_method": method, "dequantize": True}
+    return True
 
-    return {"quantization_config": AutoQuantizationConfig.from_dict({**saved, "dequantize": True})}
+
+def is_dequantizing(config: PreTrainedConfig) -> bool:
+    """Whether [`set_dequantizing`] changed a configuration."""
+    saved = getattr(config, "quantization_config", None)
+    return isinstance(saved, dict) and bool(saved.get("dequantize"))

@@ -27,6 +27,7 @@ ENVIRONMENTS = {
 # What pages name and this machine does not have, and what is taken in its place: a model by a small one of its family.
 SMALL_MODELS = {"small-qwen3_moe": "qwen3_moe", "small-qwen2_moe": "qwen2_moe", "small-deepseek": "deepseek"}
 STAND_INS = {
+    "Qwen/Qwen3-235B-A22B-FP8": "small-fp8",
     "Qwen/Qwen3-30B-A3B": "small-qwen3_moe",
     "Qwen/Qwen2-57B-A14B": "small-qwen2_moe",
     "Qwen/Qwen1.5-MoE-A2.7B-Chat": "small-qwen2_moe",

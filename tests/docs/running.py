@@ -13,6 +13,7 @@ from optimum_heapr.demo import demo_texts
 from tests.docs.commands import Commands
 from tests.docs.pages import ROOT, SMALL_MODELS, here, page_name, recipe_here, snippets
 from tests.helpers import tiny_model, tiny_tokenizer
+from tests.quantized_checkpoints import in_fp8
 
 
 # Files that pages take to be there.
@@ -60,6 +61,11 @@ def run_page(page: Path, folder: Path, environments: Collection[str] = ()) -> No
     for name in filter(code.__contains__, SMALL_MODELS):
         tiny_model(SMALL_MODELS[name], **SIZES).save_pretrained(folder / name)
         tiny_tokenizer(folder / name)
+    if "small-fp8" in code:
+        # Wide enough for multiples of 128, as the real one is.
+        tiny_model(**{**SIZES, "moe_intermediate_size": 512}).bfloat16().save_pretrained(folder / "small-fp8")
+        in_fp8(folder / "small-fp8", block=128)
+        tiny_tokenizer(folder / "small-fp8")
     namespace: dict = {"__name__": "__main__"}
     with Commands() as commands:
         for snippet in snippets(page):

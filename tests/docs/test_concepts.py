@@ -11,5 +11,6 @@ test_snippets_run = pages_run(
     "docs/source/guides/after_pruning.md",
     "docs/source/guides/choose_ratio.md",
     "docs/source/guides/large_models.md",
+    "docs/source/guides/quantized.md",
     "docs/source/guides/report.md",
 )

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.cli.conftest import listing
-from tests.cli.errors import artefacts, commands, models, options, outputs, texts  # noqa: F401 (they fill the table)
+from tests.cli.errors import artefacts, commands, models, options, outputs, quantized, texts  # noqa: F401 (they fill the table)
 from tests.cli.errors.table import EARLY, MISTAKES, check, without_estimate
 from tests.processes import start_python
 
