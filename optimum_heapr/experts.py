@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .utils.errors import HeaprError
+from .utils.sharded import whole_parameters
 
 
 if TYPE_CHECKING:
@@ -68,12 +69,18 @@ class ExpertBlock:
         return weight if self.module.is_transposed else weight.T
 
     def atomic_norms(self) -> torch.Tensor:
-        """Euclidean norm of each atomic expert's weights (gate row, up row, down column) in fp32, [E, I]."""
+        """Euclidean norm of each atomic expert's weights (gate row, up row, down column) in fp32, [E, I].
+
+        Where processes share the weights, all of them must ask.
+        """
         import torch
         from accelerate.utils import align_module_device
 
         norms = torch.empty(self.num_experts, self.width)
-        with align_module_device(self.module):  # brings offloaded weights in
+        with (
+            align_module_device(self.module),
+            whole_parameters(self.module),
+        ):  # brings offloaded weights in, and all shards
             for expert in range(self.num_experts):
                 squares = self.gate_up_rows(expert).detach().float().square().sum((0, 2))
                 squares = squares + self.down_rows(expert).detach().float().square().sum(1)

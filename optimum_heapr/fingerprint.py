@@ -12,6 +12,7 @@ import torch
 
 from .sizing import describe_routing
 from .utils.errors import HeaprError
+from .utils.sharded import is_shard, whole
 
 
 if TYPE_CHECKING:
@@ -27,28 +28,34 @@ HASH_SCHEME = "2:"
 cannot be compared with it."""
 
 
-def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, Any]:
+def model_fingerprint(model: torch.nn.Module, blocks: list[ExpertBlock], gathered: bool = False) -> dict[str, Any]:
     """What identifies a model: its type, a hash over names and shapes of its weights, and two over some of their values.
 
     `weights` samples every weight, spread evenly; `experts` samples the first expert of each block, which can be read
     from a checkpoint without loading it. Values are rounded to bfloat16, and those that float16 cannot hold to as many
     digits are left out, so that the precision a checkpoint was loaded in does not matter but a fine-tuned sibling of the
     same shape does. (One exception: float32 weights loaded in float16 are rounded twice, and are taken for another
-    model.) Either is `None` where a weight is offloaded.
+    model.) Either is `None` where a weight is offloaded, or spread over processes.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        blocks (`list[ExpertBlock]`): its expert blocks.
+        gathered (`bool`): gather what is spread over processes, one weight at a time; all of them must do so at once.
     """
     names = hashlib.sha256()
     for name, parameter in model.named_parameters():
         names.update(f"{name}{tuple(parameter.shape)}".encode())
     first = blocks[0]
     biases = 2 if first.module.has_bias else 0
+    readable = gathered or not any(map(is_shard, model.parameters()))
     return {
         "model_type": model.config.model_type,
         "experts_per_token": getattr(model.config.get_text_config(), "num_experts_per_tok", None),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_per_atomic_expert": 3 * first.hidden_size + biases,
         "shapes": names.hexdigest()[:16],
-        "experts": hash_of_values(block.down_rows(0) for block in blocks),
-        "weights": hash_of_values(model.parameters()),
+        "experts": hash_of_values(block.down_rows(0) for block in blocks) if readable else None,
+        "weights": hash_of_values(model.parameters()) if readable else None,
     }
 
 
@@ -68,11 +75,11 @@ def storage_of(model: torch.nn.Module, blocks: list[ExpertBlock]) -> dict[str, A
 
 
 def hash_of_values(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Hash over `SAMPLED_VALUES` of each tensor; `None` if one has no storage."""
+    """Hash over `SAMPLED_VALUES` of each tensor, gathered where it is spread over processes; `None` if one has no storage."""
     tensors = list(tensors)
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None
-    return hash_of_samples(map(sampled_values, tensors))
+    return hash_of_samples(sampled_values(whole(tensor)) for tensor in tensors)
 
 
 def hash_of_samples(samples: Iterable[bytes]) -> str:

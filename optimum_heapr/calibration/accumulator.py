@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 ROWS_IN_A_RUN = 64
@@ -36,12 +41,54 @@ class RoutedRows:
     output_norm: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Split:
+    """Which atomic experts of each expert of a block this process has, where others have the rest.
+
+    Attributes:
+        group (`ProcessGroup`): all of these processes.
+        part (`slice`): the atomic experts of this one.
+        width (`int`): those of all, I.
+    """
+
+    group: ProcessGroup
+    part: slice
+    width: int
+
+    def placed(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the atomic experts here, [..., I'], among zeros for those of the others, [..., I]."""
+        total = values.new_zeros(*values.shape[:-1], self.width)
+        total[..., self.part] = values
+        return total
+
+    def placed_matrices(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of symmetric matrices, [E, I', I], as what adds up to these, [E, I, I]: each number and its mirror image are of
+        the process that has the smaller row."""
+        total = rows.new_zeros(len(rows), self.width, self.width)
+        total[:, self.part] = rows
+        return completed(total)
+
+    def summed(self, summands: torch.Tensor) -> torch.Tensor:
+        """The sum of what each process has; `summands` are overwritten."""
+        torch.distributed.all_reduce(summands, group=self.group)
+        return summands
+
+
+def completed(matrices: torch.Tensor) -> torch.Tensor:
+    """Fills in the lower halves of matrices, [E, I, I], of which only the upper ones are kept up to date."""
+    for matrix in matrices:
+        matrix.copy_(matrix.triu() + matrix.triu(1).T)
+    return matrices
+
+
 class BlockAccumulator:
     """Running sums of one expert block, on the device of its weights, in float32, or float64 for float64 weights.
 
     Args:
         gram (`bool`): also accumulate the two I x I matrices of each expert.
         sources (`int`): S, the sources of the text; where these are several, all but the matrices is summed by source.
+        split (`Split`, *optional*): which atomic experts these are, if other processes have the rest of each expert; the two
+            matrices have a row for each of these, [E, I', I].
 
     Attributes:
         source (`int`): which of the sources the current micro-batch is of.
@@ -63,8 +110,9 @@ class BlockAccumulator:
         dtype: torch.dtype = torch.float32,
         gram: bool = False,
         sources: int = 1,
+        split: Split | None = None,
     ):
-        self.sources, self.source = sources, 0
+        self.sources, self.source, self.split = sources, 0, split
         options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         # A row for each expert and source, and views of it.
         self._vectors = torch.zeros(3, num_experts * sources, width, **options)
@@ -73,8 +121,9 @@ class BlockAccumulator:
         shape = (num_experts,) if sources == 1 else (num_experts, sources)
         self.activation_sq_sum, self.gradient_sq_sum, self.fisher_sum = self._vectors.view(3, *shape, width)
         self.token_count, self.output_norm_sum = self._counts.view(shape), self._norms.view(shape)
-        self.activation_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
-        self.gradient_gram_sum = torch.zeros(num_experts, width, width, **options) if gram else None
+        square = num_experts, width, width if split is None else split.width
+        self.activation_gram_sum = torch.zeros(square, **options) if gram else None
+        self.gradient_gram_sum = torch.zeros(square, **options) if gram else None
         self.token_mask: torch.Tensor | None = None
 
     def sums(self) -> dict[str, torch.Tensor]:
@@ -92,7 +141,8 @@ class BlockAccumulator:
 
     def finite(self) -> torch.Tensor:
         """Which of the sums are finite, bool, in their order; of matrices the diagonal decides, by Cauchy and Schwarz."""
-        parts = (part.diagonal(dim1=1, dim2=2) if "_gram_" in name else part for name, part in self.sums().items())
+        first = 0 if self.split is None else self.split.part.start
+        parts = (part.diagonal(first, 1, 2) if "_gram_" in name else part for name, part in self.sums().items())
         return torch.stack([part.isfinite().all() for part in parts])
 
     def move_to(self, total: BlockAccumulator) -> None:
@@ -103,10 +153,10 @@ class BlockAccumulator:
         self.clear()
 
     def complete(self) -> None:
-        """Fills in the lower halves of the matrices, of which only the upper ones are kept up to date."""
+        """Fills in the lower halves of the matrices; of those that are split, whatever puts them together does."""
         for matrices in (self.activation_gram_sum, self.gradient_gram_sum):
-            for matrix in () if matrices is None else matrices:
-                matrix.copy_(matrix.triu() + matrix.triu(1).T)
+            if matrices is not None and self.split is None:
+                completed(matrices)
 
     def clear(self) -> None:
         """Sets all sums to zero."""
@@ -124,10 +174,19 @@ class BlockAccumulator:
         self._norms.index_add_(0, row, router_weight * routed.output_norm)
         self._add_vectors(activation, gradient, routed)
         if self.activation_gram_sum is not None:
-            parts = (rows.split(routed.counts) for rows in (activation, gradient, router_weight))
-            for of_h, of_g, h, g, r in zip(self.activation_gram_sum, self.gradient_gram_sum, *parts):
-                _add_gram(of_h, h.to(r.dtype) * r[:, None])
-                _add_gram(of_g, g.to(r.dtype))
+            weighted = activation.to(router_weight.dtype) * router_weight[:, None]
+            for total, rows in (
+                (self.activation_gram_sum, weighted),
+                (self.gradient_gram_sum, gradient.to(weighted.dtype)),
+            ):
+                self._add_matrices(total, rows, routed.counts)
+
+    def _add_matrices(self, total: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
+        """`rows^T rows` of each expert; where others have columns of the rows, [rows, I], they are brought here first."""
+        split = self.split
+        first, columns = (0, rows) if split is None else (split.part.start, split.summed(split.placed(rows)))
+        for of_expert, mine, all_of_them in zip(total, rows.split(counts), columns.split(counts)):
+            _add_gram(of_expert, mine, all_of_them, first)
 
     def _add_vectors(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
         """The three vectors of all experts at once, by a few operations for each piece of the rows."""
@@ -155,10 +214,11 @@ class BlockAccumulator:
         self._vectors.index_add_(1, row_of_run, runs)
 
 
-def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Adds `rows^T rows`, rows [n, I], to the upper triangle of `total` [I, I] and to some of what is below."""
+def _add_gram(total: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int) -> None:
+    """Adds `rows^T columns`, [n, I'] and [n, I], to `total` [I', I], of whose diagonal the first number is in the column `first`: to
+    what is above it and to some of what is below."""
     width = rows.shape[1]
     panel = GRAM_PANEL_CPU if rows.device.type == "cpu" else width
     for start in range(0, width if len(rows) else 0, panel):
-        columns = slice(start, start + panel)
-        total[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
+        part, above = slice(start, start + panel), slice(first + start, None)
+        total[part, above].addmm_(rows[:, part].T, columns[:, above])

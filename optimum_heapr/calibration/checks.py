@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,21 +31,28 @@ def not_finite_error(problem: str, index: int, samples: list[int]) -> HeaprError
     )
 
 
-def check_gram_memory(blocks: list[ExpertBlock], copies: int = 1, place: torch.device | None = None) -> None:
+def check_gram_memory(
+    blocks: list[ExpertBlock],
+    copies: int = 1,
+    place: torch.device | None = None,
+    columns: Sequence[int] | None = None,
+) -> None:
     """States what the second-order statistics take, and refuses what does not fit next to the model.
 
     Args:
         blocks (`list[ExpertBlock]`): the expert blocks that are measured at once.
         copies (`int`): how often each matrix is held.
         place (`torch.device`, *optional*): where they will be; defaults to where the blocks are.
+        columns (`list[int]`, *optional*): of the matrices of each block, which have as many rows as the block is wide; defaults to
+            the same number.
 
     Raises:
         HeaprError: naming the bytes needed and available, and on which device.
     """
     needed: dict[torch.device, int] = {}
-    for block in blocks:
+    for block, number in zip(blocks, columns or [block.width for block in blocks]):
         device = place or block.device
-        needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width**2
+        needed[device] = needed.get(device, 0) + copies * 2 * 4 * block.num_experts * block.width * number
     for device, size in needed.items():
         available = memory.available_bytes(device)
         logger.info(

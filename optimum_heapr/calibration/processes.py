@@ -43,7 +43,7 @@ _SHARDING_LAUNCHES = {
 
 _WHOLE_MODEL = (
     "each process of a calibration holds the whole model and measures its share of the samples; leave the sharding out, and "
-    "where a model does not fit use one process with memory='auto' or device_map='auto'"
+    "where a model does not fit use tp_plan='auto', or one process with memory='auto' or device_map='auto'"
 )
 
 
@@ -58,25 +58,6 @@ def check_launcher() -> None:
     for variable, name in _SHARDING_LAUNCHES.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise HeaprError(f"launcher: accelerate uses {name} ({variable}); {_WHOLE_MODEL}")
-
-
-def check_model_is_whole(model: torch.nn.Module) -> None:
-    """Refuses a model that was wrapped or sharded for several processes.
-
-    Raises:
-        HeaprError: naming what was done to it.
-    """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise HeaprError("model: is wrapped in DistributedDataParallel; pass what is inside, model.module")
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
-        raise HeaprError(f"model: is sharded by FSDP; {_WHOLE_MODEL}")
-    if (getattr(model, "_tp_size", None) or 1) > 1 or any(isinstance(part, DTensor) for part in model.parameters()):
-        raise HeaprError(
-            f"model: is sharded by tensor or expert parallelism (tp_plan, DTensor weights); {_WHOLE_MODEL}"
-        )
 
 
 def start_processes() -> Accelerator:

@@ -21,12 +21,12 @@ from .finished import block_statistics, finished_statistics
 from .loss import summed_token_loss
 from .processes import (
     add_progress,
-    check_model_is_whole,
     check_placement,
     check_same_run,
     finished_blocks,
     start_processes,
 )
+from .sharing import Share, check_sharding, is_sharded, share_of
 from .state import Progress, StateFile, interruption
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
@@ -55,7 +55,8 @@ def calibrate(
     """Measures the statistics of every atomic expert of `model` on `data`.
 
     The model comes back as it was: weights, gradients flags, mode, experts implementation. Under `accelerate launch`
-    each process takes every N-th micro-batch and the sums are added over processes.
+    each process takes every N-th micro-batch and the sums are added over processes. Where tensor parallelism has split the
+    experts by width, each process takes its atomic experts through all micro-batches.
 
     Args:
         model (`PreTrainedModel`): any model whose experts are on the experts interface of transformers.
@@ -72,39 +73,43 @@ def calibrate(
         `AtomicStatistics`: on the CPU; of several processes the first alone has the second-order statistics.
 
     Raises:
-        HeaprError: if the model has no prunable experts, is sharded over processes, or has no embedding for a token id, the
-            second-order statistics do not fit into memory, a loss or gradient is not finite, or the state is of another
-            run.
+        HeaprError: if the model has no prunable experts, is spread over processes in another way, or has no embedding for a
+            token id, the second-order statistics do not fit into memory, a loss or gradient is not finite, or the state is
+            of another run.
     """
-    check_model_is_whole(model)
-    blocks = find_expert_blocks(model)
+    check_sharding(model)
+    whole = find_expert_blocks(model)
     accelerator = start_processes()
-    device = _placed(model, accelerator)
+    share = share_of(model, whole, accelerator)
+    blocks, device = share.parts(whole), _placed(model, accelerator)
     if gram:
-        check_gram_memory(blocks, copies=2 if skip_nonfinite else 1)
+        check_gram_memory(blocks, copies=2 if skip_nonfinite else 1, columns=[block.width for block in whole])
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
-    own = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    run = description_of_run(
-        model_fingerprint(model, blocks), blocks, data, batch_size, gram, skip_nonfinite, accelerator.num_processes
-    )
+    own = share.micro_batches(len(batches))
+    identity = model_fingerprint(model, whole, gathered=True)
+    run = description_of_run(identity, blocks, data, batch_size, gram, skip_nonfinite, accelerator.num_processes)
+    run |= share.description
 
     with (
         measured_cost() as cost,
         frozen_in_evaluation_mode(model),
         checkpointed_layers(model, checkpointing or has_offloaded_weights(model)),
-        calibration_tap(model, blocks, gram, data.num_sources) as accumulators,
+        calibration_tap(model, blocks, gram, data.num_sources, share.splits) as accumulators,
         interruption(enabled=state is not None) as interrupted,
     ):
         # What is to be left out must not have been added: a micro-batch then has sums of its own.
-        totals = new_accumulators(blocks, gram, data.num_sources) if skip_nonfinite else accumulators
+        totals = new_accumulators(blocks, gram, data.num_sources, share.splits) if skip_nonfinite else accumulators
         done = Progress() if state is None else state.begin(run, totals)
         check_same_run(accelerator, {**run, "memory": "all weights at once"})
-        measuring = _Measuring(model, blocks, device, accumulators, totals, done, cost)
+        share.check_in_step(done)
+        measuring = _Measuring(model, blocks, share, device, accumulators, totals, done, cost)
         bar = progress(own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own))
         for index in bar:
             measuring.add(batches[index], index, skip_nonfinite)
             show_throughput(bar, cost.tokens)
+            if state is not None:
+                interrupted.signal = share.agreed(interrupted.signal)
             if state is not None and (state.is_due(done) or interrupted.signal is not None):
                 state.save(done, totals)
             interrupted.act()
@@ -112,10 +117,11 @@ def calibrate(
             state.save(done, totals)
         interrupted.act()
 
-    measured = ((block.path, block_statistics(block, totals[block.path])) for block in blocks)
+    sums = ((block.path, block_statistics(block, totals[block.path])) for block in whole)
+    measured = ((path, share.counted(path, block)) for path, block in sums)
     statistics = finished_blocks(accelerator, measured, finish)
-    total_loss, total_targets, skipped = add_progress(accelerator, done)
-    identity = {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)}
+    total_loss, total_targets, skipped = add_progress(accelerator, share.progress(done))
+    identity = {"model": model_fingerprint(model, whole, gathered=True), "storage": storage_of(model, whole)}
     result = finished_statistics(identity, data, statistics, total_loss, total_targets, skipped)
     result.cost = cost
     if accelerator.is_main_process:
@@ -124,9 +130,9 @@ def calibrate(
 
 
 def _placed(model: torch.nn.Module, accelerator: Accelerator) -> torch.device:
-    """Where token ids go; a model that is not spread over devices already goes to the one of this process."""
+    """Where token ids go; a model that is not spread already, over devices or processes, goes to the device of this process."""
     check_placement(model, accelerator.num_processes)
-    if getattr(model, "hf_device_map", None) is None:
+    if getattr(model, "hf_device_map", None) is None and not is_sharded(model):
         model.to(accelerator.device)
     device = model.get_input_embeddings().weight.device
     return accelerator.device if device.type == "meta" else device
@@ -170,6 +176,7 @@ class _Measuring:
 
     Attributes:
         model, blocks: what is measured.
+        share (`Share`): what this process has of it.
         device (`torch.device`): where token ids go.
         accumulators (`dict`): by block, what the tap adds to.
         totals (`dict`): by block, the sums of all micro-batches; the same objects unless some may be left out.
@@ -179,6 +186,7 @@ class _Measuring:
 
     model: torch.nn.Module
     blocks: list[ExpertBlock]
+    share: Share
     device: torch.device
     accumulators: dict[str, BlockAccumulator]
     totals: dict[str, BlockAccumulator]
@@ -192,6 +200,7 @@ class _Measuring:
             HeaprError: if something is not finite and nothing may be left out.
         """
         loss, targets, problem = self._measure(batch)
+        problem = self.share.agreed(problem)
         samples = batch["sample_index"].tolist()
         if problem and not skip_nonfinite:
             raise not_finite_error(problem, index, samples)

@@ -27,6 +27,7 @@ from .accumulator import BlockAccumulator, RoutedRows
 
 if TYPE_CHECKING:
     from ..experts import ExpertBlock
+    from .accumulator import Split
 
 
 CALIBRATION_IMPLEMENTATION = "heapr_calibration"
@@ -61,6 +62,14 @@ def _looped_linear(
     parts = rows.to(weight.dtype).split(counts)
     output = torch.cat([part @ matrix for part, matrix in zip(parts, matrices)])
     return output if bias is None else output + bias
+
+
+def _norms(output: torch.Tensor, split: Split | None) -> torch.Tensor:
+    """Norm of each row of the experts' outputs, [rows, d], of which each process has a summand where these are split."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    if split is not None:
+        output = split.summed(output.to(dtype, copy=True))
+    return torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
 
 
 def calibration_experts_forward(
@@ -109,20 +118,27 @@ def calibration_experts_forward(
         activation, self.down_proj, offsets, bias_of(getattr(self, "down_proj_bias", None)), self.is_transposed
     )
     if routed is not None:
-        routed.output_norm = torch.linalg.vector_norm(
-            output.detach(), dim=-1, dtype=torch.promote_types(output.dtype, torch.float32)
-        )
+        routed.output_norm = _norms(output.detach(), accumulator.split)
     output = output * router_weights.unsqueeze(-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     return output[inverse].view(-1, top_k, output.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-def new_accumulators(blocks: list[ExpertBlock], gram: bool = False, sources: int = 1) -> dict[str, BlockAccumulator]:
-    """Sums that are zero, by block path, each on the device of its block, of text of so many sources."""
+def new_accumulators(
+    blocks: list[ExpertBlock], gram: bool = False, sources: int = 1, splits: dict[str, Split] | None = None
+) -> dict[str, BlockAccumulator]:
+    """Sums that are zero, by block path, each on the device of its block, of text of so many sources; `splits` says where the
+    blocks are parts of such."""
     return {
         block.path: BlockAccumulator(
-            block.num_experts, block.width, block.device, block.module.down_proj.dtype, gram, sources
+            block.num_experts,
+            block.width,
+            block.device,
+            block.module.down_proj.dtype,
+            gram,
+            sources,
+            (splits or {}).get(block.path),
         )
         for block in blocks
     }
@@ -130,7 +146,11 @@ def new_accumulators(blocks: list[ExpertBlock], gram: bool = False, sources: int
 
 @contextmanager
 def calibration_tap(
-    model: torch.nn.Module, blocks: list[ExpertBlock], gram: bool = False, sources: int = 1
+    model: torch.nn.Module,
+    blocks: list[ExpertBlock],
+    gram: bool = False,
+    sources: int = 1,
+    splits: dict[str, Split] | None = None,
 ) -> Iterator[dict[str, BlockAccumulator]]:
     """Switches the experts of `model` to the calibration forward; yields the accumulators by block path.
 
@@ -139,7 +159,7 @@ def calibration_tap(
     Raises:
         HeaprError: if the class of the model does not let its experts be switched.
     """
-    accumulators = new_accumulators(blocks, gram, sources)
+    accumulators = new_accumulators(blocks, gram, sources, splits)
     with switched_experts(model, blocks), tapped(blocks, accumulators):
         yield accumulators
 

@@ -211,7 +211,7 @@ def test_a_launcher_that_shards_is_refused(variable, name, monkeypatch):
     with pytest.raises(
         HeaprError,
         match=rf"launcher: accelerate uses {name} \({variable}\); each process of a calibration holds the whole model.*"
-        "use one process with memory='auto' or device_map='auto'",
+        "use tp_plan='auto', or one process with memory='auto' or device_map='auto'",
     ):
         check_launcher()
     with pytest.raises(HeaprError, match=f"launcher: accelerate uses {name}"):
@@ -227,33 +227,29 @@ def one_process_group():
     torch.distributed.destroy_process_group()
 
 
-def test_a_sharded_model_is_refused(one_process_group):
-    data = calibration_data(8)
+def test_a_wrapped_model_is_refused(one_process_group):
     sharded = tiny_model()
     for layer in sharded.model.layers:
         torch.distributed.fsdp.fully_shard(layer, mesh=one_process_group)
-    with pytest.raises(HeaprError, match="model: is sharded by FSDP; each process of a calibration holds the whole"):
-        calibrate(sharded, data)
+    with pytest.raises(HeaprError, match="model: is sharded by FSDP; load it with tp_plan='auto'"):
+        calibrate(sharded, calibration_data(8))
 
+    copied = torch.nn.parallel.DistributedDataParallel(tiny_model())
+    with pytest.raises(HeaprError, match="DistributedDataParallel; pass what is inside, model.module"):
+        calibrate(copied, calibration_data(8))
+
+
+def test_a_model_with_whole_experts_and_parts_of_others_is_refused(one_process_group):
+    """Each process would measure all of what it has the experts for."""
     parallel = tiny_model()
     attention = parallel.model.layers[0].self_attn
     attention.q_proj.weight = torch.nn.Parameter(
         torch.distributed.tensor.distribute_tensor(attention.q_proj.weight.detach(), one_process_group)
     )
-    with pytest.raises(HeaprError, match="model: is sharded by tensor or expert parallelism"):
-        calibrate(parallel, data)
-
-    copied = torch.nn.parallel.DistributedDataParallel(tiny_model())
-    with pytest.raises(HeaprError, match="DistributedDataParallel; pass what is inside, model.module"):
-        calibrate(copied, data)
-
-
-def test_a_model_under_a_tensor_parallel_plan_is_refused():
-    """What `from_pretrained(..., tp_plan="auto")` leaves on each of two processes, where experts are plain tensors."""
-    model = tiny_model()
-    model._tp_size = 2
-    with pytest.raises(HeaprError, match="model: is sharded by tensor or expert parallelism"):
-        calibrate(model, calibration_data(8))
+    with pytest.raises(
+        HeaprError, match="does not split the experts by width alone .*: gate_up_proj whole, down_proj whole"
+    ):
+        calibrate(parallel, calibration_data(8))
 
 
 def test_one_process_where_several_were_asked_for_is_said(monkeypatch, heapr_log):
