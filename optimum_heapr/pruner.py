@@ -103,7 +103,7 @@ class HeaprPruner(PrunerSummary):
                 `plain`, [`~HeaprPruner.save_pretrained`] cuts the checkpoint file by file.
             activation_memory (`int` or `str`, *optional*): for `streaming`, what layer inputs may take of the host before they go
                 to the disk, e.g. `"8GB"`; by default a quarter of what is free.
-            model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `offload_folder`, `revision`,
+            model_options: passed to `from_pretrained` of the auto classes: `device_map`, `dtype`, `tp_plan`, `offload_folder`, `revision`,
                 `token`, `trust_remote_code`, …; `dequantize=True` turns quantized weights into floating-point numbers.
 
         Raises:

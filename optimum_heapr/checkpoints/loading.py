@@ -17,6 +17,7 @@ from ..utils.errors import HeaprError, did_you_mean, reason_of
 from ..utils.logging import get_logger, without_warnings
 from ..utils.quantized import is_dequantizing, set_dequantizing
 from .origins import base_of_adapter, hub_options_in, load_configuration, place_of
+from .tensor_parallel import check_spreading, is_spread, spreading_options
 
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def load_model(
             adapter of recovery, that is put on the model that it was trained on.
         allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
         skeleton (`bool`): leave the model without storage, on the meta device; only headers of weight files are read.
-        model_options: passed to `from_pretrained`, but for `dequantize`: load a quantized checkpoint with its weights
-            turned into floating-point numbers.
+        model_options: passed to `from_pretrained`, but for `dequantize`, to load a quantized checkpoint with its weights turned
+            into floating-point numbers, and `tp_plan`, one of [`~optimum_heapr.checkpoints.tensor_parallel.TP_PLANS`].
 
     Raises:
         HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
@@ -106,9 +107,17 @@ def load_model(
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         base = base_of_adapter(path, hub_options)
+        if base is not None and is_spread(model_options):
+            raise HeaprError(
+                f"model={str(name)!r}: holds an adapter, which is put on a model that one process has; merge it into that model, or "
+                "load it without tp_plan"
+            )
         config = load_configuration(name, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
-        dequantize = model_options.pop("dequantize", False)
+        dequantize, tp_plan = model_options.pop("dequantize", False), model_options.pop("tp_plan", None)
+        if tp_plan is not None:
+            trust = {key: value for key, value in hub_options.items() if key == "trust_remote_code"}
+            model_options |= spreading_options(auto_class, config, str(name), tp_plan, **trust)
         options = {"dtype": "auto", **model_options}
         if (dequantize or not allow_quantized) and set_dequantizing(config, str(name), dequantize):
             check_scales(str(name), *empty_model(auto_class, config, base or path, **hub_options))
@@ -232,8 +241,9 @@ def choose_memory(
     """
     if memory not in MEMORY:
         raise HeaprError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}{did_you_mean(memory, MEMORY)}")
+    check_spreading(memory, model_options)
     # Where the weights go is said already.
-    if memory == "plain" or (memory == "auto" and {"device_map"} & set(model_options)):
+    if memory == "plain" or (memory == "auto" and ("device_map" in model_options or is_spread(model_options))):
         return "plain", None
     from ..calibration.estimate import MemoryEstimate
     from ..layerwise.layers import check_layers

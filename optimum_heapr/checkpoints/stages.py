@@ -8,13 +8,16 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..budget import check_in_memory
+from ..calibration.sharing import check_sharding
 from ..hub.base_model import BaseModel
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 from ..utils.sizes import parse_size
 from .loaded import LoadedModel
 from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
+from .sharded import ShardedModel
 from .streamed import OffloadedModel, StreamedCheckpoint
+from .tensor_parallel import check_spreading, is_spread
 
 
 if TYPE_CHECKING:
@@ -66,13 +69,18 @@ def load_stages(
             value = f"{option.name}={model_options[option.name]!r}"
             raise HeaprError(f"{value}: is an option of HeaprConfig; pass config=HeaprConfig({value})")
     budget = None if activation_memory is None else parse_size("activation_memory", str(activation_memory))
+    check_spreading(memory, model_options)
     if memory not in ("plain", "offload", "streaming"):
         memory, estimate = choose_memory(name, config, memory, budget, **model_options)
         logger.info("%s", estimate or memory)
-    check_in_memory(config, memory == "plain")
+    spread = is_spread(model_options)
+    check_in_memory(config, memory == "plain" and not spread)
     options = options_for_memory(memory, model_options)
     model, tokenizer, measured = load_measured(name, statistics, reuse=config.dataset is None, **options)
     base = BaseModel.of(model, hub_options_in(model_options))
+    if spread:
+        check_sharding(model)
+        return Loaded(ShardedModel(model, base, model_options), tokenizer, measured)
     if memory == "plain":
         return Loaded(LoadedModel(model, base, model_options), tokenizer, measured)
     stages = StreamedCheckpoint if memory == "streaming" else OffloadedModel

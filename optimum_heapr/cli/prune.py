@@ -115,14 +115,15 @@ class PruneCommand(HeaprSubcommand):
         if self.args.statistics is not None and self.args.memory == "auto":
             self.args.memory = "plain"  # nothing is calibrated
         with chosen_memory(self.args, config) as options:
-            if self.args.packed and options["memory"] != "plain":
+            way = f"--tp-plan {self.args.tp_plan}" if self.args.tp_plan else f"--memory {options['memory']}"
+            if self.args.packed and way != "--memory plain":
                 raise HeaprError(
-                    f"packed=True: needs the model in memory, and this one is calibrated with --memory {options['memory']}; "
-                    "leave --packed out, or pass --memory plain"
+                    f"packed=True: needs the model in memory, and this one is calibrated with {way}; leave --packed out, or pass "
+                    "--memory plain"
                 )
-            if self.args.strict and options["memory"] != "plain":
+            if self.args.strict and way != "--memory plain":
                 raise HeaprError(
-                    f"strict=True: looks at what is measured with the model in memory, and --memory is {options['memory']}; leave "
+                    f"strict=True: looks at what is measured with the model in memory of one process, and this is {way}; leave "
                     "--strict out and use 'evaluate', or pass --memory plain"
                 )
             state, saving = state_from(self.args, options["memory"])

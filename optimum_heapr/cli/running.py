@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import MEMORY, HeaprConfig
 from ..utils.errors import HeaprError
-from .options import model_options_from
+from .options import given, model_options_from
 
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--memory` and `--activation-memory`, for commands that calibrate."""
+    """Adds `--memory`, `--activation-memory` and `--tp-plan`, for commands that calibrate."""
     parser.add_argument(
         "--memory",
         default="auto",
@@ -36,6 +36,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="for streaming: host memory for the inputs of all layers, e.g. 8GB; more goes to the disk of the output "
         "(default: a quarter of what is free)",
+    )
+    parser.add_argument(
+        "--tp-plan",
+        metavar="{auto,experts}",
+        help="split the weights over the processes of torchrun or accelerate: all that transformers' plan for the model splits, "
+        "or of that the experts alone; each process measures its part of every expert on all of the text",
     )
 
 
@@ -109,7 +115,7 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
     from ..utils.logging import is_main_process
     from ..utils.sizes import parse_size
 
-    options = model_options_from(args)
+    options = {**model_options_from(args), **given(args, "tp_plan")}
     budget = parse_size("activation_memory", args.activation_memory) if args.activation_memory else None
     memory, estimate = choose_memory(args.model, config, args.memory, budget, **options)
     if estimate is not None and is_main_process():

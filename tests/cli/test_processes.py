@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
 from optimum_heapr.utils.companions import STATISTICS_NAME, own_file
@@ -103,6 +104,28 @@ def test_two_processes_prune_as_one_and_write_once(inputs, tmp_path):
     assert [result.stdout.count("Pruned model written to") for result in results] == [1, 0]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(inputs.pruned))
     assert_same_kept(PruningPlan.load(tmp_path / "out"), PruningPlan.load(inputs.plan))
+
+
+def test_two_processes_with_parts_of_the_weights_prune_as_one(inputs, tmp_path):
+    """The first process cuts the checkpoint, which no process has whole."""
+    results = in_two_processes(
+        OPTIMUM_CLI,
+        "heapr",
+        "prune",
+        "-m",
+        inputs.model,
+        "-o",
+        tmp_path / "out",
+        *inputs.calibration,
+        "--tp-plan",
+        "auto",
+    )
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert [result.stdout.count("Pruned model written to") for result in results] == [1, 0]
+    assert_same_kept(PruningPlan.load(tmp_path / "out"), PruningPlan.load(inputs.plan))
+    actual, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", inputs.pruned))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_accelerate_with_the_flag_for_cpus_starts_one_process(inputs, tmp_path):

@@ -40,6 +40,8 @@ CALIBRATION = [
     ("--dtype", "float33", ["--dtype float33", 'did you mean "float32"?']),
     ("--memory", "much", ["--memory much", "plain"]),
     ("--activation-memory", "8 gigs", ["--activation-memory '8 gigs'", "12GB"]),
+    ("--tp-plan", "atuo", ["--tp-plan atuo", "auto or experts", 'did you mean "auto"?']),
+    ("--tp-plan", "auto", ["--tp-plan auto", "one process", "start several, with torchrun"]),
     ("--statistics", "vectors", ["--statistics vectors", 'did you mean "vector"?']),
 ]  # fmt: skip
 

@@ -1,0 +1,231 @@
+# Licensed under the Apache License, Version 2.0
+"""Two processes that share the weights of a model measure what one process does that has all of them."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from optimum_heapr import HeaprError
+from optimum_heapr.calibration.accumulator import Split
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.sharing import Share, WidthShare, check_sharding
+from optimum_heapr.calibration.state import Progress
+from optimum_heapr.calibration.statistics import AtomicStatistics
+from optimum_heapr.experts import find_expert_blocks
+from tests.helpers import assert_same_statistics, calibration_data, tiny_model
+from tests.processes import in_two_processes
+from tests.ranks import Ranks
+
+
+LENGTHS = (16, 7, 12, 16, 3)
+
+# Widths that two processes cannot halve, weights of embedding and head that are one, shared experts.
+MODELS = {
+    "qwen3_moe": {"moe_intermediate_size": 13, "tie_word_embeddings": True},
+    "qwen2_moe": {},
+    # One key-value head: attention stays whole.
+    "mixtral": {"num_key_value_heads": 1},
+}
+
+SCRIPT = f"""
+import json, os, sys, torch
+from pathlib import Path
+from optimum_heapr import HeaprError
+from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.calibration.state import StateFile
+from optimum_heapr.checkpoints.loading import load_model
+from tests.helpers import calibration_data
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+data, found = calibration_data(*{LENGTHS}), {{}}
+
+def load(name, tp_plan, dtype=torch.float64, **options):
+    model, _ = load_model(folder / name, tp_plan=tp_plan, dtype=dtype, **options)
+    model.set_experts_implementation("eager")
+    return model
+
+for name in ("qwen3_moe", "qwen2_moe", "mixtral"):
+    model = load(name, "experts" if name == "mixtral" else "auto")
+    calibrate(model, data, batch_size=2, gram=True).save(folder / f"{{name}}.{{rank}}")
+    parts = {{key: tuple(part.to_local().shape) for key, part in model.named_parameters() if hasattr(part, "to_local")}}
+    found[name] = {{key: shape for key, shape in parts.items() if ".0." in key and ("experts" in key or "k_proj" in key)}}
+
+calibrate(load("qwen3_moe", "auto", torch.float32), data, batch_size=2).save(folder / f"float32.{{rank}}")
+
+# Interrupted after the second micro-batch: by a signal that the second process alone receives.
+from optimum_heapr.calibration import runner
+measure, calls = runner._Measuring._measure, []
+def interrupted(self, batch):
+    calls.append(1)
+    if rank == "1" and len(calls) == 2:
+        import signal
+        os.kill(os.getpid(), signal.SIGTERM)
+    return measure(self, batch)
+runner._Measuring._measure = interrupted
+model = load("qwen2_moe", "auto")
+try:
+    calibrate(model, data, batch_size=2, state=StateFile(folder / "state"))
+except SystemExit as error:
+    found["interrupted"] = error.code, len(calls)
+runner._Measuring._measure = measure
+state = StateFile(folder / "state", resume=True)
+calibrate(model, data, batch_size=2, state=state).save(folder / f"resumed.{{rank}}")
+
+# What is not finite in the atomic experts of one process is left out by both.
+def spoiled(self, batch):
+    loss, targets, _ = measure(self, batch)
+    return loss, targets, "made up" if rank == "1" and 3 in batch["sample_index"] else None
+runner._Measuring._measure = spoiled
+calibrate(model, data, batch_size=2, skip_nonfinite=True).save(folder / f"skipped.{{rank}}")
+runner._Measuring._measure = measure
+
+from transformers.distributed import DistributedConfig
+def refusal(name, **options):
+    try:
+        calibrate(load(name, **options), data)
+    except HeaprError as error:
+        return str(error)
+rules = "model.layers.*.mlp.experts"
+found["refused"] = [
+    refusal("mixtral", tp_plan="auto"),
+    refusal("gpt_oss", tp_plan="auto"),
+    refusal("narrow", tp_plan="auto"),
+    refusal("qwen2_moe", tp_plan=None, distributed_config=DistributedConfig(tp_size=2, ep_size=2)),
+    refusal("qwen2_moe", tp_plan=None, distributed_config=DistributedConfig(
+        tp_plan={{"model.layers.*.mlp.experts.down_proj": "colwise"}})),
+]
+(folder / f"found.{{rank}}").write_text(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+def reference(name, **changes):
+    return tiny_model(name, dtype=torch.float64, **MODELS.get(name, {}), **changes)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    for name in MODELS:
+        reference(name).save_pretrained(folder / name)
+    tiny_model("gpt_oss").save_pretrained(folder / "gpt_oss")
+    tiny_model("qwen3_moe", moe_intermediate_size=1).save_pretrained(folder / "narrow")
+    processes = in_two_processes(SCRIPT, folder)
+    assert [process.returncode for process in processes] == [0, 0], [process.stderr[-3000:] for process in processes]
+    return folder
+
+
+def found_by(folder, rank):
+    return json.loads((folder / f"found.{rank}").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_each_process_measures_its_atomic_experts(name, measured):
+    expected = calibrate(reference(name), calibration_data(*LENGTHS), batch_size=2, gram=True)
+    for rank in (0, 1):
+        actual = AtomicStatistics.load(measured / f"{name}.{rank}")
+        assert_same_statistics(actual, expected, 1e-6)
+        identities = [{**found.fingerprint, "loss": 0} for found in (actual, expected)]
+        assert identities[0] == identities[1]
+        assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
+        for path, block in expected.blocks.items():
+            found = actual.blocks[path]
+            assert torch.equal(found.weight_norm, block.weight_norm)
+            torch.testing.assert_close(found.output_norm_sum, block.output_norm_sum)
+            assert found.has_grams == (rank == 0)
+            for part in ("activation_gram_sum", "gradient_gram_sum") if rank == 0 else ():
+                torch.testing.assert_close(getattr(found, part), getattr(block, part))
+                assert torch.equal(getattr(found, part), getattr(found, part).mT)
+
+
+@pytest.mark.slow
+def test_weights_are_where_they_are_measured(measured):
+    """That each process has a part of the weights, without which the test above says nothing."""
+    widths = [
+        [found_by(measured, rank)["qwen3_moe"][f"model.layers.0.mlp.experts.{name}"] for rank in (0, 1)]
+        for name in ("gate_up_proj", "down_proj")
+    ]
+    assert widths == [[[6, 14, 32], [6, 12, 32]], [[6, 32, 7], [6, 32, 6]]]
+    assert "model.layers.0.self_attn.k_proj.weight" in found_by(measured, 0)["qwen3_moe"]
+    assert len(found_by(measured, 0)["mixtral"]) == 2  # the experts' alone
+
+
+@pytest.mark.slow
+def test_float32_differs_by_its_rounding(measured):
+    expected = calibrate(tiny_model("qwen3_moe", **MODELS["qwen3_moe"]), calibration_data(*LENGTHS), batch_size=2)
+    actual = AtomicStatistics.load(measured / "float32.0")
+    for path, block in expected.blocks.items():
+        for name in ("activation_sq_sum", "gradient_sq_sum", "fisher_sum", "output_norm_sum"):
+            difference = getattr(actual.blocks[path], name) - getattr(block, name)
+            assert difference.norm() < 3e-6 * getattr(block, name).norm(), name
+
+
+@pytest.mark.slow
+def test_processes_stop_and_go_on_together(measured):
+    """Whichever of them got the signal: out of step, one would wait for what the other never sends."""
+    assert found_by(measured, 0)["interrupted"] == found_by(measured, 1)["interrupted"] == [128 + 15, 2]
+    expected = calibrate(reference("qwen2_moe"), calibration_data(*LENGTHS), batch_size=2)
+    assert_same_statistics(AtomicStatistics.load(measured / "resumed.0"), expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_processes_leave_out_the_same(measured):
+    data = calibration_data(*LENGTHS)
+    kept = replace(data, samples=[data.samples[index] for index in (0, 1, 4)])
+    expected = calibrate(reference("qwen2_moe"), kept, batch_size=2)
+    actual = AtomicStatistics.load(measured / "skipped.0")
+    assert actual.fingerprint["skipped"] == [2, 3]
+    assert_same_statistics(actual, expected, 1e-6)
+    assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_what_is_split_in_another_way_is_refused(measured):
+    for rank in (0, 1):
+        heads, no_plan, narrow, by_expert, by_rows = found_by(measured, rank)["refused"]
+        assert "tp_plan='auto': num_key_value_heads=1" in heads and "pass tp_plan='experts'" in heads
+        assert "has no plan that splits the experts of model=" in no_plan and "(gpt_oss)" in no_plan
+        assert "has experts of width 1, which 2 processes cannot share" in narrow
+        assert "expert parallelism" in by_expert
+        assert "its plan does not split the experts by width alone" in by_rows and "down_proj S(1)" in by_rows
+
+
+def test_matrices_of_parts_add_up():
+    """Each number, and its mirror image, once."""
+    whole = torch.randn(2, 5, 5, dtype=torch.float64)
+    whole = whole + whole.mT
+    parts = [Split(None, part, 5) for part in (slice(0, 3), slice(3, 5))]
+    rows = [whole[:, split.part].triu(split.part.start) for split in parts]
+    assert torch.equal(sum(split.placed_matrices(part) for split, part in zip(parts, rows)), whole)
+
+
+def test_states_out_of_step_are_refused(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    shares = [object.__new__(WidthShare) for _ in range(2)]
+
+    def go_on(rank):
+        shares[rank].accelerator = ranks
+        shares[rank].check_in_step(Progress(batches=4))
+        shares[rank].check_in_step(Progress(batches=4 + 2 * rank))
+
+    with pytest.raises(HeaprError, match="state: was saved after 4, 6 micro-batches by the processes of one model"):
+        ranks.run(go_on)
+
+
+def test_pipeline_parallelism_is_refused():
+    model = tiny_model()
+    model.config.distributed_config = SimpleNamespace(pp_size=2)
+    with pytest.raises(
+        HeaprError, match=r"is spread over processes by pipeline parallelism \(pp_size=2\); load it with tp_plan"
+    ):
+        check_sharding(model)
+
+
+def test_whole_models_share_the_text(monkeypatch):
+    ranks, blocks = Ranks(monkeypatch), find_expert_blocks(tiny_model())
+    found = ranks.run(lambda rank: (list(Share(ranks).micro_batches(5)), Share(ranks).parts(blocks)))
+    assert found == [([0, 2, 4], blocks), ([1, 3], blocks)]
