@@ -71,7 +71,10 @@ def run_page(page: Path, folder: Path, environments: Collection[str] = ()) -> No
         for snippet in snippets(page):
             if snippet.environment not in (None, *environments):
                 continue
-            if snippet.kind == "python":
+            script = re.match(r"# (\S+\.py)\n", snippet.code)
+            if snippet.kind == "python" and script:
+                (folder / script[1]).write_text(here(snippet.code))
+            elif snippet.kind == "python":
                 exec(compile(here(snippet.code), page_name(page), "exec"), namespace)
             elif snippet.kind == "bash":
                 commands.run(snippet.code)
