@@ -82,7 +82,7 @@ def load_model(
         allow_quantized (`bool`): load quantized weights as they are; they cannot be pruned.
         skeleton (`bool`): leave the model without storage, on the meta device; only headers of weight files are read.
         model_options: passed to `from_pretrained`, but for `dequantize`, to load a quantized checkpoint with its weights turned
-            into floating-point numbers, and `tp_plan`, one of [`~optimum_heapr.checkpoints.tensor_parallel.TP_PLANS`].
+            into floating-point numbers, and `tp_plan`, `auto` or `experts`: how to split it over processes.
 
     Raises:
         HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
