@@ -8,10 +8,13 @@ look at `Hub.repositories` from outside, and set `Hub.answers` or `Hub.break_upl
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
 import re
+import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,8 +88,8 @@ class Hub:
         self.break_uploads: Callable[[bytes], bool] = lambda content: False
         self.lock = threading.Lock()
         handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = url()
+        self.server = ThreadingHTTPServer(("127.0.0.1", urlsplit(self.url).port), handler)
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -105,18 +108,37 @@ class Hub:
         }
         self.repositories[name] = Repository(False, {"main": [Commit("initial commit", {}), Commit("upload", files)]})
 
-    def environment(self, home: os.PathLike, token: str | None = WRITER) -> dict[str, str]:
-        """Of a process that knows no other Hub, with a cache of its own: the client reads it when it is imported."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        return environment | {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-            **({"HF_TOKEN": token} if token else {}),
-        }
+
+@functools.cache
+def url() -> str:
+    """Of every Hub of this process, one after another: what has imported the client, which reads it then, can be used again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@functools.cache
+def _home() -> Path:
+    """The cache that clients know, for the same reason: a link to that of the moment."""
+    return Path(tempfile.mkdtemp(prefix="hub-", dir=os.environ["HF_HOME"])) / "home"
+
+
+def environment(home: os.PathLike | None = None, token: str | None = WRITER) -> dict[str, str]:
+    """Of a process that knows no other Hub, with this folder as its cache until another is asked for."""
+    if home is not None:
+        Path(home).mkdir(exist_ok=True)
+        _home().unlink(missing_ok=True)
+        _home().symlink_to(Path(home).absolute())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return environment | {
+        "HF_ENDPOINT": url(),
+        "HF_HOME": str(_home()),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        **({"HF_TOKEN": token} if token else {}),
+    }
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -3,7 +3,8 @@
 
 Most of the seconds in which a new interpreter gets to work go into libraries that no test is about. `has` says which of them may be
 there already: those that read no settings, so that a process finds the libraries of Hugging Face as a new interpreter does, and they
-read theirs from its environment; these as well, with the settings of the suite; or the package too.
+read theirs from its environment; these as well, with the settings of the suite, or with those of the Hub on this machine; or the
+package too.
 """
 
 import functools
@@ -16,36 +17,59 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from tests import forking
+from tests import forking, hub_emulator
 
 
 ROOT = str(Path(__file__).resolve().parents[1])
 _FOLDER = os.environ["HF_HOME"]  # of this run of the suite, which removes it
 
-# What each has that the one before, from which it is forked, has not.
-STAGES = {
-    "torch": """
-import chardet, fsspec, jinja2, pandas, psutil, pyarrow.parquet, pytest, regex, requests, scipy.optimize, scipy.stats, sympy, yaml
-import torch, torch._dynamo, torch.distributed.tensor
-""",
-    "libraries": """
+LIBRARIES = """
 import accelerate.commands.launch, datasets, peft, torch.distributed.run
 import transformers.generation.utils, transformers.modeling_utils, transformers.trainer
 import transformers.models.qwen3_moe.modeling_qwen3_moe
+"""
+_PATH = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+# Of the suite, before any test changes them; the command line switches bars off before the libraries are imported.
+_SETTINGS = {
+    **os.environ,
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONPATH": _PATH,
+}
+
+
+class Stage(NamedTuple):
+    """What is imported, in a process forked from another stage, with which settings in its environment."""
+
+    before: str | None
+    imports: str
+    settings: Callable[[], Mapping[str, str]] = lambda: _SETTINGS
+
+
+STAGES = {
+    "torch": Stage(
+        None,
+        """
+import chardet, fsspec, jinja2, pandas, psutil, pyarrow.parquet, pytest, regex, requests, scipy.optimize, scipy.stats, sympy, yaml
+import torch, torch._dynamo, torch.distributed.tensor
 """,
-    "package": """
+    ),
+    "libraries": Stage("torch", LIBRARIES),
+    "package": Stage(
+        "libraries",
+        """
 import optimum.commands.optimum_cli
 import optimum_heapr.cli.calibrate, optimum_heapr.cli.prune, optimum_heapr.recovery.runner
 """,
+    ),
+    "hub": Stage("torch", LIBRARIES, lambda: hub_emulator.environment() | {"PYTHONPATH": _PATH}),
 }
 SERVE = "import sys\n{imports}\nfrom tests import forking\nforking.serve(sys.argv[1])\nforking.run()"
 
-# Of the suite, before any test changes them; the command line switches bars off before the libraries are imported.
-_SETTINGS = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-_SETTINGS["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 _lives: list[int] = []  # each stage ends when this process, which holds the other end of its standard input, does
 
 
@@ -53,14 +77,14 @@ _lives: list[int] = []  # each stage ends when this process, which holds the oth
 def _address(stage: str) -> str:
     """Where the process listens that has what the stage says; it is started when first asked for."""
     address = os.path.join(tempfile.mkdtemp(prefix="fork-", dir=_FOLDER), stage)
-    arguments = ["-c", SERVE.format(imports=STAGES[stage]), address]
+    before, imports, settings = STAGES[stage]
+    arguments = ["-c", SERVE.format(imports=imports), address]
     standard_input, life = os.pipe()
     ready, output = os.pipe()
-    before = list(STAGES)[: list(STAGES).index(stage)]
     if before:
-        forking.ask(_address(before[-1]), arguments, _SETTINGS, ROOT, [standard_input, output, 2])[1].detach()
+        forking.ask(_address(before), arguments, dict(settings()), ROOT, [standard_input, output, 2])[1].detach()
     else:
-        subprocess.Popen([sys.executable, *arguments], env=_SETTINGS, cwd=ROOT, stdin=standard_input, stdout=output)
+        subprocess.Popen([sys.executable, *arguments], env=settings(), cwd=ROOT, stdin=standard_input, stdout=output)
     _lives.append(life)
     os.close(standard_input)
     os.close(output)

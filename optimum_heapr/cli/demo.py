@@ -9,6 +9,10 @@ from .base import HeaprSubcommand
 from .options import number
 
 
+SAMPLES, EVALUATED = 64, 48
+"""Windows of 256 tokens that are calibrated on, and that each model is evaluated on."""
+
+
 class DemoCommand(HeaprSubcommand):
     NAME = "demo"
     HELP = "Run the whole job on a small embedded model: no download, under two minutes."
@@ -28,7 +32,9 @@ class DemoCommand(HeaprSubcommand):
         from ..demo import DEMO_MODEL
         from ..utils.files import check_output_folder
 
-        config = HeaprConfig(ratio=self.args.ratio, dataset=DEMO_MODEL, num_samples=64, seq_length=256, batch_size=8)
+        config = HeaprConfig(
+            ratio=self.args.ratio, dataset=DEMO_MODEL, num_samples=SAMPLES, seq_length=256, batch_size=8
+        )
         if self.args.output:
             check_output_folder(self.args.output, self.args.overwrite)
             return self._run(config, self.args.output)
@@ -50,7 +56,7 @@ class DemoCommand(HeaprSubcommand):
         torch.set_num_threads(1)  # matrices this small only lose time when threads share them
 
         def measured(name: str, model, folder: Path | None = None) -> dict[str, Any]:
-            result = evaluate_perplexity(model, pruner.tokenizer, DEMO_MODEL, config.seq_length, num_samples=48)
+            result = evaluate_perplexity(model, pruner.tokenizer, DEMO_MODEL, config.seq_length, num_samples=EVALUATED)
             size = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) if folder else None
             return {"model": name, "parameters": model.num_parameters(), "num_bytes": size, **result}
 

@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 from typing import ClassVar
 
-from tests import processes
+from tests import hub_emulator, processes
 from tests.docs.pages import ENVIRONMENTS, ROOT, command_here, here
 from tests.hub_emulator import Hub
 
@@ -72,7 +72,6 @@ class Commands:
     _done: ClassVar[set[str]] = set()
 
     def __init__(self):
-        self._open = contextlib.ExitStack()
         self._port = processes.free_port()
         self._hosts: list[processes.Started] = []
         self._server = contextlib.ExitStack()
@@ -82,7 +81,6 @@ class Commands:
 
     def __exit__(self, *_) -> None:
         self._server.close()
-        self._open.close()
 
     def run(self, code: str) -> None:
         """Each line of a block; one that ends in a backslash goes on in the next."""
@@ -127,11 +125,10 @@ class Commands:
         succeed(started(here(line)))
 
     def with_hub(self, line: str) -> None:
-        hub = self._open.enter_context(Hub())
-        for name, folder in ON_THE_HUB.items():
-            hub.hold(name, Path(folder))
-        home = self._open.enter_context(tempfile.TemporaryDirectory())
-        succeed(started(here(line), hub.environment(home), HARNESS))
+        with Hub() as hub, tempfile.TemporaryDirectory() as home:
+            for name, folder in ON_THE_HUB.items():
+                hub.hold(name, Path(folder))
+            succeed(started(here(line), hub_emulator.environment(home), HARNESS, has="hub"))
 
     def completion(self, line: str) -> None:
         """The parser that is named must be there; completions are made of it where the extra is installed."""

@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests import processes
+from tests import hub_emulator, processes
 from tests.docs.pages import ROOT
 from tests.hub_emulator import Hub
 
@@ -21,8 +21,9 @@ def test_snippets_run(tmp_path):
     folder = tmp_path / "page"
     folder.mkdir()
     with Hub() as hub:
-        environment = hub.environment(tmp_path / "home")
-        done = processes.run_python(RUN, ROOT / "docs/source/guides/push.md", env=environment, cwd=folder)
+        environment = hub_emulator.environment(tmp_path / "home")
+        page = ROOT / "docs/source/guides/push.md"
+        done = processes.run_python(RUN, page, env=environment, cwd=folder, has="hub")
         assert done.returncode == 0, done.stderr[-4000:]
     assert len(hub.repositories["me/qwen3-pruned"].pushes) == 4
     assert hub.repositories["me/qwen3-pruned"].private

@@ -1,11 +1,11 @@
 # Licensed under the Apache License, Version 2.0
-"""A Hub on this machine, and fresh processes that know no other: the client reads its settings when it is imported."""
+"""A Hub on this machine, and processes that know no other: the client reads its settings when it is imported."""
 
 import json
 
 import pytest
 
-from tests import processes
+from tests import hub_emulator, processes
 from tests.hub_emulator import WRITER, Hub
 
 
@@ -36,12 +36,13 @@ def hub():
 
 @pytest.fixture(scope="module")
 def run_python(hub, tmp_path_factory):
-    """Runs code in a fresh process with a cache of its own; returns what the code gives to `answer`."""
+    """Runs code in a process with a cache of its own; returns what the code gives to `answer`."""
 
     def run_python(code: str, *arguments, token: str | None = WRITER, package: bool = True):
         home = tmp_path_factory.mktemp("home")
         code = ("" if package else WITHOUT_PACKAGE) + PRELUDE + code
-        done = processes.run_python(code, *arguments, env=hub.environment(home, token), cwd=home)
+        environment = hub_emulator.environment(home, token)
+        done = processes.run_python(code, *arguments, env=environment, cwd=home, has="hub")
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.rpartition("ANSWER ")[2].splitlines()[0])
 
