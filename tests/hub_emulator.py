@@ -34,7 +34,7 @@ class File:
     content: bytes
     is_large: bool
 
-    @property
+    @functools.cached_property
     def etag(self) -> str:
         """What the Hub calls a file: the hash of its content, or of its git blob."""
         if self.is_large:

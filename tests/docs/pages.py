@@ -73,6 +73,7 @@ SMALLER = {
     "prune": {"num_samples": 4, "seq_length": 64, "dtype": "float32"},
     "evaluate": {"num_samples": 2, "seq_length": 64, "dtype": "float32"},
     "recover": {
+        "dtype": "float32",
         "max_steps": 2,
         "eval_steps": 2,
         "num_samples": 12,
@@ -126,10 +127,14 @@ def command_here(line: str) -> str:
     [command] = re.findall(r"heapr (\w+)", line)[:1]
     line = here(line)
     given = {_name(flag) for flag in re.findall(r"--([\w-]+)", line)}
-    if " -c " not in line and " -s " not in line:
-        for name, value in SMALLER.get(command, {}).items():
-            if name not in given:
-                line += f" --{name.replace('_', '-')} {value}"
+    smaller = SMALLER.get(command, {})
+    if (
+        " -c " in line or " -s " in line
+    ):  # they say how large it is, and recipes are run in their dtype in tests/recipes
+        smaller = {name: value for name, value in smaller.items() if name == "dtype"}
+    for name, value in smaller.items():
+        if name not in given:
+            line += f" --{name.replace('_', '-')} {value}"
     if command == "calibrate" and " -o " not in line:
         line += " --overwrite"  # of several models there, of one here
     return line

@@ -20,7 +20,7 @@ from tests.helpers import calibration_data, tiny_model
 from tests.surgery.test_block_compensation import mixture
 
 
-LENGTHS = (24,) * 400
+LENGTHS = (24,) * 320
 COMPENSATED = {"ratio": 0.5, "compensate": True, "compensation_scope": "block", "batch_size": 40}
 OPTIONS = {**COMPENSATED, "reconstruction_steps": 60}
 FEW = {**OPTIONS, "reconstruction_steps": 12}
@@ -65,8 +65,8 @@ def mixture_outputs(model, paths, ids):
 
 
 def held_out(tokens):
-    """The tokens that decide: the last 150 of every 1,200."""
-    return [token for token in range(tokens) if token // 150 % 8 == 7]
+    """The tokens that decide: of the text in 64 parts, the last of every eight."""
+    return [token for token in range(tokens) if token // (tokens // 64) % 8 == 7]
 
 
 @pytest.mark.parametrize(
