@@ -105,3 +105,41 @@ def unpacked(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     packed, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
     values = torch.tensor(FP4)[torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()]
     return (values * 2.0 ** (scales.float() - 127).unsqueeze(-1)).flatten(-2)
+
+
+def compressed_checkpoint(folder: Path, kind: str, leave_out: str = "nothing") -> Path:
+    """A checkpoint as llm-compressor writes it: `FP8`, with a scale for each row, or `W4A16`, eight numbers of four bits in 32, with a
+    scale for each [`BLOCK`] of a row; tensors of the name `leave_out` are missing."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+    if kind == "W4A16":
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": BLOCK}
+
+    def quantize(name, tensor):
+        if "_proj" not in name:
+            return {name: tensor}
+        module, groups = name.removesuffix("weight"), tensor.float().unflatten(1, (-1, BLOCK))
+        if kind == "FP8":
+            scale = (tensor.float().abs().amax(1, keepdim=True) / 448).bfloat16()
+            stored = {"weight": (tensor.float() / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        else:
+            scale = (groups.abs().amax(2) / 7).bfloat16()
+            numbers = (groups / scale.unsqueeze(2)).round().clamp(-8, 7).flatten(1).long() + 8
+            packed = (numbers.unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
+            stored = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(tensor.shape)}
+        return {f"{module}{part}": value for part, value in stored.items() if f"{module}{part}" != leave_out}
+
+    wide_model("qwen3_moe").to(torch.bfloat16).save_pretrained(folder)
+    form = "float-quantized" if kind == "FP8" else "pack-quantized"
+    group = {"targets": ["Linear"], "format": form, "weights": weights}
+    settings = {"format": form, "quantization_status": "compressed", "ignore": ["lm_head"]}
+    rewrite(folder, quantize, {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **settings})
+    return folder
+
+
+def decompressed(stored: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    """What the weight of a layer in such a checkpoint stands for, in float32."""
+    scale = stored[f"{module}.weight_scale"].float()
+    if f"{module}.weight" in stored:
+        return stored[f"{module}.weight"].float() * scale
+    numbers = (stored[f"{module}.weight_packed"].long().unsqueeze(2) >> torch.arange(0, 32, 4)) & 15
+    return (numbers.flatten(1) - 8) * scale.repeat_interleave(BLOCK, 1)

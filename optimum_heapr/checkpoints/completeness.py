@@ -27,8 +27,12 @@ logger = get_logger(__name__)
 
 _SHOWN = 4  # names of each kind in a message
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.(?!.*\.\d+\.))")  # the last number of a name: that of the expert
-_OF_SCALES = re.compile(r"(weight_scale_inv|qscale_weight|activation_scale|scales?)\$?$")
-_OF_WEIGHTS = re.compile(r"(weight|blocks)$")
+
+# What is stored for one weight: in FP8 and MXFP4, and in the formats of compressed-tensors.
+_WEIGHT = re.compile(r"(weight|weight_packed|blocks)\$?$")
+_SCALE = re.compile(r"(weight_scale_inv|qscale_weight|weight_scale|scales?)\$?$")
+_PACKED, _UNPACKED = re.compile(r"weight_packed$"), re.compile(r"\.weight$")
+_BESIDE = re.compile(r"(weight_(shape|zero_point|global_scale)|activation_scale)\$?$")
 
 
 def load_complete(
@@ -127,11 +131,11 @@ def check_scales(name: str, model: PreTrainedModel, tensors: dict[str, TensorInf
     alone, misfits = [], []
     for by_pattern in parameters_of(model, tensors, model._weight_conversions)[1].values():
         names = [tensor for of_pattern in by_pattern.values() for tensor in of_pattern]
-        of_scales = [tensor for tensor in names if _OF_SCALES.search(tensor) and "activation_scale" not in tensor]
-        scales = {_OF_SCALES.sub("", tensor): tensor for tensor in of_scales}
-        for weight in sorted(set(names) - set(of_scales)):
-            stored, scale = tensors[weight], scales.get(_OF_WEIGHTS.sub("", weight))
-            if (stored.dtype.itemsize == 1) != (scale is not None):
+        names = [tensor for tensor in names if not _BESIDE.search(tensor)]
+        scales = {_SCALE.sub("", tensor): tensor for tensor in names if _SCALE.search(tensor)}
+        for weight in sorted(set(names) - set(scales.values())):
+            stored, scale = tensors[weight], scales.get(_WEIGHT.sub("", weight))
+            if (stored.dtype.itemsize == 1 or weight.endswith("_packed")) != (scale is not None):
                 alone.append(weight)
             elif scale is not None and not _fit(stored, tensors[scale], block):
                 misfits.append(f"{weight} {list(stored.shape)} and {scale} {list(tensors[scale].shape)}")
@@ -173,11 +177,13 @@ def _look(model: PreTrainedModel, tensors: dict[str, TensorInfo]) -> tuple[list[
         if parameter in converters:
             path = parameter.rpartition(".")[0]
             experts = len(widths[path]) if path in widths else len(state[parameter])
-            # Scales may be there or not; `check_scales` knows.
-            patterns = [entry for entry in converters[parameter].source_patterns if not _OF_SCALES.search(entry)]
-            missing += _absent(
-                {entry: by_pattern[entry] for entry in patterns if entry in by_pattern}, patterns, experts
-            )
+            # Scales may be there or not; `check_scales` knows. So may one of two names of a weight.
+            patterns = converters[parameter].source_patterns
+            packed = any(_PACKED.search(entry) for entry in by_pattern)
+            others = (_SCALE, _BESIDE, _UNPACKED if packed else _PACKED)
+            patterns = [entry for entry in patterns if not any(other.search(entry) for other in others)]
+            of_weights = {entry: by_pattern[entry] for entry in patterns if entry in by_pattern}
+            missing += _absent(of_weights, patterns, experts)
             continue
         ((name,),) = by_pattern.values()
         if tensors[name].shape != tuple(state[parameter].shape):

@@ -96,6 +96,7 @@ def _empty_model(
     model, quantizer = without_storage(lambda: auto_class.from_config(config, **trust)), None
     if is_dequantizing(config):
         quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+        quantizer.validate_environment()
     model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     return model, reader
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import HeaprError
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-# What transformers can turn back into floating-point weights on any device.
-DEQUANTIZABLE = ("fp8", "mxfp4")
+# What transformers can turn back into floating-point weights, tensor by tensor and on any device.
+DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
+COMPRESSED = (("float", 8, "channel"), ("float", 8, "tensor"), ("int", 4, "group"), ("int", 4, "channel"))
+"""Of compressed-tensors: type, bits, and what shares a scale."""
 
 
 def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> bool:
@@ -40,7 +42,7 @@ def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> 
     if method not in DEQUANTIZABLE:
         raise HeaprError(
             f"model={model!r}: its weights are quantized ({method}), which cannot be cut; name the checkpoint in bfloat16 "
-            f"that it was made from (dequantize is for {' and '.join(DEQUANTIZABLE)})"
+            f"that it was made from, or hand over a model that its quantizer dequantized (dequantize is for {', '.join(DEQUANTIZABLE)})"
         )
     if not dequantize:
         raise HeaprError(
@@ -49,10 +51,41 @@ def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> 
         )
     if method == "fp8":
         from .fp8 import METHOD as method
+    elif method == "compressed-tensors":
+        _check_compressed_tensors(model, saved)
     for part in parts[1:]:
         vars(part).pop("quantization_config", None)
     config.quantization_config = {**saved, "quant_method": method, "dequantize": True}
     return True
+
+
+def _check_compressed_tensors(model: str, saved: dict[str, Any]) -> None:
+    """Refuses what transformers does not dequantize, or not as it was meant, where a layer's experts become one tensor."""
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+    from transformers.utils import is_compressed_tensors_available
+
+    if not is_compressed_tensors_available():
+        raise HeaprError(
+            f"model={model!r}: its weights are quantized (compressed-tensors), and the package that dequantizes them is not here; "
+            "pip install compressed-tensors"
+        )
+    if not hasattr(CompressedTensorsHfQuantizer, "get_load_operations"):
+        raise HeaprError(
+            f"model={model!r}: its weights are quantized (compressed-tensors), which this transformers dequantizes only once all "
+            "of them are in memory; pip install transformers==5.23.0"
+        )
+    for group in saved.get("config_groups", {}).values():
+        weights = group.get("weights") or {} if isinstance(group, dict) else {}
+        kind = tuple(weights.get(key) for key in ("type", "num_bits", "strategy"))
+        reordered = weights.get("actorder") not in (None, False, "weight", "static")
+        if kind not in COMPRESSED or not weights.get("symmetric") or reordered:
+            words = ", ".join(
+                f"{key}={weights.get(key)!r}" for key in ("type", "num_bits", "strategy", "symmetric", "actorder")
+            )
+            raise HeaprError(
+                f"model={model!r}: its weights are quantized (compressed-tensors: {words}), which is not dequantized here; name the "
+                "checkpoint in bfloat16 that it was made from"
+            )
 
 
 def is_dequantizing(config: PreTrainedConfig) -> bool:
