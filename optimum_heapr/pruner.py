@@ -266,8 +266,8 @@ class HeaprPruner(PrunerSummary):
             folder (`str`): appears whole or not at all; with `overwrite`, in place of one that this package wrote alone.
             push_to_hub (`bool`): upload the folder as well, to `repo_id` or else to a repository of its name.
             results (`Sequence[EvalResult]`): for the card; see [`~optimum_heapr.hub.card.perplexity_result`].
-            save_options: of the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False` stores packed
-                tensors, which load faster. With `push_to_hub` also the options of [`~HeaprPruner.push_to_hub`].
+            save_options: of the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False` stores packed tensors,
+                which load faster; `requantize=True` FP8 where the model was in FP8. With `push_to_hub` also its options.
 
         Raises:
             HeaprError: if nothing was pruned yet, the folder cannot be written, is not empty or is the model's own, or the Hub refuses.

@@ -31,6 +31,8 @@ from ..utils.public import public_text
 from ..utils.sizes import parse_size
 from .culprit import find_culprit
 from .orientation import check_orientation, written_as_stored
+from .requantizing import check_requantizing
+from .requantizing import requantize as put_into_fp8
 from .saving import check_form, save_companions
 
 
@@ -234,13 +236,21 @@ class LoadedModel:
         results: Sequence[EvalResult] = (),
         *,
         experts_as: str | None = None,
+        requantize: bool = False,
         **save_options: Any,
     ) -> None:
         """Writes the pruned model and what stands beside its weights into an empty folder.
 
         Raises:
-            HeaprError: if the checkpoint cannot be loaded with `experts_as`.
+            HeaprError: if the checkpoint cannot be loaded with `experts_as`, or not be written in FP8.
         """
+        source, options = getattr(self.model.config, "_name_or_path", ""), self._options or {}
+        if requantize:
+            if not save_options.get("save_original_format", True):
+                raise HeaprError(
+                    "requantize=True: needs the tensors of one expert each; leave save_original_format out"
+                )
+            check_requantizing(plan.config, source, plan, **options)
         if experts_as is not None:
             check_form(plan.config, experts_as, self.model)
             if experts_as == "linear" and not save_options.get("save_original_format", True):
@@ -253,3 +263,5 @@ class LoadedModel:
             save_options["max_shard_size"] = parse_size("max_shard_size", str(save_options["max_shard_size"]))
         self.model.save_pretrained(folder, **save_options)
         save_companions(folder, self.model, tokenizer, plan, self.base, report, results)
+        if requantize:
+            put_into_fp8(folder, plan, source, **options)

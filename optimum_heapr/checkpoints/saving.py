@@ -24,6 +24,8 @@ from ..utils.files import replace_folder
 from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
 from .originals import carry_over
+from .requantizing import check_requantizing
+from .requantizing import requantize as put_into_fp8
 
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def apply_streaming(
     statistics: AtomicStatistics | str | os.PathLike | None = None,
     experts_as: str = "packed",
     fits_path: Path | None = None,
+    requantize: bool = False,
     **model_options: Any,
 ) -> Path:
     """Prunes a checkpoint file by file, for models of any size: memory is needed for one expert or one other tensor.
@@ -65,6 +68,7 @@ def apply_streaming(
         experts_as (`str`): `packed`, or `linear` for a checkpoint that loads with its experts as linear layers.
         fits_path (`Path`, *optional*): folder to keep each block that was compensated over or trained in; a run that was ended
             goes on from those that it finds there. They go once the output is there.
+        requantize (`bool`): write in FP8 what is in FP8 in `model`, as [`~optimum_heapr.HeaprPruner.save_pretrained`].
         model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
 
     Raises:
@@ -74,7 +78,7 @@ def apply_streaming(
     statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
     check_form(plan.config, experts_as)
     folder = Path(folder)
-    options = {"max_shard_size": size, "experts_as": experts_as, "fits_path": fits_path}
+    options = {"max_shard_size": size, "experts_as": experts_as, "fits_path": fits_path, "requantize": requantize}
     with replace_folder(folder, overwrite) as temporary:
         write_streaming(model, plan, temporary, statistics=statistics, model_options=model_options, **options)
     if fits_path is not None:
@@ -119,12 +123,15 @@ def write_streaming(
     data: CalibrationData | None = None,
     activation_memory: int | None = None,
     fits_path: Path | None = None,
+    requantize: bool = False,
 ) -> None:
     """What [`apply_streaming`] does, into an empty folder."""
     from ..utils.tensor_files import checkpoint_files
     from .cutting import stream_plan
 
     model_options = model_options or {}
+    if requantize:
+        check_requantizing(plan.config, model, plan, **model_options)
     skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
     check_form(plan.config, experts_as, skeleton)
     files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
@@ -137,6 +144,8 @@ def write_streaming(
     stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory, fits_path)
     report = build_report(plan, base.name, before, observe(skeleton, plan.routed_tokens))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
+    if requantize:
+        put_into_fp8(folder, plan, skeleton.config._name_or_path, **model_options)
 
 
 def save_companions(

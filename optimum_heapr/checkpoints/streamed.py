@@ -129,6 +129,7 @@ class OffloadedModel(LoadedModel):
         max_shard_size: int | str = "5GB",
         save_original_format: bool = True,
         experts_as: str = "packed",
+        requantize: bool = False,
         **unknown: Any,
     ) -> None:
         """Writes the pruned model into an empty folder, file by file; tokenizer and report are made from the checkpoint.
@@ -152,6 +153,7 @@ class OffloadedModel(LoadedModel):
             experts_as=experts_as,
             activation_memory=self._activation_memory,
             fits_path=self._fits_path,
+            requantize=requantize,
             model_options=self._options,
         )
 

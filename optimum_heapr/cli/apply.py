@@ -46,6 +46,7 @@ class ApplyCommand(HeaprSubcommand):
         check_output_folder(args.output, args.overwrite)
         check_push(args)
         saving = save_options_from(args)
+        from ..checkpoints.requantizing import check_requantizing
         from ..checkpoints.saving import apply_streaming, check_form
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
@@ -56,13 +57,15 @@ class ApplyCommand(HeaprSubcommand):
         plan.config = plan.config.replace(**changed_options(args))
         check_form(plan.config, args.experts_as)
         options = model_options_from(args)
+        if args.requantize:
+            check_requantizing(plan.config, args.model, plan, **options)
         fits = fits_from(args) if plan.config.compensates_blocks else None
         if args.in_memory or args.packed or args.device_map:
             pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
             pruner.apply(plan, args.statistics, fits_path=fits if args.resume else None)
             pruner.save_pretrained(args.output, args.overwrite, **saving)
         else:
-            options |= {name: saving[name] for name in ("max_shard_size", "experts_as")}
+            options |= {name: saving[name] for name in ("max_shard_size", "experts_as", "requantize")}
             apply_streaming(
                 args.model,
                 plan,
@@ -90,6 +93,11 @@ def add_output_options(parser, required: bool = True) -> None:
         default="packed",
         choices=("packed", "linear"),
         help="form in which the output loads: linear layers are what quantizers and adapters look for",
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="write in FP8 what --dequantize took from there; for experts of one width (--layout uniform --align-for fp8)",
     )
 
     hub = parser.add_argument_group("Hub options")
@@ -133,4 +141,9 @@ def save_options_from(args) -> dict:
     size = parse_size("max_shard_size", args.max_shard_size)
     if args.packed and args.experts_as == "linear":
         raise HeaprError("experts_as='linear': needs the tensors of one expert each; leave --packed out")
-    return {"max_shard_size": size, "save_original_format": not args.packed, "experts_as": args.experts_as}
+    if args.packed and args.requantize:
+        raise HeaprError("requantize=True: needs the tensors of one expert each; leave --packed out")
+    if args.requantize and not args.dequantize:
+        raise HeaprError("requantize=True: is for what was dequantized; pass --dequantize as well, or leave it out")
+    found = {"max_shard_size": size, "save_original_format": not args.packed, "experts_as": args.experts_as}
+    return {**found, "requantize": args.requantize}

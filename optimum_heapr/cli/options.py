@@ -135,7 +135,9 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         "--trust-remote-code", action="store_true", help="run modeling code that comes with the model"
     )
     loading.add_argument(
-        "--dequantize", action="store_true", help="turn the weights of an FP8 or MXFP4 checkpoint into floating point"
+        "--dequantize",
+        action="store_true",
+        help="turn the weights of an FP8, MXFP4 or compressed-tensors checkpoint into floating point",
     )
 
 

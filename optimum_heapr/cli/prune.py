@@ -19,6 +19,7 @@ from .options import (
     add_config_options,
     add_model_options,
     config_from,
+    model_options_from,
 )
 from .running import (
     add_memory_options,
@@ -96,6 +97,7 @@ class PruneCommand(HeaprSubcommand):
         kept = None if self.args.dry_run or saved else kept_path(self.args.output)
         storing = save_options_from(self.args)
         from ..calibration.processes import start_processes
+        from ..checkpoints.requantizing import check_requantizing
         from ..checkpoints.saving import check_form
         from ..pruner import HeaprPruner
         from ..report.jump import refuse_jump
@@ -106,6 +108,8 @@ class PruneCommand(HeaprSubcommand):
         from .tables import plan_table
 
         check_form(config, self.args.experts_as)
+        if self.args.requantize:
+            check_requantizing(config, self.args.model, **model_options_from(self.args))
         start_processes()  # before anything can go wrong in one of them: then the others are told
         searches = config.max_loss_increase is not None and config.eval_dataset is None
         calibrates = self.args.statistics is None or config.compensates_blocks or searches
@@ -155,6 +159,8 @@ class PruneCommand(HeaprSubcommand):
                 if self.args.dry_run:
                     del pruner
                     return {"output": None, **plan_document(plan, self.args.model)}
+                if self.args.requantize:
+                    check_requantizing(plan.config, self.args.model, plan, **model_options_from(self.args))
                 pruner.apply(plan, measure=True, prompts=self.args.prompt, fits_path=fits)
                 if self.args.strict:
                     refuse_jump(pruner.report)

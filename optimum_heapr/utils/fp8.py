@@ -60,7 +60,8 @@ class DequantizeBlocks(Fp8Dequantize):
 
     def _dequantize_one(self, quantized: torch.Tensor, scales: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         sizes, block = quantized.shape[-2:], self.hf_quantizer.quantization_config.weight_block_size
-        if block is None or quantized.dtype not in _FP8 or scales.numel() == 1:
+        # Two numbers of four bits in a byte have blocks of their own.
+        if block is None or quantized.dtype in (torch.int8, torch.float4_e2m1fn_x2) or scales.numel() == 1:
             return super()._dequantize_one(quantized, scales, *arguments, **options)
         missing = [-size % step for size, step in zip(sizes, block)]
         whole = torch.nn.functional.pad(quantized.float(), (0, missing[1], 0, missing[0]))
@@ -75,3 +76,31 @@ def _turned(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
         return [_turned(part, dtype) for part in value]
     return value.to(dtype) if value.dtype not in _FP8 else value
+
+
+def dequantized(
+    quantizer: FloatingPointQuantizer, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What a weight in FP8 stands for.
+
+    Args:
+        quantizer (`FloatingPointQuantizer`): knows the size of a block.
+        weight (`torch.Tensor`): `[rows, columns]`.
+        scales (`torch.Tensor`): one for each block, of which the last of a row or column may be cut off.
+        dtype (`torch.dtype`): of the result.
+    """
+    return DequantizeBlocks(quantizer)._dequantize_one(weight, scales, output_dtype=dtype)
+
+
+def quantized(quantizer: FloatingPointQuantizer, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in FP8 and its scales, by the operation of transformers, such that the largest of a block is the largest of FP8.
+
+    Args:
+        quantizer (`FloatingPointQuantizer`): knows the size of a block, and whether scales are powers of two.
+        weight (`torch.Tensor`): `[rows, columns]`; blocks that are cut off are filled up with zeros first.
+    """
+    sizes, block = weight.shape, quantizer.quantization_config.weight_block_size
+    missing = [-size % step for size, step in zip(sizes, block)]
+    whole = torch.nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
+    made = quantizer.get_quantize_ops().convert({"weight": whole})
+    return made["weight"][: sizes[0], : sizes[1]].contiguous(), made["weight_scale_inv"]

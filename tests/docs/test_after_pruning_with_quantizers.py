@@ -17,7 +17,10 @@ if importlib.util.find_spec("bitsandbytes") is None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", ["docs/source/guides/after_pruning.md", "docs/source/guides/one_gpu.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["docs/source/guides/after_pruning.md", "docs/source/guides/one_gpu.md", "docs/source/guides/quantized.md"],
+)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # On some CPUs its kernels for 4 bits want rows in 32s and columns in 64s, which small models do not have; findings/ has a script.

@@ -3,7 +3,7 @@
 
 import torch
 
-from tests.cli.errors.table import copied_model, mistake
+from tests.cli.errors.table import copied_model, mistake, prune
 from tests.quantized_checkpoints import fp8_settings, rewrite
 
 
@@ -74,3 +74,26 @@ def _damaged(change, named, command, flags):
 for change, named in DAMAGED:
     for command, flags in (("prune", []), ("calibrate", ["--memory", "streaming"]), ("apply", [])):
         mistake(name=f"{command}: a quantized weight {change.__name__}")(_damaged(change, named, command, flags))
+
+
+# Flags of a run that is to write FP8 again, and what is named
+REQUANTIZING = [
+    (["--requantize"], ["--requantize", "pass --dequantize as well"]),
+    (["--requantize", "--dequantize", "--packed"], ["--requantize", "leave --packed out"]),
+    (["--requantize", "--dequantize"], ["--requantize", "--layout variable", "--layout uniform"]),
+]
+for flags, named in REQUANTIZING:
+
+    @mistake(early=True, name=f"prune {' '.join(flags)}")
+    def _requantized(inputs, here, flags=flags, named=named):
+        return prune(inputs, here, *inputs.calibration, *flags), named
+
+
+@mistake(early=True)
+def requantize_what_was_not_quantized(inputs, here):
+    flags = ["--requantize", "--dequantize", "--layout", "uniform"]
+    return prune(inputs, here, *inputs.calibration, *flags), [
+        str(inputs.model),
+        "is not (unquantized)",
+        "leave it out",
+    ]
