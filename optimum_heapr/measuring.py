@@ -14,6 +14,7 @@ from .surgery.masking import masked
 from .utils.errors import HeaprError
 from .utils.placement import place
 from .utils.positions import warn_of_positions
+from .utils.sharded import is_sharded
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def text_measure(
         if value < 2:
             raise HeaprError(f"{name}={value}: must be at least 2; leave it out for the default")
     statistics.check_model(model, find_expert_blocks(model))
+    if is_sharded(model):
+        raise HeaprError(
+            "model: is spread over processes, and plans are measured with it whole; leave the text out, or load the model in one "
+            "process"
+        )
     if config.compensates_blocks:
         raise HeaprError(
             "compensation_scope='block': a frontier measures without it, or with the scope 'expert'; max_loss_increase measures it"

@@ -67,10 +67,10 @@ class HeaprPruner(PrunerSummary):
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: HeaprConfig | None = None,
     ):
-        from .checkpoints.loaded import LoadedModel
+        from .checkpoints.stages import stages_of
 
+        self._stages, self.tokenizer, self.config = stages_of(model), tokenizer, HeaprConfig.checked(config)
         find_expert_blocks(model)  # refuses what cannot be pruned before anything is spent on it
-        self._stages, self.tokenizer, self.config = LoadedModel(model), tokenizer, HeaprConfig.checked(config)
         self.statistics: AtomicStatistics | None = None
         self.calibration_data: CalibrationData | None = None
         self.applied_plan: PruningPlan | None = None

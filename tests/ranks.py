@@ -32,7 +32,7 @@ class Ranks:
         monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values, rank=0: self._all(values)[rank])
         monkeypatch.setattr("accelerate.utils.gather_object", lambda values: sum(self._all(values), []))
         for module in ("runner", "streaming"):
-            monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda: self)
+            monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda *_: self)
 
     num_processes = property(lambda self: self.number)
     process_index = property(lambda self: self._here.rank)

@@ -92,6 +92,7 @@ class BlockAccumulator:
 
     Attributes:
         source (`int`): which of the sources the current micro-batch is of.
+        counts (`bool`): whether that is to be added.
         activation_sq_sum (`torch.Tensor`): sum of h^2, [E, S, I], or without the dimension for one source.
         gradient_sq_sum (`torch.Tensor`): sum of (dL/dh)^2, likewise.
         fisher_sum (`torch.Tensor`): sum of (h dL/dh)^2, likewise.
@@ -112,7 +113,7 @@ class BlockAccumulator:
         sources: int = 1,
         split: Split | None = None,
     ):
-        self.sources, self.source, self.split = sources, 0, split
+        self.sources, self.source, self.split, self.counts = sources, 0, split, True
         options = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         # A row for each expert and source, and views of it.
         self._vectors = torch.zeros(3, num_experts * sources, width, **options)
@@ -165,6 +166,8 @@ class BlockAccumulator:
 
     def add(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
         """Adds one micro-batch: `activation` and `gradient` [rows, I], sorted by expert."""
+        if not self.counts:
+            return
         router_weight = routed.router_weight.to(self.output_norm_sum.dtype)
         ones, row = torch.ones_like(routed.expert), routed.expert * self.sources + self.source
         if routed.valid is not None:

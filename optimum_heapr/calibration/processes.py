@@ -60,17 +60,21 @@ def check_launcher() -> None:
             raise HeaprError(f"launcher: accelerate uses {name} ({variable}); {_WHOLE_MODEL}")
 
 
-def start_processes() -> Accelerator:
+def start_processes(is_sharded: bool = False) -> Accelerator:
     """Connects the processes of this run, if there are several and they are not yet.
 
     One that ends before it is connected is waited for, as one that is late; one that ends afterwards is noticed.
+
+    Args:
+        is_sharded (`bool`): whether the model is spread over them already, so that the launcher may say that it is to be.
 
     Raises:
         HeaprError: as [`check_launcher`].
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    check_launcher()
+    if not is_sharded:
+        check_launcher()
     asked = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
     if asked and "WORLD_SIZE" not in os.environ:
         # Without several GPUs in this host, or with --cpu, accelerate prepares for several processes and starts one.

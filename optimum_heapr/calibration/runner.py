@@ -15,6 +15,7 @@ from ..experts import find_expert_blocks
 from ..fingerprint import model_fingerprint, storage_of
 from ..layerwise.memory import checkpointed_layers, has_offloaded_weights
 from ..utils.logging import get_logger, progress, show_throughput
+from ..utils.sharded import is_sharded
 from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
 from .cost import Cost, measured_cost
 from .finished import block_statistics, finished_statistics
@@ -26,7 +27,7 @@ from .processes import (
     finished_blocks,
     start_processes,
 )
-from .sharing import Share, check_sharding, is_sharded, share_of
+from .sharing import Share, check_sharding, share_of
 from .state import Progress, StateFile, interruption
 from .tap import BlockAccumulator, calibration_tap, new_accumulators
 
@@ -55,8 +56,8 @@ def calibrate(
     """Measures the statistics of every atomic expert of `model` on `data`.
 
     The model comes back as it was: weights, gradients flags, mode, experts implementation. Under `accelerate launch`
-    each process takes every N-th micro-batch and the sums are added over processes. Where tensor parallelism has split the
-    experts by width, each process takes its atomic experts through all micro-batches.
+    each process takes every N-th micro-batch and the sums are added over processes, also where FSDP2 spreads the weights over
+    them. Where tensor parallelism has split the experts by width, each takes its atomic experts through all micro-batches.
 
     Args:
         model (`PreTrainedModel`): any model whose experts are on the experts interface of transformers.
@@ -79,7 +80,7 @@ def calibrate(
     """
     check_sharding(model)
     whole = find_expert_blocks(model)
-    accelerator = start_processes()
+    accelerator = start_processes(is_sharded(model))
     share = share_of(model, whole, accelerator)
     blocks, device = share.parts(whole), _placed(model, accelerator)
     if gram:
@@ -106,7 +107,7 @@ def calibrate(
         measuring = _Measuring(model, blocks, share, device, accumulators, totals, done, cost)
         bar = progress(own[done.batches :], desc="Calibrating", unit="batch", initial=done.batches, total=len(own))
         for index in bar:
-            measuring.add(batches[index], index, skip_nonfinite)
+            measuring.add(batches, index, skip_nonfinite)
             show_throughput(bar, cost.tokens)
             if state is not None:
                 interrupted.signal = share.agreed(interrupted.signal)
@@ -193,21 +194,27 @@ class _Measuring:
     done: Progress
     cost: Cost
 
-    def add(self, batch: dict[str, torch.Tensor], index: int, skip_nonfinite: bool) -> None:
+    def add(self, batches: list[dict[str, torch.Tensor]], index: int | None, skip_nonfinite: bool) -> None:
         """Adds one micro-batch to the totals, or leaves it out where something is not finite.
+
+        Args:
+            batches (`list`): all micro-batches.
+            index (`int`, *optional*): which it is; without one, the process only computes along with the others.
+            skip_nonfinite (`bool`): as of [`calibrate`].
 
         Raises:
             HeaprError: if something is not finite and nothing may be left out.
         """
-        loss, targets, problem = self._measure(batch)
-        problem = self.share.agreed(problem)
+        batch = batches[index or 0]
+        loss, targets, problem = self._measure(batch, counts=index is not None)
         samples = batch["sample_index"].tolist()
+        problem = self.share.concerning(problem and (problem, index, samples), skip_nonfinite)
         if problem and not skip_nonfinite:
-            raise not_finite_error(problem, index, samples)
+            raise not_finite_error(*problem)
         if problem:
-            logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", problem, index, samples)
+            logger.warning("%s: not finite in micro-batch %d, left out (samples %s)", *problem)
             self.done.skipped += samples
-        else:
+        elif index is not None:
             self.done.loss += loss
             self.done.targets += targets
             self.cost.tokens += int(batch["attention_mask"].sum())
@@ -216,31 +223,35 @@ class _Measuring:
                 accumulator.clear() if problem else accumulator.move_to(self.totals[path])
         self.done.batches += 1
 
-    def _measure(self, batch: dict[str, torch.Tensor]) -> tuple[float, int, str | None]:
-        """Adds one micro-batch to the accumulators.
+    def _measure(self, batch: dict[str, torch.Tensor], counts: bool = True) -> tuple[float, int, str | None]:
+        """Adds one micro-batch to the accumulators, if it counts.
 
         Returns:
             `tuple[float, int, str | None]`: summed loss in nats, tokens predicted, and what is not finite, if anything; the
             accumulators then hold what must not be used.
         """
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        begin_micro_batch(self.blocks, self.accumulators, batch)
+        begin_micro_batch(self.blocks, self.accumulators, batch, counts)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         loss, targets = summed_token_loss(logits, ids, mask)
         del logits
         value = loss.item()
-        if not math.isfinite(value):
-            return value, targets, f"loss={value}"
-        loss.backward()
-        return value, targets, what_is_not_finite(self.accumulators)
+        loss.backward()  # in any case: other processes may wait for what it gathers
+        if not counts:
+            return value, targets, None
+        return value, targets, what_is_not_finite(self.accumulators) if math.isfinite(value) else f"loss={value}"
 
 
 def begin_micro_batch(
-    blocks: list[ExpertBlock], accumulators: dict[str, BlockAccumulator], batch: dict[str, torch.Tensor]
+    blocks: list[ExpertBlock],
+    accumulators: dict[str, BlockAccumulator],
+    batch: dict[str, torch.Tensor],
+    counts: bool = True,
 ) -> None:
-    """Tells the accumulators which tokens of the coming micro-batch count, and of which source it is."""
+    """Tells the accumulators whether the coming micro-batch counts, which of its tokens do, and of which source it is."""
     mask = batch["attention_mask"]
     for block in blocks:
+        accumulators[block.path].counts = counts
         accumulators[block.path].token_mask = None if mask.all() else mask.reshape(-1).bool().to(block.device)
         accumulators[block.path].source = int(batch["source"])
 

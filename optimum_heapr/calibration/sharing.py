@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from ..experts import ExpertBlock
 from ..utils.errors import HeaprError
-from ..utils.sharded import is_shard
+from ..utils.sharded import is_shard, is_sharded
 from .accumulator import Split
 from .processes import peers_needed
 from .state import Progress
@@ -35,15 +36,16 @@ class Share:
         accelerator (`Accelerator`): connects the processes.
     """
 
+    description: ClassVar[dict[str, Any]] = {}
+    """What a run depends on besides the number of processes."""
+
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.description: dict[str, Any] = {}
-        """What a run depends on besides the number of processes."""
         self.splits: dict[str, Split] = {}
         """By block path, which atomic experts of each expert are here, where others have the rest."""
 
-    def micro_batches(self, number: int) -> range:
-        """Which of so many this process measures."""
+    def micro_batches(self, number: int) -> Sequence[int | None]:
+        """Which of so many this process measures; `None` where it only computes along with the others."""
         return range(self.accelerator.process_index, number, self.accelerator.num_processes)
 
     def parts(self, blocks: list[ExpertBlock]) -> list[ExpertBlock]:
@@ -51,8 +53,12 @@ class Share:
         return blocks
 
     def agreed(self, value: Value | None) -> Value | None:
-        """The value of the first process of those that must act alike on it which has one."""
+        """The value of the first of the processes that act together which has one."""
         return value
+
+    def concerning(self, problem: Value | None, is_skipped: bool) -> Value | None:
+        """A problem of this process or another that this one must act on, where it is left out or ends the run."""
+        return problem
 
     def check_in_step(self, done: Progress) -> None:
         """Refuses processes that must go on together and did not come equally far.
@@ -70,7 +76,40 @@ class Share:
         return done
 
 
-class WidthShare(Share):
+class GatheredShare(Share):
+    """
+    Some of the micro-batches, of a model whose weights the processes gather layer by layer while they compute: FSDP. Each has to
+    compute as often as the others.
+    """
+
+    description: ClassVar[dict[str, Any]] = {"weights": "gathered"}
+
+    def micro_batches(self, number: int) -> Sequence[int | None]:
+        own, steps = super().micro_batches(number), -(-number // self.accelerator.num_processes)
+        return [*own, *[None] * (steps - len(own))]
+
+    def agreed(self, value: Value | None) -> Value | None:
+        return next((found for found in self._all(value) if found is not None), None)
+
+    def concerning(self, problem: Value | None, is_skipped: bool) -> Value | None:
+        return problem if is_skipped else self.agreed(problem)
+
+    def check_in_step(self, done: Progress) -> None:
+        batches = self._all(done.batches)
+        if len(set(batches)) > 1:
+            raise HeaprError(
+                f"state: was saved after {', '.join(map(str, batches))} micro-batches by the processes of one model, which go on "
+                "together or not at all; delete the states to begin anew"
+            )
+
+    def _all(self, value: Value) -> list[Value]:
+        from accelerate.utils import gather_object
+
+        with peers_needed():
+            return gather_object([value])
+
+
+class WidthShare(GatheredShare):
     """
     Some atomic experts of every expert, for all of the text: tensor parallelism. What is measured of a whole expert, a token or
     a micro-batch is known to all of these processes, and the first one's counts.
@@ -84,29 +123,22 @@ class WidthShare(Share):
         HeaprError: if its experts are not split by width over all processes.
     """
 
+    description: ClassVar[dict[str, Any]] = {"weights": "split"}
+
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, blocks: list[ExpertBlock]):
         super().__init__(accelerator)
         mesh = _mesh_of(model, accelerator.num_processes)
-        self.description = {"tensor_parallel": True}
         self.splits = {block.path: _split(block, mesh) for block in blocks}
 
-    def micro_batches(self, number: int) -> range:
+    def micro_batches(self, number: int) -> Sequence[int | None]:
         return range(number)
 
     def parts(self, blocks: list[ExpertBlock]) -> list[ExpertBlock]:
         parts = [self.splits[block.path].part for block in blocks]
         return [replace(block, width=part.stop - part.start) for block, part in zip(blocks, parts)]
 
-    def agreed(self, value: Value | None) -> Value | None:
-        return next((found for found in self._all(value) if found is not None), None)
-
-    def check_in_step(self, done: Progress) -> None:
-        batches = self._all(done.batches)
-        if len(set(batches)) > 1:
-            raise HeaprError(
-                f"state: was saved after {', '.join(map(str, batches))} micro-batches by the processes of one model, which go on "
-                "together or not at all; delete the states to begin anew"
-            )
+    def concerning(self, problem: Value | None, is_skipped: bool) -> Value | None:
+        return self.agreed(problem)
 
     def counted(self, path: str, block: BlockStatistics) -> BlockStatistics:
         split, sums = self.splits[path], {}
@@ -120,39 +152,44 @@ class WidthShare(Share):
     def progress(self, done: Progress) -> Progress:
         return done if self.accelerator.is_main_process else Progress()
 
-    def _all(self, value: Value) -> list[Value]:
-        from accelerate.utils import gather_object
-
-        with peers_needed():
-            return gather_object([value])
-
 
 def share_of(model: torch.nn.Module, blocks: list[ExpertBlock], accelerator: Accelerator) -> Share:
     """What this process measures of a model that [`check_sharding`] let pass.
 
     Raises:
-        HeaprError: as [`WidthShare`].
+        HeaprError: if the model is not spread over all processes alike, or its experts are split otherwise than by width.
     """
-    return WidthShare(accelerator, model, blocks) if is_sharded(model) else Share(accelerator)
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a process has a part of the weights of a model alone."""
-    return any(is_shard(parameter) for parameter in model.parameters())
+    if not is_sharded(model):
+        return Share(accelerator)
+    gathering = [module for module in model.modules() if hasattr(module, "reshard")]
+    if not gathering:
+        return WidthShare(accelerator, model, blocks)
+    for module in gathering:
+        module.reshard()  # what a forward without a backward left gathered
+    _mesh_of(model, accelerator.num_processes)
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {accelerator.device.type}:
+        raise HeaprError(
+            f"model: FSDP keeps its weights on {', '.join(sorted(devices))} and computes on {accelerator.device.type}; leave "
+            "offloading out, or use memory='streaming'"
+        )
+    return GatheredShare(accelerator)
 
 
 def check_sharding(model: torch.nn.Module) -> None:
-    """Refuses a model that was wrapped for several processes, or spread over them in another way than its experts by width.
+    """Refuses a model that was wrapped for several processes, or spread over them in a way that cannot be measured.
 
     Raises:
         HeaprError: naming what was done to it.
     """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise HeaprError("model: is wrapped in DistributedDataParallel; pass what is inside, model.module")
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
-        raise HeaprError(f"model: is sharded by FSDP; {_OTHERWISE}")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise HeaprError(
+            f"model: is sharded by FSDP1, which hides its weights; use fully_shard of FSDP2, or {_OTHERWISE}"
+        )
     asked = getattr(model.config, "distributed_config", None)
     for option, name in (("pp_size", "pipeline parallelism"), ("ep_size", "expert parallelism")):
         if (getattr(asked, option, None) or 1) > 1:
@@ -162,17 +199,17 @@ def check_sharding(model: torch.nn.Module) -> None:
 
 
 def _mesh_of(model: torch.nn.Module, processes: int) -> DeviceMesh:
-    """The processes that a model is split over.
+    """The processes that a model is spread over.
 
     Raises:
-        HeaprError: if these are not all, or parts of it are spread in different ways.
+        HeaprError: if these are not all, or parts of it are spread in different ways, such as replicas, or both ways.
     """
     meshes = {parameter.device_mesh for parameter in model.parameters() if is_shard(parameter)}
     sizes = sorted(tuple(mesh.shape) for mesh in meshes)
     if sizes != [(processes,)]:
         raise HeaprError(
-            f"model: is split over {' and '.join(map(str, sizes))} processes, and accelerate connects {processes}; tensor parallelism "
-            f"has to be over all of them and nothing else (on CPUs set ACCELERATE_USE_CPU=true); {_OTHERWISE}"
+            f"model: is spread over {' and '.join(map(str, sizes))} processes, and accelerate connects {processes}; it has to be over "
+            f"all of them, in one way (on CPUs set ACCELERATE_USE_CPU=true); {_OTHERWISE}"
         )
     return meshes.pop()
 

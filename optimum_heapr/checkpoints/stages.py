@@ -12,6 +12,7 @@ from ..calibration.sharing import check_sharding
 from ..hub.base_model import BaseModel
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
+from ..utils.sharded import is_sharded
 from ..utils.sizes import parse_size
 from .loaded import LoadedModel
 from .loading import choose_memory, hub_options_in, load_measured, options_for_memory
@@ -21,7 +22,7 @@ from .tensor_parallel import check_spreading, is_spread
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..calibration.statistics import AtomicStatistics
     from ..configuration import HeaprConfig
@@ -42,6 +43,16 @@ class Loaded(NamedTuple):
     stages: LoadedModel
     tokenizer: PreTrainedTokenizerBase | None
     statistics: AtomicStatistics | None
+
+
+def stages_of(model: PreTrainedModel) -> LoadedModel:
+    """How a model is measured, cut and written that others have loaded or made.
+
+    Raises:
+        HeaprError: if it is wrapped or spread over processes in a way that cannot be measured.
+    """
+    check_sharding(model)
+    return ShardedModel(model) if is_sharded(model) else LoadedModel(model)
 
 
 def load_stages(

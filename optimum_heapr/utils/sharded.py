@@ -17,6 +17,11 @@ def is_shard(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor; to import its class takes long
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether other processes have parts of the weights of a model."""
+    return any(map(is_shard, model.parameters()))
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all of its values. What is spread over processes is gathered, so that all of them must ask for it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor

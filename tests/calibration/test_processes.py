@@ -8,7 +8,7 @@ import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
-from optimum_heapr import HeaprError
+from optimum_heapr import HeaprError, HeaprPruner
 from optimum_heapr.calibration import processes, runner
 from optimum_heapr.calibration.processes import (
     check_launcher,
@@ -228,15 +228,16 @@ def one_process_group():
 
 
 def test_a_wrapped_model_is_refused(one_process_group):
-    sharded = tiny_model()
-    for layer in sharded.model.layers:
-        torch.distributed.fsdp.fully_shard(layer, mesh=one_process_group)
-    with pytest.raises(HeaprError, match="model: is sharded by FSDP; load it with tp_plan='auto'"):
+    sharded = torch.distributed.fsdp.FullyShardedDataParallel(tiny_model(), device_id=torch.device("cpu"))
+    with pytest.raises(
+        HeaprError, match="model: is sharded by FSDP1, which hides its weights; use fully_shard of FSDP2"
+    ):
         calibrate(sharded, calibration_data(8))
 
     copied = torch.nn.parallel.DistributedDataParallel(tiny_model())
-    with pytest.raises(HeaprError, match="DistributedDataParallel; pass what is inside, model.module"):
-        calibrate(copied, calibration_data(8))
+    for refuses in (HeaprPruner, lambda model: calibrate(model, calibration_data(8))):
+        with pytest.raises(HeaprError, match="DistributedDataParallel; pass what is inside, model.module"):
+            refuses(copied)
 
 
 def test_a_model_with_whole_experts_and_parts_of_others_is_refused(one_process_group):

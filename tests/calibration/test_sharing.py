@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from optimum_heapr import HeaprError
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.accumulator import Split
 from optimum_heapr.calibration.runner import calibrate
-from optimum_heapr.calibration.sharing import Share, WidthShare, check_sharding
+from optimum_heapr.calibration.sharing import GatheredShare, Share, WidthShare, check_sharding
 from optimum_heapr.calibration.state import Progress
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.experts import find_expert_blocks
-from tests.helpers import assert_same_statistics, calibration_data, tiny_model
+from tests.helpers import assert_same_statistics, calibration_data, random_ids, tiny_model
 from tests.processes import in_two_processes
 from tests.ranks import Ranks
 
@@ -58,12 +59,12 @@ calibrate(load("qwen3_moe", "auto", torch.float32), data, batch_size=2).save(fol
 # Interrupted after the second micro-batch: by a signal that the second process alone receives.
 from optimum_heapr.calibration import runner
 measure, calls = runner._Measuring._measure, []
-def interrupted(self, batch):
+def interrupted(self, batch, counts=True):
     calls.append(1)
     if rank == "1" and len(calls) == 2:
         import signal
         os.kill(os.getpid(), signal.SIGTERM)
-    return measure(self, batch)
+    return measure(self, batch, counts)
 runner._Measuring._measure = interrupted
 model = load("qwen2_moe", "auto")
 try:
@@ -75,14 +76,79 @@ state = StateFile(folder / "state", resume=True)
 calibrate(model, data, batch_size=2, state=state).save(folder / f"resumed.{{rank}}")
 
 # What is not finite in the atomic experts of one process is left out by both.
-def spoiled(self, batch):
-    loss, targets, _ = measure(self, batch)
+def spoiled(self, batch, counts=True):
+    loss, targets, _ = measure(self, batch, counts)
     return loss, targets, "made up" if rank == "1" and 3 in batch["sample_index"] else None
 runner._Measuring._measure = spoiled
 calibrate(model, data, batch_size=2, skip_nonfinite=True).save(folder / f"skipped.{{rank}}")
 runner._Measuring._measure = measure
 
+# FSDP2: weights are gathered layer by layer. The second process has a micro-batch less, and its first one is spoiled.
+from torch.distributed.fsdp import fully_shard
+from optimum_heapr import HeaprConfig, HeaprPruner
+from transformers import AutoModelForCausalLM
+
+def gathered(name, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, **options)
+    model.set_experts_implementation("eager")
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+    return model
+
+for name in ("qwen2_moe", "gpt_oss"):
+    model = gathered(name)
+    with torch.no_grad():
+        model(data.samples[0][None])  # leaves the head whole
+    result = calibrate(model, data, batch_size=2, gram=True, checkpointing=name == "gpt_oss")
+    result.save(folder / f"{{name}}.gathered.{{rank}}")
+found["gathered"] = all(hasattr(part, "full_tensor") for part in model.parameters())
+
+measured = runner._Measuring._measure
+def not_finite(self, batch, counts=True):
+    loss, targets, problem = measured(self, batch, counts)
+    return (float("nan"), targets, "loss=nan") if counts and 2 in batch["sample_index"] else (loss, targets, problem)
+runner._Measuring._measure = not_finite
+model = gathered("qwen2_moe")
+calibrate(model, data, batch_size=2, skip_nonfinite=True).save(folder / f"gathered.skipped.{{rank}}")
+try:
+    calibrate(model, data, batch_size=2)
+except HeaprError as error:
+    found["not finite"] = str(error)
+runner._Measuring._measure = measured
+
+pruner = HeaprPruner(model, config=HeaprConfig(dataset=str(folder / "tokens.jsonl"), num_samples=4, seq_length=16))
+pruner.calibrate()
+if rank == "0":
+    pruner.apply(pruner.plan(ratio=0.4))
+    pruner.save_pretrained(folder / "pruned")
+    def message(call):
+        try:
+            call()
+        except HeaprError as error:
+            return str(error)
+    found["measured"] = message(lambda: pruner.plan(max_loss_increase=0.1)), message(lambda: pruner.frontier(measure="demo"))
+with torch.no_grad():
+    [part.mul_(1.5) for name, part in model.named_parameters() if "o_proj" in name]
+pruner.calibrate()
+if rank == "0":
+    found["changed"] = message(lambda: pruner.apply(pruner.plan(ratio=0.4)))
+    model.config._name_or_path = ""
+    found["unnamed"] = message(lambda: pruner.apply(pruner.plan(ratio=0.4)))
+
+from torch.distributed import init_device_mesh
 from transformers.distributed import DistributedConfig
+
+def spread(mesh, name="qwen2_moe"):
+    model = AutoModelForCausalLM.from_pretrained(folder / name)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    try:
+        calibrate(model, data)
+    except HeaprError as error:
+        return str(error)
+
+found["replicas"] = spread(init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")))
+
 def refusal(name, **options):
     try:
         calibrate(load(name, **options), data)
@@ -98,6 +164,7 @@ found["refused"] = [
         tp_plan={{"model.layers.*.mlp.experts.down_proj": "colwise"}})),
 ]
 (folder / f"found.{{rank}}").write_text(json.dumps(found))
+torch.distributed.barrier()  # whoever is first would take the store along that the other still connects by
 torch.distributed.destroy_process_group()
 """
 
@@ -111,7 +178,9 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     for name in MODELS:
         reference(name).save_pretrained(folder / name)
-    tiny_model("gpt_oss").save_pretrained(folder / "gpt_oss")
+    reference("gpt_oss").save_pretrained(folder / "gpt_oss")
+    rows = random_ids(4, 16).tolist()
+    (folder / "tokens.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     tiny_model("qwen3_moe", moe_intermediate_size=1).save_pretrained(folder / "narrow")
     processes = in_two_processes(SCRIPT, folder)
     assert [process.returncode for process in processes] == [0, 0], [process.stderr[-3000:] for process in processes]
@@ -123,11 +192,12 @@ def found_by(folder, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_each_process_measures_its_atomic_experts(name, measured):
-    expected = calibrate(reference(name), calibration_data(*LENGTHS), batch_size=2, gram=True)
+@pytest.mark.parametrize("file", [*MODELS, "qwen2_moe.gathered", "gpt_oss.gathered"])
+def test_processes_measure_what_one_does(file, measured):
+    """Atomic experts of their own on all of the text, or with weights that they gather on some of it."""
+    expected = calibrate(reference(file.split(".")[0]), calibration_data(*LENGTHS), batch_size=2, gram=True)
     for rank in (0, 1):
-        actual = AtomicStatistics.load(measured / f"{name}.{rank}")
+        actual = AtomicStatistics.load(measured / f"{file}.{rank}")
         assert_same_statistics(actual, expected, 1e-6)
         identities = [{**found.fingerprint, "loss": 0} for found in (actual, expected)]
         assert identities[0] == identities[1]
@@ -173,14 +243,51 @@ def test_processes_stop_and_go_on_together(measured):
 
 
 @pytest.mark.slow
-def test_processes_leave_out_the_same(measured):
+@pytest.mark.parametrize("file", ["skipped", "gathered.skipped"])
+def test_what_is_not_finite_on_one_process_is_in_no_sum(file, measured):
     data = calibration_data(*LENGTHS)
     kept = replace(data, samples=[data.samples[index] for index in (0, 1, 4)])
     expected = calibrate(reference("qwen2_moe"), kept, batch_size=2)
-    actual = AtomicStatistics.load(measured / "skipped.0")
+    actual = AtomicStatistics.load(measured / f"{file}.0")
     assert actual.fingerprint["skipped"] == [2, 3]
     assert_same_statistics(actual, expected, 1e-6)
     assert actual.fingerprint["loss"] == pytest.approx(expected.fingerprint["loss"], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_process_ends_both(measured):
+    for rank in (0, 1):
+        found = found_by(measured, rank)
+        assert found["not finite"].startswith("loss=nan: not finite in micro-batch 1 (samples [2, 3])")
+        assert found["gathered"]
+
+
+@pytest.mark.slow
+def test_a_model_that_processes_gather_is_cut_from_its_checkpoint(measured):
+    config = HeaprConfig(dataset=str(measured / "tokens.jsonl"), num_samples=4, seq_length=16, eval_samples=0)
+    pruner = HeaprPruner(reference("qwen2_moe"), config=config)
+    pruner.calibrate()
+    pruner.apply(pruner.plan(ratio=0.4))
+    kept = PruningPlan.load(measured / "pruned").kept
+    for path, experts in pruner.applied_plan.kept.items():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(kept[path], experts, strict=True))
+    cut = AutoModelForCausalLM.from_pretrained(measured / "pruned").state_dict()
+    assert all(torch.equal(cut[name], tensor) for name, tensor in pruner.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_do_is_refused(measured):
+    found = found_by(measured, 0)
+    assert found["measured"][0].startswith("max_loss_increase=0.1: plans are measured with the model in memory")
+    assert found["measured"][1].startswith("model: is spread over processes, and plans are measured with it whole")
+    assert (
+        "this checkpoint would be cut, and it is not what was measured (plan: made for a model with weights"
+        in found["changed"]
+    )
+    assert found["unnamed"].startswith("model: is spread over processes and was not loaded from a checkpoint")
+    assert found["replicas"].startswith(
+        "model: is spread over (2, 1) processes, and accelerate connects 2; it has to be over"
+    )
 
 
 @pytest.mark.slow
@@ -225,7 +332,9 @@ def test_pipeline_parallelism_is_refused():
         check_sharding(model)
 
 
-def test_whole_models_share_the_text(monkeypatch):
+@pytest.mark.parametrize(("kind", "second"), [(Share, [1, 3]), (GatheredShare, [1, 3, None])])
+def test_whole_weights_share_the_text(kind, second, monkeypatch):
+    """Where they are gathered each process computes as often as the others."""
     ranks, blocks = Ranks(monkeypatch), find_expert_blocks(tiny_model())
-    found = ranks.run(lambda rank: (list(Share(ranks).micro_batches(5)), Share(ranks).parts(blocks)))
-    assert found == [([0, 2, 4], blocks), ([1, 3], blocks)]
+    found = ranks.run(lambda rank: (list(kind(ranks).micro_batches(5)), kind(ranks).parts(blocks)))
+    assert found == [([0, 2, 4], blocks), (second, blocks)]
