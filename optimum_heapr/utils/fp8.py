@@ -64,7 +64,9 @@ class DequantizeBlocks(Fp8Dequantize):
         if block is None or quantized.dtype in (torch.int8, torch.float4_e2m1fn_x2) or scales.numel() == 1:
             return super()._dequantize_one(quantized, scales, *arguments, **options)
         missing = [-size % step for size, step in zip(sizes, block)]
-        whole = torch.nn.functional.pad(quantized.float(), (0, missing[1], 0, missing[0]))
+        whole = quantized
+        if any(missing):
+            whole = torch.nn.functional.pad(quantized.float(), (0, missing[1], 0, missing[0]))
         grid = tuple(size // step for size, step in zip(whole.shape[-2:], block))
         if scales.shape[-2:] != grid:
             raise ValueError(f"{list(sizes)} weights in blocks of {list(block)} have no {list(scales.shape)} scales")
