@@ -85,6 +85,8 @@ def calibrate(
     blocks, device = share.parts(whole), _placed(model, accelerator)
     if gram:
         check_gram_memory(blocks, copies=2 if skip_nonfinite else 1, columns=[block.width for block in whole])
+        if share.splits and accelerator.is_main_process:  # which puts the parts of all together
+            check_gram_memory(whole, place=torch.device("cpu"))
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
     batches = list(data.micro_batches(batch_size))
     own = share.micro_batches(len(batches))

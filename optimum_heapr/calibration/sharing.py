@@ -191,11 +191,10 @@ def check_sharding(model: torch.nn.Module) -> None:
             f"model: is sharded by FSDP1, which hides its weights; use fully_shard of FSDP2, or {_OTHERWISE}"
         )
     asked = getattr(model.config, "distributed_config", None)
-    for option, name in (("pp_size", "pipeline parallelism"), ("ep_size", "expert parallelism")):
-        if (getattr(asked, option, None) or 1) > 1:
-            raise HeaprError(
-                f"model: is spread over processes by {name} ({option}={getattr(asked, option)}); {_OTHERWISE}"
-            )
+    is_by_expert = getattr(asked, "enable_expert_parallel", False) or getattr(asked, "ep_size", 1) > 1
+    for name, found in (("expert", is_by_expert), ("pipeline", getattr(asked, "pp_size", 1) > 1)):
+        if found:
+            raise HeaprError(f"model: is spread over processes by {name} parallelism; {_OTHERWISE}")
 
 
 def _mesh_of(model: torch.nn.Module, processes: int) -> DeviceMesh:
@@ -212,6 +211,25 @@ def _mesh_of(model: torch.nn.Module, processes: int) -> DeviceMesh:
             f"all of them, in one way (on CPUs set ACCELERATE_USE_CPU=true); {_OTHERWISE}"
         )
     return meshes.pop()
+
+
+def slice_of(block: ExpertBlock, processes: int, rank: int = 0) -> slice:
+    """Which atomic experts of each expert one of several processes has: equal parts, of which the last may be smaller.
+
+    Raises:
+        HeaprError: if one would have none.
+    """
+    step = -(-block.width // processes)
+    if step * (processes - 1) >= block.width:
+        raise _unshared(block, processes)
+    return slice(rank * step, min((rank + 1) * step, block.width))
+
+
+def _unshared(block: ExpertBlock, processes: int) -> HeaprError:
+    return HeaprError(
+        f"model: {block.path} has experts of width {block.width}, which {processes} processes cannot share; start a number of "
+        "them that divides it"
+    )
 
 
 def _split(block: ExpertBlock, mesh: DeviceMesh) -> Split:
@@ -234,15 +252,10 @@ def _split(block: ExpertBlock, mesh: DeviceMesh) -> Split:
             f"model: its plan does not split the experts by width alone ({block.path}: {names}"
             f"{', biases' if block.module.has_bias else ''}); {_OTHERWISE}"
         )
-    step = -(-block.width // mesh.size())
-    start = mesh.get_local_rank() * step
-    part = slice(start, min(start + step, block.width))
+    part = slice_of(block, mesh.size(), mesh.get_local_rank())
     shapes = gate_up.to_local().shape[3 - axis], down.to_local().shape[axis]
-    if step * (mesh.size() - 1) >= block.width or shapes != (2 * (part.stop - start), part.stop - start):
-        raise HeaprError(
-            f"model: {block.path} has experts of width {block.width}, which {mesh.size()} processes cannot share; start a number "
-            "of them that divides it"
-        )
+    if shapes != (2 * (part.stop - part.start), part.stop - part.start):
+        raise _unshared(block, mesh.size())
     return Split(mesh.get_group(), part, block.width)
 
 

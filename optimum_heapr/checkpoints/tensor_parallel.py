@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.processes import start_processes
+from ..calibration.sharing import slice_of
 from ..experts import find_expert_blocks
 from ..utils.errors import HeaprError, did_you_mean
 from ..utils.placement import without_storage
@@ -65,7 +66,8 @@ def spreading_options(
         trust (`bool`): `trust_remote_code`, if it was passed.
 
     Raises:
-        HeaprError: if it has no experts, or transformers no plan for them, or its attention cannot be split over so many processes.
+        HeaprError: if it has no experts, or transformers no plan for them, or its experts or its attention cannot be split over so
+            many processes.
     """
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -77,7 +79,10 @@ def spreading_options(
             "ACCELERATE_USE_CPU=true"
         )
     skeleton = without_storage(lambda: auto_class.from_config(config, **trust))
-    paths = {re.sub(r"\.\d+(?=\.)", ".*", block.path) for block in find_expert_blocks(skeleton)}
+    blocks = find_expert_blocks(skeleton)
+    for block in blocks:
+        slice_of(block, _processes())
+    paths = {re.sub(r"\.\d+(?=\.)", ".*", block.path) for block in blocks}
     experts = re.compile("|".join(re.escape(path) + r"(\..*)?" for path in paths))
     plan = dict(skeleton.tp_plan or {})
     of_experts = {rule: style for rule, style in plan.items() if experts.fullmatch(rule)}

@@ -23,10 +23,10 @@ from tests.ranks import Ranks
 
 LENGTHS = (16, 7, 12, 16, 3)
 
-# Widths that two processes cannot halve, weights of embedding and head that are one, shared experts.
+# Widths that two processes cannot halve, weights of embedding and head that are one; shared experts and a dense layer.
 MODELS = {
     "qwen3_moe": {"moe_intermediate_size": 13, "tie_word_embeddings": True},
-    "qwen2_moe": {},
+    "deepseek_v2": {},
     # One key-value head: attention stays whole.
     "mixtral": {"num_key_value_heads": 1},
 }
@@ -48,7 +48,7 @@ def load(name, tp_plan, dtype=torch.float64, **options):
     model.set_experts_implementation("eager")
     return model
 
-for name in ("qwen3_moe", "qwen2_moe", "mixtral"):
+for name in ("qwen3_moe", "deepseek_v2", "mixtral"):
     model = load(name, "experts" if name == "mixtral" else "auto")
     calibrate(model, data, batch_size=2, gram=True).save(folder / f"{{name}}.{{rank}}")
     parts = {{key: tuple(part.to_local().shape) for key, part in model.named_parameters() if hasattr(part, "to_local")}}
@@ -66,7 +66,7 @@ def interrupted(self, batch, counts=True):
         os.kill(os.getpid(), signal.SIGTERM)
     return measure(self, batch, counts)
 runner._Measuring._measure = interrupted
-model = load("qwen2_moe", "auto")
+model = load("qwen3_moe", "auto")
 try:
     calibrate(model, data, batch_size=2, state=StateFile(folder / "state"))
 except SystemExit as error:
@@ -159,8 +159,8 @@ found["refused"] = [
     refusal("mixtral", tp_plan="auto"),
     refusal("gpt_oss", tp_plan="auto"),
     refusal("narrow", tp_plan="auto"),
-    refusal("qwen2_moe", tp_plan=None, distributed_config=DistributedConfig(tp_size=2, ep_size=2)),
-    refusal("qwen2_moe", tp_plan=None, distributed_config=DistributedConfig(
+    refusal("mixtral", tp_plan=None, distributed_config=DistributedConfig(tp_plan="auto", enable_expert_parallel=True)),
+    refusal("mixtral", tp_plan=None, distributed_config=DistributedConfig(
         tp_plan={{"model.layers.*.mlp.experts.down_proj": "colwise"}})),
 ]
 (folder / f"found.{{rank}}").write_text(json.dumps(found))
@@ -178,6 +178,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     for name in MODELS:
         reference(name).save_pretrained(folder / name)
+    reference("qwen2_moe").save_pretrained(folder / "qwen2_moe")
     reference("gpt_oss").save_pretrained(folder / "gpt_oss")
     rows = random_ids(4, 16).tolist()
     (folder / "tokens.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
@@ -205,10 +206,11 @@ def test_processes_measure_what_one_does(file, measured):
         for path, block in expected.blocks.items():
             found = actual.blocks[path]
             assert torch.equal(found.weight_norm, block.weight_norm)
-            torch.testing.assert_close(found.output_norm_sum, block.output_norm_sum)
+            torch.testing.assert_close(found.output_norm_sum, block.output_norm_sum, rtol=1e-6, atol=0)
             assert found.has_grams == (rank == 0)
             for part in ("activation_gram_sum", "gradient_gram_sum") if rank == 0 else ():
-                torch.testing.assert_close(getattr(found, part), getattr(block, part))
+                matrices = getattr(block, part)
+                assert (getattr(found, part) - matrices).norm() < 1e-6 * matrices.norm()
                 assert torch.equal(getattr(found, part), getattr(found, part).mT)
 
 
@@ -238,16 +240,16 @@ def test_float32_differs_by_its_rounding(measured):
 def test_processes_stop_and_go_on_together(measured):
     """Whichever of them got the signal: out of step, one would wait for what the other never sends."""
     assert found_by(measured, 0)["interrupted"] == found_by(measured, 1)["interrupted"] == [128 + 15, 2]
-    expected = calibrate(reference("qwen2_moe"), calibration_data(*LENGTHS), batch_size=2)
+    expected = calibrate(reference("qwen3_moe"), calibration_data(*LENGTHS), batch_size=2)
     assert_same_statistics(AtomicStatistics.load(measured / "resumed.0"), expected, 1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["skipped", "gathered.skipped"])
-def test_what_is_not_finite_on_one_process_is_in_no_sum(file, measured):
+@pytest.mark.parametrize(("file", "name"), [("skipped", "qwen3_moe"), ("gathered.skipped", "qwen2_moe")])
+def test_what_is_not_finite_on_one_process_is_in_no_sum(file, name, measured):
     data = calibration_data(*LENGTHS)
     kept = replace(data, samples=[data.samples[index] for index in (0, 1, 4)])
-    expected = calibrate(reference("qwen2_moe"), kept, batch_size=2)
+    expected = calibrate(reference(name), kept, batch_size=2)
     actual = AtomicStatistics.load(measured / f"{file}.0")
     assert actual.fingerprint["skipped"] == [2, 3]
     assert_same_statistics(actual, expected, 1e-6)
@@ -326,9 +328,7 @@ def test_states_out_of_step_are_refused(monkeypatch):
 def test_pipeline_parallelism_is_refused():
     model = tiny_model()
     model.config.distributed_config = SimpleNamespace(pp_size=2)
-    with pytest.raises(
-        HeaprError, match=r"is spread over processes by pipeline parallelism \(pp_size=2\); load it with tp_plan"
-    ):
+    with pytest.raises(HeaprError, match="is spread over processes by pipeline parallelism; load it with tp_plan"):
         check_sharding(model)
 
 
