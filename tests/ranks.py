@@ -33,6 +33,14 @@ class Ranks:
         monkeypatch.setattr("accelerate.utils.gather_object", lambda values: sum(self._all(values), []))
         for module in ("runner", "streaming"):
             monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda *_: self)
+        for module in (
+            "surgery.apply",
+            "checkpoints.loaded",
+            "checkpoints.streamed",
+            "checkpoints.cutting",
+            "checkpoints.saving",
+        ):
+            monkeypatch.setattr(f"optimum_heapr.{module}.connected_processes", lambda: self)
 
     num_processes = property(lambda self: self.number)
     process_index = property(lambda self: self._here.rank)

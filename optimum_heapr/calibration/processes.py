@@ -90,6 +90,16 @@ def _say_that_one_was_started() -> None:
     )
 
 
+def connected_processes() -> Accelerator | None:
+    """What connects the processes of this run; `None` where there is one, or from where on each of several is alone.
+
+    Raises:
+        HeaprError: as [`check_launcher`].
+    """
+    accelerator = start_processes(is_sharded=torch.distributed.is_initialized())
+    return accelerator if accelerator.num_processes > 1 and torch.distributed.is_initialized() else None
+
+
 def check_placement(model: torch.nn.Module, num_processes: int) -> None:
     """Refuses a model whose parts are spread over devices by each of several processes.
 

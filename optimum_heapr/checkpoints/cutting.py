@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from ..calibration.processes import connected_processes
 from ..fingerprint import check_same_model, model_fingerprint
 from ..layerwise.layers import StreamedModel
 from ..layerwise.source import SourceCheckpoint, StandIn, not_streamable, unlisted
@@ -35,6 +35,7 @@ from ..surgery.apply import check_compensation, compensate_block, cut_model
 from ..surgery.fitted import FittedFiles
 from ..surgery.layer_by_layer import compensate_together
 from ..surgery.selection import packed_rows, padded_expert, set_rows
+from ..utils.errors import HeaprError
 from ..utils.logging import progress
 from ..utils.placement import default_device
 from ..utils.tensor_files import write_tensors
@@ -62,43 +63,74 @@ def stream_plan(
     folder: Path,
     max_shard_size: int | str = "5GB",
     statistics: AtomicStatistics | None = None,
-    data: CalibrationData | None = None,
-    activation_memory: int | None = None,
-    fits_path: Path | None = None,
+    fitted: FittedFiles | None = None,
 ) -> None:
     """Writes the pruned model of a plan into `folder`: weights, index, configurations and code.
 
     Args:
         skeleton (`PreTrainedModel`): the unpruned model, from [`~optimum_heapr.checkpoints.skeleton.load_skeleton`]; it is cut in place.
         files (`Iterable[str]`): its safetensors files.
-        plan (`PruningPlan`): what stays; `compensation` is filled in where it asks for it.
+        plan (`PruningPlan`): what stays; `compensation` within experts is filled in where it asks for it.
         folder (`Path`): an empty folder.
         max_shard_size (`int` or `str`): largest weight file, as for `save_pretrained`.
         statistics (`AtomicStatistics`, *optional*): second-order ones, needed to compensate within experts.
-        data (`CalibrationData`, *optional*): needed to compensate over blocks, which loads one layer at a time.
-        activation_memory (`int`, *optional*): bytes of layer inputs that this keeps in the memory of the host.
-        fits_path (`Path`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
+        fitted (`FittedFiles`, *optional*): what [`fit_streaming`] gave; needed to compensate over blocks.
 
     Raises:
-        HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or statistics or text
-            for compensation are missing.
+        HeaprError: if the plan was made for another model, the checkpoint cannot be cut file by file, or what it takes to
+            compensate is missing.
     """
+    source = _source_of_plan(skeleton, files, plan)
+    if not plan.config.compensates_blocks:
+        check_compensation(plan, statistics, None)
+    elif fitted is None:
+        raise HeaprError(
+            "plan: asks for compensation_scope='block' and fitted=None; pass what checkpoints.cutting.fit_streaming gives"
+        )
+    layout = cut_model(skeleton, plan, source.blocks)
+    target = TargetCheckpoint(skeleton, source, plan, layout, statistics, fitted)
+    _write(skeleton, target, folder, max_shard_size)
+
+
+def fit_streaming(
+    skeleton: PreTrainedModel,
+    files: Iterable[str],
+    plan: PruningPlan,
+    data: CalibrationData,
+    work: Path,
+    activation_memory: int | None = None,
+    fits_path: Path | None = None,
+) -> FittedFiles:
+    """What the blocks become that a plan compensates over or trains, one layer of the checkpoint at a time.
+
+    All processes that are connected share this; then it is to be called on each, and the first has what comes of it.
+
+    Args:
+        skeleton, files: as of [`stream_plan`]; the skeleton stays as it is.
+        plan (`PruningPlan`): what stays; `compensation` and `reconstruction` are filled in.
+        data (`CalibrationData`): the text.
+        work (`Path`): an empty folder, which is to outlast the result.
+        activation_memory, fits_path: as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
+
+    Raises:
+        HeaprError: if the plan was made for another model, or the checkpoint cannot be read layer by layer.
+    """
+    source, accelerator = _source_of_plan(skeleton, files, plan), connected_processes()
+    fitted = FittedFiles(work / "fitted")
+    keep = fitted.keep if accelerator is None or accelerator.is_main_process else lambda block, fitted: None
+    layers = StreamedModel(skeleton, source, default_device())
+    compensate_together(layers, data, plan, work, keep, activation_memory, fits_path, accelerator)
+    return fitted
+
+
+def _source_of_plan(skeleton: PreTrainedModel, files: Iterable[str], plan: PruningPlan) -> SourceCheckpoint:
+    """The checkpoint, if it is of the model that the plan was made for."""
     source = SourceCheckpoint(skeleton, files)
     plan.check_shapes({block.path: (block.num_experts, block.width) for block in source.blocks})
     first_experts = [source.expert(block, 0) for block in source.blocks]
     check_same_model(plan.model, model_fingerprint(skeleton, first_experts), "plan")
-    check_compensation(plan, statistics, data)
     check_orientation(skeleton, source.blocks, plan)
-
-    with tempfile.TemporaryDirectory(prefix=".compensation-", dir=folder) as work:
-        fitted = None
-        if plan.config.compensates_blocks:
-            fitted = FittedFiles(Path(work) / "fitted")
-            layers = StreamedModel(skeleton, source, default_device())
-            compensate_together(layers, data, plan, Path(work), fitted.keep, activation_memory, fits_path)
-        layout = cut_model(skeleton, plan, source.blocks)
-        target = TargetCheckpoint(skeleton, source, plan, layout, statistics, fitted)
-        _write(skeleton, target, folder, max_shard_size)
+    return source
 
 
 def _write(skeleton: PreTrainedModel, target: TargetCheckpoint, folder: Path, max_shard_size: int | str) -> None:

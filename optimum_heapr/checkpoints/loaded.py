@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import plan_for
+from ..calibration.processes import connected_processes
 from ..calibration.runner import calibrate, frozen_in_evaluation_mode
 from ..calibration.state import StateFile
 from ..criteria.obs import with_removal_curve
@@ -168,7 +169,8 @@ class LoadedModel:
         data = data or load_calibration_data(config, tokenizer)
         place(self.model)
         with frozen_in_evaluation_mode(self.model):
-            return best_rectangle(Decoder(self.model, find_expert_blocks(self.model)), data, statistics, config)
+            layers = Decoder(self.model, find_expert_blocks(self.model))
+            return best_rectangle(layers, data, statistics, config, accelerator=connected_processes())
 
     def apply(
         self,

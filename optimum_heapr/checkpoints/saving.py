@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.processes import connected_processes
 from ..calibration.statistics import AtomicStatistics
 from ..hub.base_model import BaseModel
 from ..hub.card import write_card
@@ -20,7 +23,7 @@ from ..surgery.fit_files import remove_fits
 from ..text.samples import load_calibration_data
 from ..utils.companions import PLAN_NAME, own_folder
 from ..utils.errors import HeaprError, did_you_mean
-from ..utils.files import replace_folder
+from ..utils.files import folder_beside, replace_folder
 from ..utils.sizes import parse_size
 from .loading import hub_options_in, load_model
 from .originals import carry_over
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..configuration import HeaprConfig
+    from ..surgery.fitted import FittedFiles
     from ..text.samples import CalibrationData
 
 
@@ -56,6 +60,8 @@ def apply_streaming(
 
     The result is the one that [`~optimum_heapr.HeaprPruner.apply`] and
     [`~optimum_heapr.HeaprPruner.save_pretrained`] write, byte for byte, or with compensation up to the rounding of sums.
+    Compensation over blocks and reconstruction are shared by all processes that are connected, and the first of them writes: then
+    it is to be called on each.
 
     Args:
         model (`str`): a folder, the name of a repository on the Hub, or `demo`; its weights must be safetensors.
@@ -79,6 +85,11 @@ def apply_streaming(
     check_form(plan.config, experts_as)
     folder = Path(folder)
     options = {"max_shard_size": size, "experts_as": experts_as, "fits_path": fits_path, "requantize": requantize}
+    accelerator = connected_processes() if plan.config.compensates_blocks else None
+    if accelerator is not None and not accelerator.is_main_process:
+        with folder_beside(folder) as work:
+            fit_checkpoint(model, plan, work, model_options=model_options)
+        return folder
     with replace_folder(folder, overwrite) as temporary:
         write_streaming(model, plan, temporary, statistics=statistics, model_options=model_options, **options)
     if fits_path is not None:
@@ -124,8 +135,9 @@ def write_streaming(
     activation_memory: int | None = None,
     fits_path: Path | None = None,
     requantize: bool = False,
+    fitted: FittedFiles | None = None,
 ) -> None:
-    """What [`apply_streaming`] does, into an empty folder."""
+    """What [`apply_streaming`] does, into an empty folder; without fitting if that was done by [`fit_checkpoint`]."""
     from ..utils.tensor_files import checkpoint_files
     from .cutting import stream_plan
 
@@ -139,13 +151,35 @@ def write_streaming(
     before = observe(skeleton, plan.tokens)
     if experts_as != "packed":
         skeleton.config.experts_as = experts_as
-    if plan.config.compensates_blocks and data is None:
-        data = load_calibration_data(plan.config, tokenizer)
-    stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, data, activation_memory, fits_path)
+    with ExitStack() as until_written:
+        if plan.config.compensates_blocks and fitted is None:
+            work = until_written.enter_context(tempfile.TemporaryDirectory(prefix=".compensation-", dir=folder))
+            fitted = fit_checkpoint(model, plan, Path(work), data, activation_memory, fits_path, model_options)
+        stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, fitted)
     report = build_report(plan, base.name, before, observe(skeleton, plan.routed_tokens))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
     if requantize:
         put_into_fp8(folder, plan, skeleton.config._name_or_path, **model_options)
+
+
+def fit_checkpoint(
+    model: str | os.PathLike,
+    plan: PruningPlan,
+    work: Path,
+    data: CalibrationData | None = None,
+    activation_memory: int | None = None,
+    fits_path: Path | None = None,
+    model_options: dict[str, Any] | None = None,
+) -> FittedFiles:
+    """[`~optimum_heapr.checkpoints.cutting.fit_streaming`] for the name of a model; by default to the text that the plan names."""
+    from ..utils.tensor_files import checkpoint_files
+    from .cutting import fit_streaming
+
+    model_options = model_options or {}
+    skeleton, tokenizer = load_model(model, skeleton=True, **model_options)
+    files = checkpoint_files(skeleton.config._name_or_path, **hub_options_in(model_options))
+    data = load_calibration_data(plan.config, tokenizer) if data is None else data
+    return fit_streaming(skeleton, files, plan, data, work, activation_memory, fits_path)
 
 
 def save_companions(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.layer_state import StateFolder
+from ..calibration.processes import connected_processes
 from ..calibration.streaming import calibrate_streaming
 from ..criteria.obs import with_removal_curve
 from ..experts import find_expert_blocks
@@ -22,7 +23,7 @@ from ..utils.temporary import TemporaryFolder
 from .loaded import LoadedModel
 from .loading import load_model, source_of
 from .orientation import check_orientation
-from .saving import write_streaming
+from .saving import fit_checkpoint, write_streaming
 
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ..configuration import HeaprConfig
     from ..hub.base_model import BaseModel
     from ..planning.plan import PruningPlan
+    from ..surgery.fitted import FittedFiles
     from ..text.samples import CalibrationData
 
 
@@ -64,7 +66,8 @@ class OffloadedModel(LoadedModel):
         self._options = {key: value for key, value in model_options.items() if key != "device_map"}
         self._folder = self._options.pop("offload_folder", None)
         self._statistics: AtomicStatistics | None = None
-        self._data: CalibrationData | None = None
+        self._fitted: FittedFiles | None = None
+        self._work: TemporaryFolder | None = None
 
     def calibrate(
         self,
@@ -98,7 +101,7 @@ class OffloadedModel(LoadedModel):
         data = data or load_calibration_data(config, tokenizer)
         skeleton, _ = load_model(self.model.config._name_or_path, skeleton=True, **self._options)
         layers = StreamedModel(skeleton, source_of(skeleton, **self._options), default_device())
-        return best_rectangle(layers, data, statistics, config, self._activation_memory)
+        return best_rectangle(layers, data, statistics, config, self._activation_memory, connected_processes())
 
     def apply(
         self,
@@ -108,7 +111,7 @@ class OffloadedModel(LoadedModel):
         measured: tuple | None = None,
         fits_path: Path | None = None,
     ) -> None:
-        """Keeps what [`save`] cuts the checkpoint with: the weights are not here to be cut, and nothing is measured.
+        """Makes what [`save`] cuts the checkpoint with: the weights are not here to be cut, and nothing is measured.
 
         Raises:
             HeaprError: if the plan asks for compensation without the statistics or the text for it.
@@ -116,7 +119,11 @@ class OffloadedModel(LoadedModel):
         check_compensation(plan, statistics, data)
         if measured is not None and measured[1] is not None:
             logger.warning("prompts are not completed, as nothing is measured: the weights are not in memory")
-        self._statistics, self._data, self._fits_path = statistics, data, fits_path
+        self._statistics, self._fits_path, self._fitted = statistics, fits_path, None
+        if plan.config.compensates_blocks:
+            self._work = TemporaryFolder(self._folder)
+            given = data, self._activation_memory, fits_path, self._options
+            self._fitted = fit_checkpoint(self.model.config._name_or_path, plan, self._work.path, *given)
 
     def save(
         self,
@@ -147,12 +154,10 @@ class OffloadedModel(LoadedModel):
             plan,
             folder,
             statistics=self._statistics,
-            data=self._data,
+            fitted=self._fitted,
             results=results,
             max_shard_size=max_shard_size,
             experts_as=experts_as,
-            activation_memory=self._activation_memory,
-            fits_path=self._fits_path,
             requantize=requantize,
             model_options=self._options,
         )

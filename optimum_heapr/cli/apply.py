@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from ..utils.errors import HeaprError
 from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
 from .options import TEXT_OPTIONS, add_config_options, add_model_options, changed_options, model_options_from
-from .running import fits_from
+from .running import end_processes, fits_from
 
 
 class ApplyCommand(HeaprSubcommand):
@@ -46,10 +47,12 @@ class ApplyCommand(HeaprSubcommand):
         check_output_folder(args.output, args.overwrite)
         check_push(args)
         saving = save_options_from(args)
+        from ..calibration.processes import start_processes
         from ..checkpoints.requantizing import check_requantizing
         from ..checkpoints.saving import apply_streaming, check_form
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
+        from ..utils.logging import is_main_process, without_warnings
         from .documents import plan_document
         from .tables import plan_table
 
@@ -60,21 +63,29 @@ class ApplyCommand(HeaprSubcommand):
         if args.requantize:
             check_requantizing(plan.config, args.model, plan, **options)
         fits = fits_from(args) if plan.config.compensates_blocks else None
-        if args.in_memory or args.packed or args.device_map:
-            pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
-            pruner.apply(plan, args.statistics, fits_path=fits if args.resume else None)
-            pruner.save_pretrained(args.output, args.overwrite, **saving)
-        else:
-            options |= {name: saving[name] for name in ("max_shard_size", "experts_as", "requantize")}
-            apply_streaming(
-                args.model,
-                plan,
-                args.output,
-                args.overwrite,
-                statistics=args.statistics,
-                fits_path=fits if args.resume else None,
-                **options,
-            )
+        start_processes()  # under `accelerate launch` all fit blocks, one cuts and writes
+        is_first = is_main_process()
+        if is_first or plan.config.compensates_blocks:
+            with nullcontext() if is_first else without_warnings():
+                if args.in_memory or args.packed or args.device_map:
+                    pruner = HeaprPruner.from_pretrained(args.model, plan.config, **options)
+                    pruner.apply(plan, args.statistics, fits_path=fits if args.resume else None)
+                    if is_first:
+                        pruner.save_pretrained(args.output, args.overwrite, **saving)
+                else:
+                    options |= {name: saving[name] for name in ("max_shard_size", "experts_as", "requantize")}
+                    apply_streaming(
+                        args.model,
+                        plan,
+                        args.output,
+                        args.overwrite,
+                        statistics=args.statistics,
+                        fits_path=fits if args.resume else None,
+                        **options,
+                    )
+        end_processes()
+        if not is_first:
+            return None
         self.show(plan_table(plan))
         print(f"Pruned model written to {args.output}")
         return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}

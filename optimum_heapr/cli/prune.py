@@ -102,7 +102,7 @@ class PruneCommand(HeaprSubcommand):
         from ..pruner import HeaprPruner
         from ..report.jump import refuse_jump
         from ..report.observation import check_prompts, needs_text
-        from ..utils.logging import is_main_process
+        from ..utils.logging import is_main_process, without_warnings
         from .documents import plan_document
         from .lines import compensation_lines, measured_lines
         from .tables import plan_table
@@ -143,12 +143,20 @@ class PruneCommand(HeaprSubcommand):
             if self.args.save_statistics and is_main_process():
                 pruner.statistics.save(self.args.save_statistics)
                 print(f"Statistics written to {self.args.save_statistics}", flush=True)
-            if state is None or self.args.dry_run:  # a dry run leaves all states to a run that cuts
+            # Under `accelerate launch` all processes calibrate and fit blocks, and one measures, cuts and writes.
+            done = None if self.args.dry_run else state  # a dry run leaves all states to a run that cuts
+            shares = config.compensates_blocks and config.max_loss_increase is None
+            if not shares and done is None:
                 end_processes()
-            if not is_main_process():  # under `accelerate launch` all processes calibrate, one cuts
+            if not is_main_process():
+                if shares:
+                    with without_warnings():  # the first says all of it
+                        plan = pruner.plan()
+                        if not self.args.dry_run:
+                            pruner.apply(plan)
                 del pruner
-                if state is not None and not self.args.dry_run:
-                    end_processes(state)
+                if shares or done is not None:
+                    end_processes(done)
                 return None
             if pruner.statistics.cost is not None:
                 self.show(pruner.statistics.cost)
@@ -158,10 +166,14 @@ class PruneCommand(HeaprSubcommand):
                 self.show(plan_table(plan))
                 if self.args.dry_run:
                     del pruner
+                    if shares:
+                        end_processes()
                     return {"output": None, **plan_document(plan, self.args.model)}
                 if self.args.requantize:
                     check_requantizing(plan.config, self.args.model, plan, **model_options_from(self.args))
                 pruner.apply(plan, measure=True, prompts=self.args.prompt, fits_path=fits)
+                if shares and done is None:
+                    end_processes()
                 if self.args.strict:
                     refuse_jump(pruner.report)
                 pruner.save_pretrained(self.args.output, self.args.overwrite, **storing)

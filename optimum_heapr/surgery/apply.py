@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..calibration.processes import connected_processes
 from ..calibration.runner import frozen_in_evaluation_mode
 from ..experts import find_expert_blocks, model_name
 from ..fingerprint import check_same_model, model_fingerprint
@@ -26,6 +27,8 @@ from .stock import StockLayout, cut_to_stock, stock_layout
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
@@ -41,7 +44,8 @@ def apply_plan(
     fits_path: Path | None = None,
 ) -> torch.nn.Module:
     """Turns `model` into a pruned model, in place: a block at a time, whose old weights go before the next, so that at most
-    the weights and one layer are in memory.
+    the weights and one layer are in memory. Compensation over blocks and reconstruction are shared by all processes that are
+    connected, each with a model of its own: then it is to be called on each.
 
     If something ends it after the first change, running out of memory for one, the model is neither the old nor the new one,
     and says so whenever it is used.
@@ -61,8 +65,11 @@ def apply_plan(
     """
     blocks = check_plan(model, plan)
     check_compensation(plan, statistics, data)
+    accelerator = connected_processes() if plan.config.compensates_blocks else None
     with whole_or_refused(model) as change:
-        compensate_model(model, plan, blocks, statistics, data, lambda weights: change.begins(), fits_path)
+        compensate_model(
+            model, plan, blocks, statistics, data, lambda weights: change.begins(), fits_path, accelerator
+        )
         change.begins()
         cut_model(model, plan, blocks)
     return model
@@ -76,6 +83,7 @@ def compensate_model(
     data: CalibrationData | None,
     changes: Callable[[list[torch.Tensor]], None],
     fits_path: Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> None:
     """What [`apply_plan`] does to the weights that stay before it cuts, if the plan asks for compensation or training.
 
@@ -83,9 +91,10 @@ def compensate_model(
         model, plan, statistics, data, fits_path: as there.
         blocks (`list[ExpertBlock]`): of the model.
         changes (`Callable`): is given the weights that are about to be changed, before each change.
+        accelerator (`Accelerator`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
     """
     if plan.config.compensates_blocks:
-        _compensate_together(model, plan, blocks, data, changes, fits_path)
+        _compensate_together(model, plan, blocks, data, changes, fits_path, accelerator)
     if plan.config.compensates_experts:
         for block in with_paths(blocks, desc="Compensating", unit="layer"):
             changes([block.module.down_proj])
@@ -101,6 +110,7 @@ def _compensate_together(
     data: CalibrationData,
     changes: Callable[[list[torch.Tensor]], None],
     fits_path: Path | None,
+    accelerator: Accelerator | None,
 ) -> None:
     place(model)  # as calibration does
 
@@ -110,7 +120,9 @@ def _compensate_together(
         _take_over(model, block, plan.kept[block.path], fitted)
 
     with tempfile.TemporaryDirectory(prefix="heapr-") as folder, frozen_in_evaluation_mode(model):
-        compensate_together(Decoder(model, blocks), data, plan, Path(folder), take_over, fits_path=fits_path)
+        compensate_together(
+            Decoder(model, blocks), data, plan, Path(folder), take_over, fits_path=fits_path, accelerator=accelerator
+        )
 
 
 def cut_model(model: torch.nn.Module, plan: PruningPlan, blocks: list[ExpertBlock]) -> StockLayout | None:

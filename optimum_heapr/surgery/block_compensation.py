@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 
 from ..experts import experts_per_token
-from ..layerwise.memory import available_bytes
+from ..layerwise.memory import available_bytes, processes_here
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import default_device
 from .fitted import FittedBlock
 from .least_squares import Part, solve_together
+from .portion import Added, alone, numbers
 from .reconstruction import inputs_bytes, training_bytes
 
 
@@ -47,6 +48,7 @@ def fit_block(
     kept: list[torch.Tensor],
     ridge: float,
     rerouting: tuple[torch.Tensor, torch.Tensor] | None = None,
+    added: Added = alone,
 ) -> FittedBlock:
     """The down projections of one block, fitted together; as they are where nothing is removed or no token came.
 
@@ -57,8 +59,9 @@ def fit_block(
         ridge (`float`): least ridge, in units of the mean squared activation.
         rerouting (`tuple[torch.Tensor, torch.Tensor]`, *optional*): experts of each token in the pruned model, [tokens, K], and
             their router weights, if they are not those of the unpruned one.
+        added (`Added`): sums over processes, each of which has calls of its own.
     """
-    return BlockFit(block, inputs, kept, ridge, rerouting).solved()
+    return BlockFit(block, inputs, kept, ridge, rerouting, added).solved()
 
 
 def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
@@ -72,7 +75,12 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     Raises:
         HeaprError: naming the bytes needed and available.
     """
-    tokens, top_k = config.num_samples * config.seq_length, experts_per_token(model)
+    processes, samples = int(os.environ.get("WORLD_SIZE", "1")), config.num_samples
+    shares = processes > 1 and config.max_loss_increase is None
+    if shares:
+        batches = math.ceil(samples / config.batch_size)
+        samples = min(math.ceil(batches / processes) * config.batch_size, samples)
+    tokens, top_k = samples * config.seq_length, experts_per_token(model)
     needed = max(fitting_bytes(block, tokens, top_k) for block in blocks)
     if config.reconstruction_steps:
         needed = max(
@@ -82,17 +90,20 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     device = blocks[0].device if getattr(model, "hf_device_map", None) else default_device()
     # Weights that are going to be there as well.
     coming = sum(p.nbytes for p in model.parameters() if p.device.type not in (device.type, "meta"))
-    available = available_bytes(device) - coming
+    available = available_bytes(device) // (processes_here() if shares and device.type == "cpu" else 1) - coming
     what, option = "Fitting", f"compensation_scope={config.compensation_scope!r}"
     if config.reconstruction_steps:
         what, option = "Fitting and training", f"reconstruction_steps={config.reconstruction_steps}"
     logger.info("%s a block takes %s bytes on %s, of %s available", what, f"{needed:,}", device, f"{available:,}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and is_main_process():
-        logger.warning("%s: is not shared among the %d processes; calibration is", option, processes)
+    if processes > 1 and not shares and is_main_process():
+        logger.warning(
+            "max_loss_increase=%s: plans are measured, compensated and applied by the first of %d processes; all calibrate",
+            config.max_loss_increase,
+            processes,
+        )
     if needed > available:
         raise HeaprError(
-            f"{option}: needs {needed:,} bytes on {device} for {config.num_samples} samples of {config.seq_length} tokens, and "
+            f"{option}: needs {needed:,} bytes on {device} for {samples} samples of {config.seq_length} tokens, and "
             f"{available:,} are available; calibrate on fewer, or use "
             "memory='streaming', which has one layer there, or compensation_scope='expert'"
         )
@@ -116,7 +127,7 @@ class BlockFit:
     Attributes:
         target (`torch.Tensor`): what the block gave and what stays of it does not give, where fewer experts are routed to under
             the new routing, [tokens, d]; may be changed before it is solved.
-        energy (`float`): squared output of all routed experts, summed over tokens.
+        energy (`float`): squared output of all routed experts, summed over the tokens of all processes.
         atomic_energy (`float`): the same of all atomic experts one by one.
         parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
     """
@@ -129,21 +140,23 @@ class BlockFit:
         kept: list[torch.Tensor],
         ridge: float,
         rerouting: tuple[torch.Tensor, torch.Tensor] | None = None,
+        added: Added = alone,
     ):
         hidden, index, weight = inputs.routing()
-        self._block, self._inputs = block, inputs
+        self._block, self._inputs, self._added = block, inputs, added
         self._rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
         dtype = torch.promote_types(block.module.down_proj.dtype, torch.float32)
         output = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         self.target = torch.zeros_like(output)
-        self.parts: dict[int | str, Part] = {}
         shared = dict(inputs.shared_activations())
         always_on = sum(activations.shape[1] for activations in shared.values())
-        self.atomic_energy = 0.0
+        atomic_energy, energies = 0.0, {}
+        met_by: dict[int | str, tuple[torch.Tensor, torch.Tensor]] = {}  # tokens, and what is to be fitted with
         new_index, new_weight = (index, weight) if rerouting is None else rerouting
         # Some routers name an expert that is none, for tokens that get fewer.
         counts = torch.bincount(new_index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
-        met = sum(count * len(indices) for count, indices in zip(counts, kept)) / max(len(hidden), 1)  # by a token
+        total, *counts = numbers(added, [len(hidden), *counts])
+        met = sum(count * len(indices) for count, indices in zip(counts, kept)) / max(total, 1)  # by a token
         for expert, indices in enumerate(kept):
             is_kept = torch.zeros(block.width, dtype=torch.bool, device=hidden.device)
             is_kept[indices.to(hidden.device)] = True
@@ -151,7 +164,7 @@ class BlockFit:
             tokens, share, activations = _routed_to(block, expert, hidden, index, weight)
             exact = activations.to(dtype)
             output.index_add_(0, tokens, exact @ down)
-            self.atomic_energy += float(exact.square().sum(0) @ down.square().sum(1))
+            atomic_energy += float(exact.square().sum(0) @ down.square().sum(1))
             if rerouting is None:
                 self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
             else:
@@ -160,41 +173,46 @@ class BlockFit:
                 tokens, share, activations = _routed_to(block, expert, hidden, new_index, new_weight)
                 exact = activations.to(dtype)
                 self.target.index_add_(0, tokens, exact[:, is_kept] @ down[is_kept] + share * bias, alpha=-1)
-            energy = float(exact.square().mean(1).sum())
-            if len(indices) and energy > 0:
-                least = met / len(tokens) + always_on / len(hidden)
-                self.parts[expert] = Part(tokens, activations[:, is_kept], energy * max(ridge, least))
-        self.energy = float(output.square().sum())
+            if len(indices):
+                energies[expert] = float(exact.square().mean(1).sum())
+                met_by[expert] = tokens, activations[:, is_kept]
         everywhere = torch.arange(len(hidden), device=hidden.device)
         for name, activations in shared.items():
-            energy = float(activations.to(dtype).square().mean(1).sum())
+            energies[name] = float(activations.to(dtype).square().mean(1).sum())
+            met_by[name] = everywhere, activations
+        here = [float(output.square().sum()), atomic_energy, *energies.values()]
+        self.energy, self.atomic_energy, *summed = numbers(added, here)
+        self.parts: dict[int | str, Part] = {}
+        for (name, found), energy in zip(met_by.items(), summed):
             if energy > 0:
-                least = (met + always_on) / len(hidden)
-                self.parts[name] = Part(everywhere, activations, energy * max(ridge, least))
+                least = (met + always_on) / total if name in shared else met / counts[name] + always_on / total
+                self.parts[name] = Part(*found, energy * max(ridge, least))
 
     @torch.no_grad()
     def held_out_error(self, first: int) -> float:
-        """What a fit to the tokens before `first` leaves of the target on the others, squared and summed."""
+        """What a fit to the tokens before `first`, here and what other processes have before theirs, leaves of the target on the
+        others, squared and summed."""
         parts = list(self.parts.values())
-        changes, _ = solve_together([part.of(part.tokens < first) for part in parts], self.target[:first])
+        changes, _ = solve_together([part.of(part.tokens < first) for part in parts], self.target[:first], self._added)
         left = self.target.clone()
         for part, change in zip(parts, changes):
             part.add_output(-change, left)
-        return float(left[first:].square().sum())
+        return numbers(self._added, [float(left[first:].square().sum())])[0]
 
     @torch.no_grad()
     def solved(self) -> FittedBlock:
         """The down projections that come closest to the target."""
         rows, shared = list(self._rows), {}
-        before = float(self.target.square().sum()) / self.energy if self.energy else 0.0
+        (lost,) = numbers(self._added, [float(self.target.square().sum())])
+        before = lost / self.energy if self.energy else 0.0
         plain = FittedBlock(rows, shared, before, before)
         if not self.parts or before == 0:
             return plain
         if not all(map(math.isfinite, (before, self.energy, *(part.ridge for part in self.parts.values())))):
             logger.warning("%s: has activations that are not finite; it is cut without compensation", self._block.path)
             return FittedBlock(rows, shared, 0.0, 0.0)
-        changes, left = solve_together(list(self.parts.values()), self.target)
-        error = float(left.square().sum()) / self.energy
+        changes, left = solve_together(list(self.parts.values()), self.target, self._added)
+        error = numbers(self._added, [float(left.square().sum())])[0] / self.energy
         if error > before:
             logger.warning("%s: no fit was better than none; it is cut without compensation", self._block.path)
             return plain

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..experts import is_gated_mlp
+from .portion import Added, numbers
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class BlockInputs:
     def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
         """By path of the shared expert: its activations, scale in, [tokens, I]."""
         return ((name, torch.cat(self._activations[name])) for name in self.shared)
+
+    def agree_on_shared(self, added: Added) -> None:
+        """Takes out what was no shared expert in the calls of another process."""
+        missing = numbers(added, [name not in self.shared for name in self._activations])
+        self.shared = {name: self.shared[name] for name, others in zip(self._activations, missing) if not others}
 
     def only(self, tokens: torch.Tensor) -> BlockInputs:
         """The same calls for some of the tokens, by number; not how they are routed in a pruned model."""

@@ -39,7 +39,7 @@ class FitFiles:
 
     def __init__(self, folder: Path, plan: PruningPlan, data: CalibrationData, dtype: torch.dtype):
         self.folder, self.plan = folder, plan
-        self._run = json.loads(json.dumps(_description(plan, data, dtype)))
+        self._run = description_of_fits(plan, data, dtype)
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, block: ExpertBlock) -> bool:
@@ -55,9 +55,7 @@ class FitFiles:
         tensors, document = read_artefact(self._file_of(block), FORMAT)
         try:
             found = differences(document["run"], self._run)
-            fitted = None if found else _fitted_block(block, tensors, document)
-            compensation = [tuple(pair) for pair in document["compensation"]]
-            reconstruction = document["reconstruction"]
+            fitted = None if found else unpacked(self.plan, block, tensors, document)
         except (KeyError, TypeError, AttributeError) as error:
             raise HeaprError(
                 f"fits={str(self.folder)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
@@ -67,34 +65,46 @@ class FitFiles:
                 f"fits={str(self.folder)!r}: saved by a run that differs ({'; '.join(found)}); go on with the same plan, text and "
                 "options, or delete the folder to begin anew"
             )
-        self.plan.compensation[block.path] = compensation
-        self.plan.reconstruction |= {block.path: reconstruction} if reconstruction else {}
         return fitted
 
     def write(self, block: ExpertBlock, fitted: FittedBlock) -> None:
         """Keeps what a block became, whole or not at all."""
-        tensors = {f"{name}.{e}": part for name, parts in fitted.experts.items() for e, part in enumerate(parts)}
-        tensors |= {f"shared.{name}": weight for name, weight in fitted.shared.items()}
-        document = {
-            "run": self._run,
-            "rows": list(fitted.experts),
-            "shared": list(fitted.shared),
-            "errors": [fitted.error_before, fitted.error_after],
-            "compensation": self.plan.compensation[block.path],
-            "reconstruction": self.plan.reconstruction.get(block.path),
-        }
-        write_artefact(self._file_of(block), FORMAT, tensors, document)
+        tensors, document = packed(self.plan, block, fitted)
+        write_artefact(self._file_of(block), FORMAT, tensors, {"run": self._run, **document})
 
     def _file_of(self, block: ExpertBlock) -> Path:
         return self.folder / f"{block.path}{_ENDING}"
 
 
-def _fitted_block(block: ExpertBlock, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> FittedBlock:
+def packed(
+    plan: PruningPlan, block: ExpertBlock, fitted: FittedBlock
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a block became and what the plan says of it: tensors by name, and the rest, plain JSON types."""
+    tensors = {f"{name}.{e}": part for name, parts in fitted.experts.items() for e, part in enumerate(parts)}
+    tensors |= {f"shared.{name}": weight for name, weight in fitted.shared.items()}
+    document = {
+        "rows": list(fitted.experts),
+        "shared": list(fitted.shared),
+        "errors": [fitted.error_before, fitted.error_after],
+        "compensation": plan.compensation[block.path],
+        "reconstruction": plan.reconstruction.get(block.path),
+    }
+    return tensors, document
+
+
+def unpacked(
+    plan: PruningPlan, block: ExpertBlock, tensors: dict[str, torch.Tensor], document: dict[str, Any]
+) -> FittedBlock:
+    """The inverse of [`packed`]: the block on the device of its weights, and the plan says of it what that one said."""
     rows = {
         name: [tensors[f"{name}.{e}"].to(block.device) for e in range(block.num_experts)] for name in document["rows"]
     }
     shared = {name: tensors[f"shared.{name}"].to(block.device) for name in document["shared"]}
-    return FittedBlock(rows.pop("down_proj"), shared, *document["errors"], trained=rows)
+    fitted = FittedBlock(rows.pop("down_proj"), shared, *document["errors"], trained=rows)
+    compensation, reconstruction = [tuple(pair) for pair in document["compensation"]], document["reconstruction"]
+    plan.compensation[block.path] = compensation
+    plan.reconstruction |= {block.path: reconstruction} if reconstruction else {}
+    return fitted
 
 
 def remove_fits(folder: Path) -> None:
@@ -105,7 +115,7 @@ def remove_fits(folder: Path) -> None:
         folder.rmdir()
 
 
-def _description(plan: PruningPlan, data: CalibrationData, dtype: torch.dtype) -> dict[str, Any]:
+def description_of_fits(plan: PruningPlan, data: CalibrationData, dtype: torch.dtype) -> dict[str, Any]:
     """What a fit depends on, plain JSON types."""
     config = plan.config
     kept = (
@@ -114,10 +124,11 @@ def _description(plan: PruningPlan, data: CalibrationData, dtype: torch.dtype) -
         for expert, indices in enumerate(experts)
     )
     names = ("ridge", "reconstruction_steps", "reconstruction_learning_rate", "seed", "batch_size")
-    return {
+    described = {
         "model": {**plan.model, "dtype": str(dtype)},
         "kept": hash_of_samples(kept),
         "dropped": plan.dropped,
         "data": {key: value for key, value in data.fingerprint.items() if "source" not in key},
         **{name: getattr(config, name) for name in names},
     }
+    return json.loads(json.dumps(described))

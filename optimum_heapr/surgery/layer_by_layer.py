@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load, save
 
 from ..calibration.tap import switched_experts
 from ..layerwise.activations import ActivationStore
@@ -18,13 +19,16 @@ from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .block_compensation import fit_block
 from .block_inputs import BlockInputs, TrainingInputs, watched_blocks
-from .fit_files import FitFiles
+from .fit_files import FitFiles, description_of_fits, packed, unpacked
 from .fitted import FittedBlock, in_place_of
+from .portion import Portion
 from .reconstruction import block_output, reconstruct_block
 from .rerouting import Rerouting
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..experts import ExpertBlock
     from ..layerwise.decoder import Decoder
     from ..planning.plan import PruningPlan
@@ -45,11 +49,15 @@ def compensate_together(
     keep: Callable[[ExpertBlock, FittedBlock], None],
     activation_memory: int | None = None,
     fits_path: Path | None = None,
+    accelerator: Accelerator | None = None,
 ) -> None:
     """Fits all blocks of an unpruned model, from the first layer to the last, and trains them where that is asked for.
 
     It fills in `plan.compensation` and `plan.reconstruction`. Training takes a second stream of hidden states through the
     layers, that of the pruned model.
+
+    Processes that are connected each take their portion of the text through the layers; what is summed over tokens is added up over
+    all of them, and all go on with the blocks that the first has. Up to the rounding of sums they are those of one process.
 
     Args:
         decoder (`Decoder`): the layers; only one needs its weights at a time.
@@ -60,10 +68,13 @@ def compensate_together(
         activation_memory (`int`, *optional*): bytes of layer inputs that are kept in the memory of the host; by default a
             quarter of what is free.
         fits_path (`Path`, *optional*): a folder that each block which is done is kept in, and taken from by a run that goes
-            on; what it is called with is then still computed. Who made it removes it.
+            on; what it is called with is then still computed. Who made it removes it. Of several processes the first reads and writes.
+        accelerator (`Accelerator`, *optional*): connects the processes that share the work, each of which is to be here; without
+            one this process does all of it.
 
     Raises:
-        HeaprError: if a layer needs more than the hidden states of the one before, or what is in `fits_path` is of another run.
+        HeaprError: if a layer needs more than the hidden states of the one before, what is in `fits_path` is of another run, or
+            another process ended or is about something else.
     """
     own = data.fingerprint
     if plan.data and plan.data["sha256"] != own["sha256"]:
@@ -72,8 +83,10 @@ def compensate_together(
             *(part for text in (own, plan.data) for part in (text["num_tokens"], text["source"])),
         )
     dtype = decoder.blocks[0].module.down_proj.dtype
-    fits = None if fits_path is None else FitFiles(Path(fits_path), plan, data, dtype)
-    walk = walk_through(decoder, data, plan.config.batch_size, folder, activation_memory)
+    portion = Portion(data, plan.config.batch_size, accelerator)
+    portion.check_same(description_of_fits(plan, data, dtype))
+    fits = FitFiles(Path(fits_path), plan, data, dtype) if fits_path is not None and portion.is_first else None
+    walk = walk_through(decoder, portion, folder, activation_memory)
     rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     pruned: LayerWalk | None = None
@@ -82,19 +95,22 @@ def compensate_together(
         if plan.config.reconstruction_steps and number == decoder.first:
             pruned = walk.branch("pruned", number)
         with decoder.layer(number, then=number + 1 if number < last else None) as layer:
-            called = calls_of(walk, number, layer, {_PLAN: rerouting})
-            if fits is not None and all(map(fits.has, blocks)):
-                fitted = {block.path: fits.read(block) for block in blocks}
+            called = calls_of(walk, number, layer, {_PLAN: rerouting}, portion)
+            if portion.of_first(fits is not None and all(map(fits.has, blocks))):
+                fitted = {block.path: fits.read(block) for block in blocks if fits is not None}
             else:
-                trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting) if pruned and blocks else {}
+                trained_on = {}
+                if pruned and blocks:
+                    trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting, portion)
                 fitted = {
                     block.path: _fitted(
-                        decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan
+                        decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan, portion
                     )
                     for block in blocks
                 }
                 for block in blocks if fits is not None else ():
                     fits.write(block, fitted[block.path])
+            fitted = {block.path: _of_first(portion, plan, block, fitted.get(block.path)) for block in blocks}
             if pruned:
                 with in_place_of(decoder.model, blocks, plan.kept, fitted) as cut, routed_anew(rerouting, cut):
                     for index in walk.batches if number < last else ():
@@ -105,19 +121,20 @@ def compensate_together(
     walk.drop(walk.stream, last + 1)
 
 
-def walk_through(
-    decoder: Decoder, data: CalibrationData, batch_size: int, folder: Path, activation_memory: int | None
-) -> LayerWalk:
-    """A walk that is about to begin; arguments as of [`compensate_together`]."""
-    batches = dict(enumerate(data.micro_batches(batch_size)))
-    walk = LayerWalk(decoder, batches, ActivationStore(folder, activation_budget(activation_memory)))
+def walk_through(decoder: Decoder, portion: Portion, folder: Path, activation_memory: int | None) -> LayerWalk:
+    """A walk of this portion of the text that is about to begin; other arguments as of [`compensate_together`]."""
+    walk = LayerWalk(decoder, portion.batches, ActivationStore(folder, activation_budget(activation_memory)))
     with decoder.rest():
-        walk.capture(batches)
+        walk.capture(portion.batches)
     return walk
 
 
 def calls_of(
-    walk: LayerWalk, number: int, layer: torch.nn.Module, reroutings: Mapping[Hashable, Rerouting | None]
+    walk: LayerWalk,
+    number: int,
+    layer: torch.nn.Module,
+    reroutings: Mapping[Hashable, Rerouting | None],
+    portion: Portion,
 ) -> dict[str, BlockInputs]:
     """Takes all micro-batches of the unpruned model through a layer, and collects what its blocks are called with, by path.
 
@@ -126,23 +143,31 @@ def calls_of(
         number (`int`): of the layer.
         layer (`torch.nn.Module`): with its weights in memory.
         reroutings (`Mapping[Hashable, Rerouting]`): pruned models whose routing of the same tokens is collected, too.
+        portion (`Portion`): of the text, that is walked.
     """
     model, blocks = walk.decoder.model, walk.decoder.blocks_of(number)
     # The experts of calibration take any width and type.
     with switched_experts(model, blocks), watched_blocks(model, blocks) as watched:
         for index, batch in walk.batches.items():
             for inputs in watched.values():
-                inputs.counts = batch["attention_mask"].bool().flatten()
+                inputs.counts = batch["counts"].flatten()
             walk.forward(number, layer, index)
         for name, rerouting in reroutings.items() if blocks else ():
             if rerouting is not None:
                 _reroute(name, rerouting, walk, number, layer, watched)
+    for inputs in watched.values():
+        inputs.agree_on_shared(portion.added)
     walk.drop(walk.stream, number)
     return watched
 
 
 def pruned_calls_of(
-    pruned: LayerWalk, number: int, layer: torch.nn.Module, blocks: list[ExpertBlock], rerouting: Rerouting | None
+    pruned: LayerWalk,
+    number: int,
+    layer: torch.nn.Module,
+    blocks: list[ExpertBlock],
+    rerouting: Rerouting | None,
+    portion: Portion,
 ) -> dict[str, TrainingInputs]:
     """What the blocks of a layer are called with in the pruned model, by path: all below is pruned, they are not yet."""
     model = pruned.decoder.model
@@ -153,8 +178,10 @@ def pruned_calls_of(
     ):
         for index, batch in pruned.batches.items():
             for inputs in watched.values():
-                inputs.counts = batch["attention_mask"].bool().flatten()
+                inputs.counts = batch["counts"].flatten()
             pruned.call(number, layer, pruned.hidden(number, index), index)
+    for inputs in watched.values():
+        inputs.agree_on_shared(portion.added)
     return watched
 
 
@@ -169,15 +196,16 @@ def _fitted(
     inputs: BlockInputs,
     trained_on: TrainingInputs | None,
     plan: PruningPlan,
+    portion: Portion,
 ) -> FittedBlock:
     """What a block becomes; the plan says what that did."""
     kept, config, rerouting = plan.kept[block.path], plan.config, inputs.rerouting(_PLAN)
 
     def fit(tokens: torch.Tensor | None) -> FittedBlock:
         if tokens is None:
-            return fit_block(block, inputs, kept, config.ridge, rerouting)
+            return fit_block(block, inputs, kept, config.ridge, rerouting, portion.added)
         chosen = None if rerouting is None else (rerouting[0][tokens], rerouting[1][tokens])
-        return fit_block(block, inputs.only(tokens), kept, config.ridge, chosen)
+        return fit_block(block, inputs.only(tokens), kept, config.ridge, chosen, portion.added)
 
     if trained_on is None:
         fitted = fit(None)
@@ -185,10 +213,22 @@ def _fitted(
         trained_on.shared = {path: mlp for path, mlp in trained_on.shared.items() if path in inputs.shared}
         with switched_experts(model, [block]):
             target = block_output(block, inputs, trained_on.shared)
-        fitted, errors = reconstruct_block(block, kept, fit, trained_on, target, config)
+        fitted, errors = reconstruct_block(block, kept, fit, trained_on, target, config, portion)
         plan.reconstruction |= {block.path: errors} if errors else {}
     plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
     return fitted
+
+
+def _of_first(portion: Portion, plan: PruningPlan, block: ExpertBlock, fitted: FittedBlock | None) -> FittedBlock:
+    """What a block is for the first process, on each; the plan says of it what the first's does."""
+    if portion.is_alone:
+        return fitted
+    found = None
+    if portion.is_first:
+        tensors, document = packed(plan, block, fitted)
+        found = save({name: part.contiguous() for name, part in tensors.items()}), document
+    tensors, document = portion.of_first(found)
+    return fitted if portion.is_first else unpacked(plan, block, load(tensors), document)
 
 
 def _reroute(
@@ -208,5 +248,5 @@ def _reroute(
     with rerouting.active(blocks), replaced_forwards([block.module for block in blocks], nothing):
         for index, batch in walk.batches.items():
             for inputs in watched.values():
-                inputs.rerouted, inputs.counts = name, batch["attention_mask"].bool().flatten()
+                inputs.rerouted, inputs.counts = name, batch["counts"].flatten()
             walk.call(number, layer, walk.hidden(number, index), index)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .portion import Added, alone
+
 
 TOLERANCE = 1e-2
 MOST_STEPS = 50
@@ -51,19 +53,24 @@ class Part:
         return self.activations.to(output.dtype).T @ output[self.tokens]
 
 
-def solve_together(parts: Sequence[Part], target: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def solve_together(
+    parts: Sequence[Part], target: torch.Tensor, added: Added = alone
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The changes of all parts that come closest to the target together.
+
+    Of several processes each has tokens of its own, and all of them the same parts.
 
     Args:
         parts (`Sequence[Part]`): experts, and whatever else adds to the same output.
         target (`torch.Tensor`): what is to be made up for, [tokens, d], float32 or float64.
+        added (`Added`): sums over processes.
 
     Returns:
         `tuple[list[torch.Tensor], torch.Tensor]`: a change [w, d] for each part, in the type of the target, and what is left
         of the target, [tokens, d]. It is solved up to `TOLERANCE` of the gradient at the start, in the norm of the
         preconditioner; from there on the target changes by less than rounding to 16 bits does.
     """
-    factors = [_factor(part, target.dtype) for part in parts]
+    factors = [_factor(part, target.dtype, added) for part in parts]
     widths = [part.activations.shape[1] for part in parts]
 
     def preconditioned(gradient: torch.Tensor) -> torch.Tensor:
@@ -71,32 +78,35 @@ def solve_together(parts: Sequence[Part], target: torch.Tensor) -> tuple[list[to
 
     left = target.clone()
     change = target.new_zeros(sum(widths), target.shape[1])
-    gradient = torch.cat([part.correlation(left) for part in parts])
+    gradient = added(torch.cat([part.correlation(left) for part in parts]))
     direction = preconditioned(gradient)
     size = start = (gradient * direction).sum(0)
+    enough = TOLERANCE**2 * float(added(start.sum()))
     for _ in range(MOST_STEPS):
         output = torch.zeros_like(left)
         for part, own in zip(parts, direction.split(widths)):
             part.add_output(own, output)
-        product = torch.cat(
-            [part.correlation(output) + part.ridge * own for part, own in zip(parts, direction.split(widths))]
-        )
+        product = added(torch.cat([part.correlation(output) for part in parts]))
+        for part, own, of_own in zip(parts, direction.split(widths), product.split(widths)):
+            of_own += part.ridge * own
         step = _ratio(size, (direction * product).sum(0))
         change += step * direction
         left -= step * output
         gradient -= step * product
         solved = preconditioned(gradient)
         size, before = (gradient * solved).sum(0), size
-        if float(size.sum()) <= TOLERANCE**2 * float(start.sum()):
+        if (
+            float(added(size.sum())) <= enough
+        ):  # of all, who would else end at different steps if they round differently
             break
         direction = solved + _ratio(size, before) * direction
     return list(change.split(widths)), left
 
 
-def _factor(part: Part, dtype: torch.dtype) -> torch.Tensor:
+def _factor(part: Part, dtype: torch.dtype, added: Added) -> torch.Tensor:
     """The Cholesky factor of a part's own normal equations, [w, w]."""
     activations = part.activations.to(dtype)
-    own = activations.T @ activations
+    own = added(activations.T @ activations)
     own.diagonal().add_(part.ridge)
     return torch.linalg.cholesky(own)
 

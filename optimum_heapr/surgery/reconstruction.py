@@ -31,6 +31,7 @@ from ..modeling.atomic_experts import eager_atomic_experts_forward
 from ..utils.logging import get_logger, progress
 from .block_inputs import TrainingInputs
 from .fitted import FittedBlock
+from .portion import numbers
 from .selection import cut_block, load_rows, rows_of
 
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..configuration import HeaprConfig
     from ..experts import ExpertBlock
     from .block_inputs import BlockInputs
+    from .portion import Portion
 
 
 logger = get_logger(__name__)
@@ -78,16 +80,21 @@ def reconstruct_block(
     inputs: TrainingInputs,
     target: torch.Tensor,
     config: HeaprConfig,
+    portion: Portion,
 ) -> tuple[FittedBlock, dict[str, float | str | None]]:
     """Trains what stays of a block, and keeps as much of that as is best on held-out tokens.
+
+    Of several processes each takes of every step the tokens that it has, and all take the same step.
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert.
-        fit (`Callable`): what compensation makes of it, fitted to the tokens of these numbers, or to all.
+        fit (`Callable`): what compensation makes of it, fitted to the tokens of these numbers, or to all; here and in other
+            processes.
         inputs (`TrainingInputs`): what it is called with in the pruned model.
         target (`torch.Tensor`): what it is to give for the same tokens, [tokens, d].
         config (`HeaprConfig`): `reconstruction_steps`, `reconstruction_learning_rate` and `seed` are used.
+        portion (`Portion`): says which tokens these are.
 
     Returns:
         `tuple[FittedBlock, dict]`: what the block becomes, and what that rests on: squared errors of its output on held-out
@@ -95,17 +102,18 @@ def reconstruct_block(
         on which share of the way from the one to the other the last is (`share`), and which of the two was kept (`kept`). An
         error that is not finite is `None`, and its share, too. The dictionary is empty if there was nothing to train.
     """
-    place = torch.arange(len(target)) // max(len(target) // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
+    place = torch.arange(portion.tokens) // max(portion.tokens // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
     held_out, tokens = (torch.where(part)[0].to(target.device) for part in (place, ~place))
-    if not target[held_out].square().sum() > 0:  # none, or not finite
+    held_out = portion.own(held_out)
+    if not numbers(portion.added, [float(target[held_out].square().sum())])[0] > 0:  # none, or not finite
         logger.warning(
-            "%s: nothing held out of %d tokens to train it by; it stays as it was fitted", block.path, len(target)
+            "%s: nothing held out of %d tokens to train it by; it stays as it was fitted", block.path, portion.tokens
         )
         return fit(None), {}
-    fitted = fit(tokens)  # or it would know those that decide
+    fitted = fit(portion.own(tokens))  # or it would know those that decide
     if fitted.error_before == 0:  # nothing is removed
         return fitted, {}
-    student = Student(block, kept, inputs)
+    student = Student(block, kept, inputs, portion)
     found = {"removed": student.error(target, held_out)}
     student.load(fitted)
     found["fitted"] = student.error(target, held_out)
@@ -158,12 +166,14 @@ class Student:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert.
         inputs (`TrainingInputs`): what it is called with in the pruned model.
+        portion (`Portion`): the tokens of these calls.
 
     Attributes:
         parameters (`dict[str, torch.Tensor]`): all that is trained: of the experts, and by their full names of shared experts.
     """
 
-    def __init__(self, block: ExpertBlock, kept: list[torch.Tensor], inputs: TrainingInputs):
+    def __init__(self, block: ExpertBlock, kept: list[torch.Tensor], inputs: TrainingInputs, portion: Portion):
+        self.portion = portion
         self.dtype = block.module.down_proj.dtype
         exact = _exact(self.dtype)
         self.experts = cut_block(block, kept).to(exact).requires_grad_(True)
@@ -194,10 +204,11 @@ class Student:
 
     @torch.no_grad()
     def error(self, target: torch.Tensor, tokens: torch.Tensor) -> float:
-        """Squared error over these tokens, relative to the squared target."""
-        parts = tokens.split(TOKENS_AT_ONCE)
+        """Squared error over these tokens, and those of other processes, relative to the squared target."""
+        parts = tokens.split(TOKENS_AT_ONCE) if len(tokens) else ()
         error = sum(float((self.output(part) - target[part]).square().sum()) for part in parts)
-        return error / sum(float(target[part].square().sum()) for part in parts)
+        error, energy = numbers(self.portion.added, [error, sum(float(target[part].square().sum()) for part in parts)])
+        return error / energy
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of all that is trained."""
@@ -235,10 +246,11 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
     Args:
         student (`Student`): changed in place.
         target (`torch.Tensor`): what it is to give, [tokens, d].
-        tokens (`torch.Tensor`): which of them it is trained on.
+        tokens (`torch.Tensor`): which it is trained on, by number in the whole text.
         config (`HeaprConfig`): as for [`reconstruct_block`].
     """
-    steps, energy = config.reconstruction_steps, target[tokens].square().sum() / len(tokens)
+    portion, steps = student.portion, config.reconstruction_steps
+    energy = portion.added(target[portion.own(tokens)].square().sum()) / len(tokens)
     groups = [
         {"params": [weight], "lr": config.reconstruction_learning_rate * _unit(name, student.parameters)}
         for name, weight in student.parameters.items()
@@ -250,9 +262,13 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
     )
     batches = _batches(tokens, steps, torch.Generator().manual_seed(config.seed))
     for batch in progress(batches, total=steps, desc="Reconstructing", unit="step", leave=False):
-        error = (student.output(batch) - target[batch]).square().sum() / energy
         optimizer.zero_grad()
-        error.backward()
+        own = portion.own(batch)
+        if len(own):
+            error = (student.output(own) - target[own]).square().sum() / energy
+            error.backward()
+        for weight in () if portion.is_alone else student.parameters.values():
+            weight.grad = portion.added(torch.zeros_like(weight) if weight.grad is None else weight.grad)
         optimizer.step()
         schedule.step()
 

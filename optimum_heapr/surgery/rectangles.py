@@ -22,11 +22,15 @@ from ..planning.plan import PruningPlan
 from ..planning.rectangles import rectangles
 from ..utils.logging import get_logger, progress
 from .block_compensation import BlockFit
+from .fit_files import description_of_fits
 from .layer_by_layer import calls_of, walk_through
+from .portion import Portion
 from .rerouting import Rerouting
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..calibration.statistics import AtomicStatistics, BlockStatistics
     from ..configuration import HeaprConfig
     from ..layerwise.decoder import Decoder
@@ -48,16 +52,19 @@ def best_rectangle(
     statistics: AtomicStatistics,
     config: HeaprConfig,
     activation_memory: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> PruningPlan:
     """The plan for the number of experts, and the width, that lose least; it says what it was chosen from.
 
     Args:
-        decoder, data, statistics, activation_memory: as of [`measure_rectangles`].
+        decoder, data, statistics, activation_memory, accelerator: as of [`measure_rectangles`].
         config (`HeaprConfig`): with `num_experts="auto"`.
     """
     configs = rectangles(statistics, config)
     with tempfile.TemporaryDirectory(prefix="heapr-") as folder:
-        increases = measure_rectangles(decoder, data, statistics, configs, Path(folder), activation_memory)
+        increases = measure_rectangles(
+            decoder, data, statistics, configs, Path(folder), activation_memory, accelerator
+        )
     plan = PruningPlan.build(statistics, configs[min(increases, key=increases.get)])
     plan.rectangles = [
         {"experts": experts, "width": width, "increase": increase} for (experts, width), increase in increases.items()
@@ -81,6 +88,7 @@ def measure_rectangles(
     configs: dict[Rectangle, HeaprConfig],
     folder: Path,
     activation_memory: int | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[Rectangle, float]:
     """Estimated increase of the loss under each, nats a token: good for comparing them, as layers are added up.
 
@@ -89,29 +97,33 @@ def measure_rectangles(
         data (`CalibrationData`): what the statistics were measured on.
         statistics (`AtomicStatistics`): of the model.
         configs (`dict[Rectangle, HeaprConfig]`): from [`~optimum_heapr.planning.rectangles.rectangles`].
-        folder, activation_memory: as of `compensate_together`.
+        folder, activation_memory, accelerator: as of `compensate_together`, which shares the text out in the same way.
 
     Raises:
-        HeaprError: if a layer needs more than the hidden states of the one before.
+        HeaprError: as there.
     """
     plans = {key: PruningPlan.build(statistics, config) for key, config in configs.items()}
     reroutings = {key: Rerouting.of(decoder.model, decoder.blocks, plan) for key, plan in plans.items()}
     config, increases = next(iter(configs.values())), dict.fromkeys(plans, 0.0)
-    walk = walk_through(decoder, data, config.batch_size, folder, activation_memory)
+    portion = Portion(data, config.batch_size, accelerator)
+    dtype = decoder.blocks[0].module.down_proj.dtype
+    portion.check_same({str(key): description_of_fits(plan, data, dtype) for key, plan in plans.items()})
+    first = portion.tokens - max(portion.tokens // HELD_OUT, 1)
+    own_first = min(max(first - portion.first, 0), portion.here)
+    walk = walk_through(decoder, portion, folder, activation_memory)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     for number in progress(range(last + 1), desc="Choosing num_experts", unit="layer"):
         with decoder.layer(number, then=number + 1 if number < last else None) as layer:
-            called = calls_of(walk, number, layer, reroutings)
+            called = calls_of(walk, number, layer, reroutings, portion)
             for block in decoder.blocks_of(number):
                 inputs = called.pop(block.path)
                 loss = _loss_of_atomic_experts(statistics.blocks[block.path]) / statistics.num_tokens
                 for key, plan in plans.items():
-                    fit = BlockFit(block, inputs, plan.kept[block.path], config.ridge, inputs.rerouting(key))
-                    tokens = len(fit.target)
-                    first = tokens - max(tokens // HELD_OUT, 1)
-                    error = fit.held_out_error(first) / (tokens - first)
+                    rerouting = inputs.rerouting(key)
+                    fit = BlockFit(block, inputs, plan.kept[block.path], config.ridge, rerouting, portion.added)
+                    error = fit.held_out_error(own_first) / (portion.tokens - first)
                     if fit.atomic_energy:
-                        increases[key] += loss * error / (fit.atomic_energy / tokens)
+                        increases[key] += loss * error / (fit.atomic_energy / portion.tokens)
     walk.drop(walk.stream, last + 1)
     return increases
 

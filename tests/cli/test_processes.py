@@ -240,3 +240,47 @@ def test_states_stay_until_the_output_is_safe(command, memory, inputs, tmp_path)
     for path, block in AtomicStatistics.load(written).blocks.items():
         assert torch.equal(block.token_count, expected.blocks[path].token_count)
         torch.testing.assert_close(block.fisher_sum, expected.blocks[path].fisher_sum, rtol=1e-5, atol=0)
+
+
+# Rank 1 ends where it is to fit its second block.
+DIES_FITTING = """
+import os, signal
+from optimum_heapr.surgery import layer_by_layer
+from optimum.commands.optimum_cli import main
+
+fitted, blocks = layer_by_layer._fitted, []
+
+def dies(model, block, *arguments):
+    blocks.append(block.path)
+    if os.environ["RANK"] == "1" and len(blocks) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fitted(model, block, *arguments)
+
+layer_by_layer._fitted = dies
+main()
+"""
+
+
+def test_blocks_are_fitted_by_all_processes_and_fits_outlive_one_that_dies(run, inputs, tmp_path):
+    """`prune` in memory, of which one process dies, and goes on; then `apply` from the checkpoint. Both as one process does."""
+    over_blocks = ["--compensate", "--compensation-scope", "block", "--reconstruction-steps", "3"]
+    measured = ["-m", inputs.model, *inputs.calibration, "-s", inputs.statistics, *over_blocks, "--eval-samples", "0"]
+    assert run("prune", *measured, "-o", tmp_path / "expected").status == 0
+    prune = ["heapr", "prune", *measured, "-o", tmp_path / "out", "--resume"]
+    first, second = in_two_processes(DIES_FITTING, *prune)
+    assert second.returncode == -signal.SIGKILL and first.returncode in (2, -signal.SIGABRT), first.stderr
+    if first.returncode == 2:
+        assert "error: processes: another one ended before the sums could be added" in first.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.fits").iterdir())) == 1
+
+    apply = ["heapr", "apply", "-m", inputs.model, *inputs.calibration, "-p", tmp_path / "expected"]
+    apply += ["-o", tmp_path / "applied"]
+    for command, output in ((prune, "out"), (apply, "applied")):
+        results = in_two_processes(OPTIMUM_CLI, *command)
+        assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+        assert [result.stdout.count("Pruned model written to") for result in results] == [1, 0]
+        found, expected = (load_file(tmp_path / name / "model.safetensors") for name in (output, "expected"))
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["applied", "expected", "out"]
