@@ -5,6 +5,9 @@ A random Qwen3-MoE of `--gigabytes` is written to a temporary folder. Each row o
 loading to statistics, so that its peak memory is its own; what a process takes that has imported everything and loaded
 nothing is the first row. Times are of the processor, loading included. Prints one Markdown table.
 
+With `--fits` the table is about what comes after: the peak of compensation over blocks and of reconstruction from the checkpoint, beside
+what is stated before they begin.
+
 With `--cold` the table is another one: seconds on the wall where no weights are in the page cache when a run begins, nor when its
 second pass does, with and without reading the next layer ahead. Only on an idle machine does it say anything.
 """
@@ -39,7 +42,7 @@ def make_checkpoint(folder: Path, args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype)
     one = 16 * 3 * args.hidden * args.width + 2 * args.hidden * args.hidden * 3 // 2
-    layers = max(24, round(args.gigabytes * 1e9 / dtype.itemsize / one))
+    layers = args.layers or max(24, round(args.gigabytes * 1e9 / dtype.itemsize / one))
     config = Qwen3MoeConfig(
         vocab_size=8192,
         hidden_size=args.hidden,
@@ -81,6 +84,43 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
 
         peak = peak_resident_bytes()
     print(json.dumps({"peak": peak, "cpu": spent[0], "wall": spent[1], "cost": cost}))
+
+
+def measure_fits(folder: str, steps: str, statistics: str, samples: int, length: int, budget: str) -> None:
+    """Peak memory of making what the blocks become, from the checkpoint; and the bytes that are stated for that."""
+    from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprPruner
+    from optimum_heapr.calibration.cost import peak_resident_bytes
+    from optimum_heapr.experts import find_expert_blocks
+    from optimum_heapr.surgery.block_compensation import needed_bytes
+    from optimum_heapr.text.samples import CalibrationData
+    from optimum_heapr.utils.sizes import parse_size
+
+    options = {"compensate": True, "compensation_scope": "block", "reconstruction_steps": int(steps)}
+    config = HeaprConfig(ratio=0.5, num_samples=samples, seq_length=length, **options)
+    ids = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(1))
+    pruner = HeaprPruner.from_pretrained(folder, config, memory="streaming", activation_memory=budget)
+    pruner.statistics = AtomicStatistics.load(statistics)
+    pruner.calibration_data = CalibrationData(list(ids), "random", 0, length)
+    before = peak_resident_bytes()
+    pruner.apply(pruner.plan())
+    peak, model = peak_resident_bytes(), pruner.model
+    layer = sum(part.numel() * part.element_size() for part in model.model.layers[0].parameters())
+    block = needed_bytes(model, find_expert_blocks(model), config)
+    stated = {"layer": layer, "inputs": parse_size("activation_memory", budget), "block": block}
+    print(json.dumps({"before": before, "peak": peak, **stated}))
+
+
+def fits_table(place: Path, common: list[str], base: int) -> None:
+    """The peaks, each of a process of its own."""
+    files = str(place / "statistics.safetensors")
+    run_row([str(place / "model"), "streaming", "heapr", files, "2", *common[1:]])  # whatever it is that stays
+    print("| run | a layer | its inputs | a block | stated | measured | ratio |\n|---|---|---|---|---|---|---|")
+    for name, steps in (("compensation over blocks", "0"), ("and reconstruction", "4")):
+        found = run_row([str(place / "model"), steps, files, *common], "--fits-worker")
+        stated = [found[part] for part in ("layer", "inputs", "block")]
+        measured = found["peak"] - base
+        cells = " | ".join(f"{part / 1e6:.0f}" for part in (*stated, sum(stated), measured))
+        print(f"| {name} | {cells} | {measured / sum(stated):.2f} |", flush=True)
 
 
 def forget(folder: str) -> None:
@@ -169,10 +209,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, help="in place of --gigabytes")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--activation-memory", default="64MB")
+    parser.add_argument("--fits", action="store_true", help="peaks of compensation over blocks and of reconstruction")
     parser.add_argument("--cold", action="store_true", help="seconds on the wall with nothing in the page cache")
     parser.add_argument("--folder", default=None, help="where the model is written; needs its size free")
     args = parser.parse_args()
@@ -186,6 +228,8 @@ def main() -> None:
         print(
             f"{size / 1e9:.2f} GB of weights, {args.samples} x {args.length} tokens, budget {args.activation_memory}\n"
         )
+        if args.fits:
+            return fits_table(place, common, base)
         print(
             "| run | peak, MB | without libraries, share of the weights | processor s | ratio | difference | same kept |"
         )
@@ -211,6 +255,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         folder, memory, criterion, output, samples, length, budget = sys.argv[2:]
         measure(folder, memory, criterion, output, int(samples), int(length), budget)
+    elif sys.argv[1:2] == ["--fits-worker"]:
+        folder, steps, output, samples, length, budget = sys.argv[2:]
+        measure_fits(folder, steps, output, int(samples), int(length), budget)
     elif sys.argv[1:2] == ["--cold-worker"]:
         folder, ahead, samples, length, budget = sys.argv[2:]
         measure_cold(folder, ahead, int(samples), int(length), budget)

@@ -80,13 +80,7 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
     if shares:
         batches = math.ceil(samples / config.batch_size)
         samples = min(math.ceil(batches / processes) * config.batch_size, samples)
-    tokens, top_k = samples * config.seq_length, experts_per_token(model)
-    needed = max(fitting_bytes(block, tokens, top_k) for block in blocks)
-    if config.reconstruction_steps:
-        needed = max(
-            *(needed + inputs_bytes(block, tokens) for block in blocks),
-            *(training_bytes(block, tokens, top_k) for block in blocks),
-        )
+    needed = needed_bytes(model, blocks, config.replace(num_samples=samples))
     device = blocks[0].device if getattr(model, "hf_device_map", None) else default_device()
     # Weights that are going to be there as well.
     coming = sum(p.nbytes for p in model.parameters() if p.device.type not in (device.type, "meta"))
@@ -107,6 +101,18 @@ def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config
             f"{available:,} are available; calibrate on fewer, or use "
             "memory='streaming', which has one layer there, or compensation_scope='expert'"
         )
+
+
+def needed_bytes(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> int:
+    """What fitting one block, and training it if that is asked for, takes at most; arguments as of [`check_block_memory`]."""
+    tokens, top_k = config.num_samples * config.seq_length, experts_per_token(model)
+    needed = max(fitting_bytes(block, tokens, top_k) for block in blocks)
+    if config.reconstruction_steps:
+        needed = max(
+            *(needed + inputs_bytes(block, tokens) for block in blocks),
+            *(training_bytes(block, tokens, top_k) for block in blocks),
+        )
+    return needed
 
 
 def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
