@@ -238,7 +238,9 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{namespace}/{asked['name']}"
         exists = name in self.hub.repositories
         if not exists:
-            self.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
+            self.hub.repositories[name] = Repository(
+                private=asked.get("visibility") == "private" or asked.get("private", False)
+            )
         self.reply({"url": f"{self.hub.url}/{name}", "name": name, "id": name}, 409 if exists else 200)
 
     def validate_card(self, body: bytes) -> None:

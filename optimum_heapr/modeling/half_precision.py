@@ -93,6 +93,13 @@ def all_experts_forward(
     return output.to(hidden_states.dtype)
 
 
+def zeros_around(rows: torch.Tensor, left: int, right: int, below: int) -> torch.Tensor:
+    """`F.pad`, which torch 2.9 refuses where no columns are left: for experts of width 0."""
+    if rows.shape[1] + left + right == 0:
+        return rows.new_zeros(len(rows) + below, 0)
+    return F.pad(rows, (left, right, 0, below))
+
+
 def few_shapes_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -121,7 +128,7 @@ def few_shapes_forward(
             if experts.has_bias:
                 gate_up = gate_up + experts.gate_up_proj_bias[2 * starts[slot] : 2 * starts[slot + 1]]
             activation = experts.weighted_activation(gate_up, weight[row : row + count])
-            activation = F.pad(activation, (before, end - first - width - before, 0, rounded_count - count))
+            activation = zeros_around(activation, before, end - first - width - before, rounded_count - count)
             torch.mm(activation.to(partial.dtype), down_weights[first:end], out=partial[row : row + rounded_count])
             row += count
         experts.add_partial(output, partial[:row], run, tokens[own], weight)

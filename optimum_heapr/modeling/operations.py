@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import library
 from transformers.integrations.moe import _grouped_mm
 
-from .half_precision import rounded_rows, rounded_span, takes_all_experts
+from .half_precision import rounded_rows, rounded_span, takes_all_experts, zeros_around
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -160,7 +160,7 @@ def reduce(
         else:
             first, before, end = rounded_span(span, step * parts, len(weight))
             rounded = rounded_rows(len(some)) if step else len(some)
-            some = F.pad(some, (before, end - first - some.shape[1] - before, 0, rounded - len(some)))
+            some = zeros_around(some, before, end - first - some.shape[1] - before, rounded - len(some))
             # What is computed too much is overwritten by the next pairs.
             torch.mm(some, weight[first:end], out=products[pairs.start : pairs.start + rounded])
     return output.index_add_(0, tokens, products[: len(tokens)].to(output.dtype))

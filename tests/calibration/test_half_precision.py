@@ -28,7 +28,7 @@ def test_half_precision_gives_the_ranking_of_float32(model, least):
     if model != "demo":
         folder = shared_folder()
         model, text = str(folder / "models" / model), str(folder / "data" / "calibration.jsonl")
-    config = HeaprConfig(dataset=text, num_samples=4, seq_length=256, batch_size=4)
+    config = HeaprConfig(dataset=text, num_samples=8 if text == "demo" else 4, seq_length=256, batch_size=4)
     measured = {
         dtype: HeaprPruner.from_pretrained(model, config, dtype=dtype).calibrate() for dtype in (torch.float32, *least)
     }

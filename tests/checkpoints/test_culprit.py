@@ -32,10 +32,10 @@ def ruined(changes=None, path=f"{RUINED}.mlp.experts"):
     return pruner
 
 
-def test_a_layer_that_was_ruined_is_named(caplog):
+def test_a_layer_that_was_ruined_is_named(heapr_log):
     pruner = ruined()
     unpruned, data = copy.deepcopy(pruner.model), pruner.calibration_data
-    with caplog.at_level(logging.WARNING, "optimum"):
+    with heapr_log.at_level(logging.WARNING, "optimum"):
         pruner.prune()
     plan, loss = pruner.applied_plan, pruner.report["loss"]
     assert sum(plan.widths[f"{RUINED}.mlp.experts"]) == 0 and loss["estimated_increase"] < 1e-3
@@ -43,8 +43,8 @@ def test_a_layer_that_was_ruined_is_named(caplog):
     assert found["layer"] == RUINED and found["windows"] == 4
     # All that was removed is in that layer: with it the model is the unpruned one.
     assert found["restored"] == pytest.approx(0, abs=1e-5) and found["increase"] > loss["measured"]["increase"] > 0.1
-    assert f"{RUINED} did it" in caplog.text and "estimate of 0.0000" in caplog.text
-    assert jump_text(pruner.report) in caplog.text
+    assert f"{RUINED} did it" in heapr_log.text and "estimate of 0.0000" in heapr_log.text
+    assert jump_text(pruner.report) in heapr_log.text
 
     # The model is as it was cut: the layers that were put back are gone.
     cut, windows = apply_plan(copy.deepcopy(unpruned), plan), data.held_out[:2]

@@ -33,6 +33,12 @@ def network_file_system(monkeypatch):
     monkeypatch.setattr(os, "unlink", renamed)
     monkeypatch.setattr(os, "remove", renamed)
 
+    def path_unlink(path, missing_ok=False):
+        if not missing_ok or path.exists():
+            renamed(path)
+
+    monkeypatch.setattr(Path, "unlink", path_unlink)  # has a reference of its own to that of the system in Python 3.10
+
 
 @pytest.fixture
 def pruner(tmp_path):

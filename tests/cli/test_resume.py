@@ -21,8 +21,8 @@ from optimum.commands.optimum_cli import main
 number, at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 measure, calls = runner._Measuring._measure, []
 
-def killed(*arguments):
-    result = measure(*arguments)
+def killed(*arguments, **options):
+    result = measure(*arguments, **options)
     calls.append(1)
     if len(calls) == at:
         os.kill(os.getpid(), number)
@@ -63,7 +63,7 @@ def test_saving_does_not_take_the_place_of_the_output(run, inputs, tmp_path, mon
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out.state"]
     monkeypatch.setattr(
-        "optimum_heapr.calibration.runner._Measuring._measure", lambda *_: pytest.fail("it was measured already")
+        "optimum_heapr.calibration.runner._Measuring._measure", lambda *_, **__: pytest.fail("it was measured already")
     )
     assert run(*command, "--resume").status == 0
     assert (tmp_path / "out").read_bytes() == inputs.statistics.read_bytes()

@@ -193,6 +193,10 @@ def test_names_of_texts_have_the_form_that_the_hub_takes(source, kind):
     assert (result.dataset_type, result.dataset_name, result.dataset_split) == (kind, f"{source} (held out)", None)
 
 
+@pytest.mark.skipif(
+    importlib.metadata.version("huggingface_hub").startswith("1."),
+    reason="huggingface_hub 1 asks a Hub that is not this one",
+)
 def test_the_hub_takes_it(hub, run_python, tmp_path):
     measured = {"perplexity": 12.5, "loss": 2.5, "loss_standard_error": 0.1, "num_tokens": 1000}
     pruner().model.save_pretrained(tmp_path)
