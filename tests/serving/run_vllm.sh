@@ -20,5 +20,7 @@ if [ ! -x "$folder/bin/python" ]; then
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$stub/METADATA"
 fi
 cd "$root"
-# The suite's own conftest.py wants what the package needs for pruning.
+# The suite's own conftest.py wants what the package needs for pruning; this is what else it sets.
+HF_HOME=$(mktemp -d)
+export HF_HOME
 exec "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@" tests/serving/test_vllm.py tests/docs/test_serving_with_vllm.py
