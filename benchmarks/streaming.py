@@ -88,6 +88,8 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
 
 def measure_fits(folder: str, steps: str, statistics: str, samples: int, length: int, budget: str) -> None:
     """Peak memory of making what the blocks become, from the checkpoint; and the bytes that are stated for that."""
+    import psutil
+
     from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprPruner
     from optimum_heapr.calibration.cost import peak_resident_bytes
     from optimum_heapr.experts import find_expert_blocks
@@ -101,26 +103,26 @@ def measure_fits(folder: str, steps: str, statistics: str, samples: int, length:
     pruner = HeaprPruner.from_pretrained(folder, config, memory="streaming", activation_memory=budget)
     pruner.statistics = AtomicStatistics.load(statistics)
     pruner.calibration_data = CalibrationData(list(ids), "random", 0, length)
-    before = peak_resident_bytes()
-    pruner.apply(pruner.plan())
-    peak, model = peak_resident_bytes(), pruner.model
+    plan, model = pruner.plan(), pruner.model
+    before = psutil.Process().memory_info().rss  # libraries, statistics and a model without weights
+    pruner.apply(plan)
+    taken = peak_resident_bytes() - before
     layer = sum(part.numel() * part.element_size() for part in model.model.layers[0].parameters())
     block = needed_bytes(model, find_expert_blocks(model), config)
     stated = {"layer": layer, "inputs": parse_size("activation_memory", budget), "block": block}
-    print(json.dumps({"before": before, "peak": peak, **stated}))
+    print(json.dumps({"taken": taken, **stated}))
 
 
-def fits_table(place: Path, common: list[str], base: int) -> None:
-    """The peaks, each of a process of its own."""
+def fits_table(place: Path, common: list[str]) -> None:
+    """The peaks, each of a process of its own, beyond what that had before."""
     files = str(place / "statistics.safetensors")
     run_row([str(place / "model"), "streaming", "heapr", files, "2", *common[1:]])  # whatever it is that stays
     print("| run | a layer | its inputs | a block | stated | measured | ratio |\n|---|---|---|---|---|---|---|")
     for name, steps in (("compensation over blocks", "0"), ("and reconstruction", "4")):
         found = run_row([str(place / "model"), steps, files, *common], "--fits-worker")
         stated = [found[part] for part in ("layer", "inputs", "block")]
-        measured = found["peak"] - base
-        cells = " | ".join(f"{part / 1e6:.0f}" for part in (*stated, sum(stated), measured))
-        print(f"| {name} | {cells} | {measured / sum(stated):.2f} |", flush=True)
+        cells = " | ".join(f"{part / 1e6:.0f}" for part in (*stated, sum(stated), found["taken"]))
+        print(f"| {name} | {cells} | {found['taken'] / sum(stated):.2f} |", flush=True)
 
 
 def forget(folder: str) -> None:
@@ -229,7 +231,7 @@ def main() -> None:
             f"{size / 1e9:.2f} GB of weights, {args.samples} x {args.length} tokens, budget {args.activation_memory}\n"
         )
         if args.fits:
-            return fits_table(place, common, base)
+            return fits_table(place, common)
         print(
             "| run | peak, MB | without libraries, share of the weights | processor s | ratio | difference | same kept |"
         )
