@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -88,10 +89,7 @@ def measure(folder: str, memory: str, criterion: str, output: str, samples: int,
 
 def measure_fits(folder: str, steps: str, statistics: str, samples: int, length: int, budget: str) -> None:
     """Peak memory of making what the blocks become, from the checkpoint; and the bytes that are stated for that."""
-    import psutil
-
     from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprPruner
-    from optimum_heapr.calibration.cost import peak_resident_bytes
     from optimum_heapr.experts import find_expert_blocks
     from optimum_heapr.surgery.block_compensation import needed_bytes
     from optimum_heapr.text.samples import CalibrationData
@@ -104,13 +102,33 @@ def measure_fits(folder: str, steps: str, statistics: str, samples: int, length:
     pruner.statistics = AtomicStatistics.load(statistics)
     pruner.calibration_data = CalibrationData(list(ids), "random", 0, length)
     plan, model = pruner.plan(), pruner.model
-    before = psutil.Process().memory_info().rss  # libraries, statistics and a model without weights
+    warm = config.replace(dataset="demo", num_samples=4, seq_length=64)
+    HeaprPruner.from_pretrained(
+        "demo", warm, memory="streaming"
+    ).prune()  # what libraries take once is no matter of the model
+    before = most = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     pruner.apply(plan)
-    taken = peak_resident_bytes() - before
+    done.set()
+    watcher.join()
     layer = sum(part.numel() * part.element_size() for part in model.model.layers[0].parameters())
     block = needed_bytes(model, find_expert_blocks(model), config)
     stated = {"layer": layer, "inputs": parse_size("activation_memory", budget), "block": block}
-    print(json.dumps({"taken": taken, **stated}))
+    print(json.dumps({"taken": most - before, **stated}))
+
+
+def anonymous_bytes() -> int:
+    """What this process has in memory that no file backs: tensors, but not libraries, of which the system takes pages back."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
 
 
 def fits_table(place: Path, common: list[str]) -> None:
@@ -179,7 +197,9 @@ def cold_table(folder: Path, size: int, common: list[str]) -> None:
 
 
 def run_row(arguments: list[str], worker: str = "--worker") -> dict:
-    output = subprocess.run([sys.executable, __file__, worker, *arguments], capture_output=True, text=True)
+    # What is freed goes back to the system at once, in place of waiting in the process for the next of its size.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)} if worker == "--fits-worker" else None
+    output = subprocess.run([sys.executable, __file__, worker, *arguments], capture_output=True, text=True, env=env)
     if output.returncode:
         raise SystemExit(output.stderr)
     return json.loads(output.stdout.splitlines()[-1])

@@ -119,11 +119,11 @@ def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What fitting one block takes at most, shared experts left aside.
 
     Per token the hidden state, twice while micro-batches are joined, the activations of its experts, and four sums; per
-    weight of the down projections five unknowns; and a matrix of width x width for each expert.
+    weight of the down projections seven numbers of the solver; and a matrix of width x width for each expert.
     """
     stored, exact = block.module.down_proj.dtype.itemsize, max(block.module.down_proj.dtype.itemsize, 4)
     per_token = block.hidden_size * (2 * stored + 4 * exact) + (top_k or block.num_experts) * block.width * stored
-    per_expert = 5 * block.width * block.hidden_size + block.width**2
+    per_expert = 7 * block.width * block.hidden_size + block.width**2
     return tokens * per_token + block.num_experts * per_expert * exact
 
 
