@@ -175,6 +175,8 @@ def reference(name, **changes):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
+    if torch.__version__.startswith("2.9."):
+        pytest.skip("some of these models end in an AssertionError of DTensor (mask_buffer) with torch 2.9")
     folder = tmp_path_factory.mktemp("measured")
     for name in MODELS:
         reference(name).save_pretrained(folder / name)
