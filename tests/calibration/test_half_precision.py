@@ -20,7 +20,7 @@ def rank_correlation(first, second):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "least"),
-    [("demo", {torch.bfloat16: 0.999, torch.float16: 0.9999}), ("moe-a", {torch.bfloat16: 0.999})],
+    [("demo", {torch.bfloat16: 0.999, torch.float16: 0.9995}), ("moe-a", {torch.bfloat16: 0.999})],
     ids=["demo", "moe-a"],
 )
 def test_half_precision_gives_the_ranking_of_float32(model, least):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 from optimum_heapr import HeaprConfig, HeaprPruner, PruningPlan
 from optimum_heapr.checkpoints.loading import load_model
@@ -79,8 +80,12 @@ def test_no_path_is_in_what_recovery_writes_or_in_what_is_pushed(run, inputs, pl
 
     # The adapter names its model, which is found beside it, and where it is not that is said.
     shutil.copytree(pruned, tmp_path / "pruned")
-    logits = load_model(tmp_path / "adapter")[0](input_ids=random_ids()).logits
-    assert logits.isfinite().all()
+    if transformers.__version__.startswith("5.17."):  # which would leave out the routers that were trained
+        with pytest.raises(HeaprError, match="modules_to_save"):
+            load_model(tmp_path / "adapter")
+    else:
+        logits = load_model(tmp_path / "adapter")[0](input_ids=random_ids()).logits
+        assert logits.isfinite().all()
     (tmp_path / "pruned").rename(tmp_path / "elsewhere")
     with pytest.raises(HeaprError, match="is an adapter of 'pruned', and no such folder is here or beside it"):
         load_model(tmp_path / "adapter")
