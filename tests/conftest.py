@@ -57,7 +57,9 @@ def heapr_log(caplog):
     """What the package logs; optimum's logger may not propagate to the root, where pytest listens."""
     logger = logging.getLogger("optimum.heapr")
     logger.addHandler(caplog.handler)
+    propagates, logger.propagate = logger.propagate, False  # or what is said once is there twice
     yield caplog
+    logger.propagate = propagates
     logger.removeHandler(caplog.handler)
 
 

@@ -49,6 +49,8 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: s
     options = {**options, "config": config, "state_dict": stored, "device_map": "meta"}
     with _without_bar():
         model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
+    # transformers 5.24 leaves them out of what it loads dequantized, which is not saved as it was stored.
+    model._weight_conversions = empty._weight_conversions
     _tie_duplicates(model, reader)
     model.config.name_or_path = path
     if model.can_generate():

@@ -42,7 +42,9 @@ class _Uninitialised(TorchFunctionMode):
 def without_storage(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """The model that `make` makes, on the meta device; initialising what has no values takes longest, and is left out."""
     with torch.device("meta"), _Uninitialised():
-        return make()
+        model = make()
+    model.tie_weights()  # transformers 5.24 does so where weights have values
+    return model
 
 
 def place(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from optimum_heapr.report.jump import jump_text
 from optimum_heapr.surgery.apply import apply_plan
 
 
-CONFIG = HeaprConfig(dataset="demo", num_samples=12, seq_length=96, eval_samples=6, ratio=0.25)
+CONFIG = HeaprConfig(dataset="demo", num_samples=12, seq_length=96, eval_samples=16, ratio=0.25)
 RUINED = "model.layers.2"
 
 
@@ -54,14 +54,17 @@ def test_a_layer_that_was_ruined_is_named(heapr_log):
 def test_what_is_left_is_what_the_rest_of_the_plan_costs():
     pruner = ruined({"ratio": 0.28, "compensate": True, "criterion": "heapr"})
     unpruned, statistics, windows = copy.deepcopy(pruner.model), pruner.statistics, pruner.calibration_data.held_out
+    windows = windows[: CONFIG.eval_samples]
     pruner.prune()
     found, plan = pruner.report["loss"]["jump"], copy.deepcopy(pruner.applied_plan)
     path = f"{RUINED}.mlp.experts"
     plan.kept[path] = [torch.arange(plan.original_width[path]) for _ in plan.kept[path]]
-    whole = window_losses(unpruned, windows[:6])
-    with_layer = window_losses(apply_plan(unpruned, plan, statistics), windows[:6])
-    without = window_losses(pruner.model, windows[:6])
-    worst = sorted(range(6), key=lambda index: whole[index] - without[index])[:4]  # windows are of equal length
+    whole = window_losses(unpruned, windows)
+    with_layer = window_losses(apply_plan(unpruned, plan, statistics), windows)
+    without = window_losses(pruner.model, windows)
+    worst = sorted(range(len(windows)), key=lambda index: whole[index] - without[index])[
+        :4
+    ]  # windows are of equal length
     tokens = sum(len(windows[index]) - 1 for index in worst)
     assert found["layer"] == RUINED
     assert found["restored"] == pytest.approx(

@@ -41,7 +41,7 @@ def test_it_looks_like_the_unpruned_one(pruned):
     before, after = tensors_of(pruned / "source"), tensors_of(pruned / "stream")
     assert before.keys() == after.keys()
     for name, tensor in after.items():
-        if not name.endswith("correction_bias"):  # the model holds it in float32
+        if not name.endswith(("correction_bias", "mlp.gate.weight")):  # a model may hold these in float32
             assert tensor.dtype == before[name].dtype, name
     configs = [json.loads((pruned / name / "config.json").read_text()) for name in ("source", "stream")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]

@@ -5,13 +5,16 @@ import copy
 import re
 import warnings
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import parse
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
@@ -181,6 +184,10 @@ def test_adapters_that_leave_packed_experts_out_say_so(targets, warns, packed, t
         PeftModel.from_pretrained(copy.deepcopy(packed), tmp_path)
 
 
+@pytest.mark.skipif(
+    parse(peft.__version__) < parse(MIN_PEFT_VERSION),
+    reason=f"this transformers takes adapters from peft {MIN_PEFT_VERSION} on",
+)
 def test_adapters_by_transformers_say_so_too_and_linear_experts_give_no_reason(packed):
     with pytest.warns(UserWarning, match=LEFT_OUT):
         copy.deepcopy(packed).add_adapter(LoraConfig(r=2, target_modules="all-linear"))
