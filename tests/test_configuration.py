@@ -2,6 +2,7 @@
 """`HeaprConfig`: every bad value is refused in one line, and recipes come back from YAML, JSON and pruned models."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -81,7 +82,7 @@ def test_the_defaults():
 def test_every_option_is_explained_in_one_place_for_the_command_line_and_in_the_class():
     for name, option in FIELDS.items():
         assert len(option.metadata["help"]) > 8 and "\n" not in option.metadata["help"]
-        assert f"        {name} (`" in HeaprConfig.__doc__
+        assert f"\n    {name} (`" in inspect.cleandoc(HeaprConfig.__doc__)
         assert option_type(typing.get_type_hints(HeaprConfig)[name]) in (str, int, float, bool)
 
 

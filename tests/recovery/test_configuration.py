@@ -2,6 +2,7 @@
 """`RecoveryConfig`: explained in one place, and every bad value refused in one line."""
 
 import dataclasses
+import inspect
 import typing
 
 import pytest
@@ -19,7 +20,7 @@ def refused(expected, **options):
 def test_every_option_is_explained_for_the_command_line_and_in_the_class():
     for option in dataclasses.fields(RecoveryConfig):
         assert len(option.metadata["help"]) > 8 and "\n" not in option.metadata["help"]
-        assert f"        {option.name} (`" in RecoveryConfig.__doc__
+        assert f"\n    {option.name} (`" in inspect.cleandoc(RecoveryConfig.__doc__)
         assert option_type(typing.get_type_hints(RecoveryConfig)[option.name]) in (str, int, float, bool)
 
 
