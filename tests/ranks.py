@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 
 class Ranks:
@@ -41,6 +42,15 @@ class Ranks:
             "checkpoints.saving",
         ):
             monkeypatch.setattr(f"optimum_heapr.{module}.connected_processes", lambda: self)
+
+        # While transformers loads a model it swaps methods of the class, for all threads: of two at once one swaps them for good.
+        load, alone = PreTrainedModel.from_pretrained.__func__, threading.RLock()
+
+        def one_after_another(cls, *arguments, **options):
+            with alone:
+                return load(cls, *arguments, **options)
+
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(one_after_another))
 
     num_processes = property(lambda self: self.number)
     process_index = property(lambda self: self._here.rank)
