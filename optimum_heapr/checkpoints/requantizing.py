@@ -153,9 +153,8 @@ def _rewrite(path: Path, pair: _Pair) -> dict[str, tuple[torch.dtype, tuple[int,
         if name not in weights:
             yield reader.read(name)
             return
-        weight, which = weights[
-            name
-        ]  # scales are written long before their weights: what is made is not kept for that
+        # Scales are written long before their weights: what is made is not kept for that.
+        weight, which = weights[name]
         yield pair.of(weight, reader.read(weight))[which]
 
     written = path.with_suffix(".tmp")
