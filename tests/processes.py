@@ -54,7 +54,10 @@ STAGES = {
     "torch": Stage(
         None,
         """
-import chardet, fsspec, jinja2, pandas, psutil, pyarrow.parquet, pytest, regex, requests, scipy.optimize, scipy.stats, sympy, yaml
+import contextlib
+for name in "chardet fsspec jinja2 pandas psutil pyarrow.parquet pytest regex requests scipy.optimize scipy.stats sympy yaml".split():
+    with contextlib.suppress(ImportError):  # environments of single engines have less
+        __import__(name)
 import torch, torch._dynamo, torch.distributed.tensor
 """,
     ),

@@ -19,7 +19,7 @@ from transformers.modeling_layers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .adapters import warn_of_experts_left_out
+from .adapters import adapters_of_another_form, warn_of_experts
 from .atomic_experts import AtomicExperts
 from .configuration_heapr import PREFIX, pruned_config_class
 from .conversion import expert_names, register_conversions
@@ -90,7 +90,21 @@ class PrunedModelMixin:
         """As always; PEFT leaves `peft_config` on a model once its layers are in."""
         super().__setattr__(name, value)
         if name == "peft_config":
-            warn_of_experts_left_out(self, value)
+            warn_of_experts(self, value)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """As always; PEFT reads an adapter so, and asks for no complaint of what the model does not have."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if hasattr(self, "peft_config"):
+            names = (name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
+            errors += adapters_of_another_form(self, names)
+
+    def load_adapter(self, *args, **kwargs):
+        """As always; refuses an adapter of experts in the other form."""
+        info = super().load_adapter(*args, **kwargs)
+        for reason in adapters_of_another_form(self, getattr(info, "unexpected_keys", ())):
+            raise ValueError(reason)
+        return info
 
     def _register_conversions(self) -> None:
         """Lets transformers know how this model is read and written: it looks for that by model type, of which others may be in the

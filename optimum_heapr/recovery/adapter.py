@@ -138,13 +138,14 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, is_trainable
 
 @contextmanager
 def known_warnings_of_peft() -> Iterator[None]:
-    """Leaves out three warnings that say nothing about a run, and no other.
+    """Leaves out four warnings that say nothing about a run, and no other.
 
     PEFT asks models for a property that transformers renamed, and warns of each norm and router that it tunes. Adapters that reach
-    no expert are what `targets` asked for.
+    no expert, or the packed ones of a layer together, are what `targets` asked for.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "adapters reach .* none of the routed experts", UserWarning)
+        warnings.filterwarnings("ignore", "adapters of packed experts", UserWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type '.*(Norm|Router|Gate)", UserWarning)
         yield

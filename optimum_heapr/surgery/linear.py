@@ -69,10 +69,11 @@ def from_linear_experts(model: nn.Module) -> nn.Module:
     for layer in (layer for block in blocks.values() for expert in block.layers() for layer in expert):
         if type(layer) is not nn.Linear:
             raise HeaprError(
-                f"experts: hold a {type(layer).__name__}, which cannot be packed; merge adapters first, and keep quantized "
-                "models as they are"
+                f"experts: hold a {type(layer).__name__}, which cannot be packed; merge adapters first, and take quantized ones "
+                "to floating point, by model.dequantize() where transformers has that, before"
             )
     for path, block in blocks.items():
         model.set_submodule(path, block.to_packed())
+    model.__dict__.pop("_weight_conversions", None)  # how it was read, as linear experts, and quantized perhaps
     model.config.experts_as = "packed"
     return model

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -17,6 +18,7 @@ from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.modeling import configuration_heapr, modeling_heapr
 from optimum_heapr.modeling.auto import is_family
+from optimum_heapr.surgery.linear import from_linear_experts
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import calibration_data, random_ids, tiny_model
 from tests.processes import run_python
@@ -246,6 +248,7 @@ except ModuleNotFoundError:
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -308,3 +311,40 @@ def test_without_the_package(pruned, tmp_path):
             model = AutoModelForCausalLM.from_pretrained(saved)
             assert type(model).__module__.startswith("optimum_heapr.modeling.modeling_heapr")
             assert torch.equal(logits(model), expected)
+
+
+# An adapter put on its model, and one merged.
+WITH_AN_ADAPTER = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+sys.modules["optimum_heapr"] = None
+ids, base, adapter, merged, out = sys.argv[1:]
+ids = torch.load(ids)
+load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = PeftModel.from_pretrained(load(base), adapter).eval()
+torch.save([model(input_ids=ids).logits, load(merged)(input_ids=ids).logits], out)
+"""
+
+
+def test_adapters_of_experts_without_the_package(pruned, tmp_path):
+    """They were trained on linear experts; merged, the experts are packed again."""
+    base = AutoModelForCausalLM.from_pretrained(pruned["qwen2_moe"][0], experts_as="linear")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    assert not torch.allclose(expected, pruned["qwen2_moe"][1], atol=0.1)
+    merged = from_linear_experts(model.merge_and_unload())
+    merged.save_pretrained(tmp_path / "merged")
+    torch.save(IDS, tmp_path / "ids")
+    files = [tmp_path / name for name in ("ids", "base", "adapter", "merged", "logits")]
+    done = run_python(WITH_AN_ADAPTER, *files, cwd=tmp_path, has="libraries")
+    assert done.returncode == 0, done.stderr
+    put_on, alone = torch.load(tmp_path / "logits")
+    assert torch.equal(put_on, expected) and torch.equal(alone, logits(merged))
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)

@@ -1,20 +1,12 @@
 # Licensed under the Apache License, Version 2.0
-"""Experts as linear layers: the same function, the same checkpoint, exact both ways, and seen by what looks for such layers."""
+"""Experts as linear layers: the same function, the same checkpoint, and exact both ways."""
 
-import copy
-import re
-import warnings
-
-import peft
 import pytest
 import torch
 from datasets import Dataset
-from packaging.version import parse
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
@@ -30,12 +22,6 @@ def pruned(model_type: str) -> nn.Module:
     plan = PruningPlan.build(calibrate(model, calibration_data(24, 24)), HeaprConfig(ratio=0.4))
     next(iter(plan.kept.values()))[1] = torch.empty(0, dtype=torch.int64)
     return apply_plan(model, plan)
-
-
-@pytest.fixture(scope="module")
-def packed() -> nn.Module:
-    """Not to be changed: tests take copies."""
-    return pruned("qwen3_moe")
 
 
 @torch.no_grad()
@@ -135,67 +121,6 @@ def test_stock_layouts_have_one_form(tmp_path):
         pruner.save_pretrained(tmp_path / "out", experts_as="linear")
     pruner.save_pretrained(tmp_path / "out", experts_as="packed")
     assert "experts_as" not in (tmp_path / "out" / "config.json").read_text()
-
-
-def test_adapters_on_all_linear_layers_reach_each_expert(tmp_path):
-    base = to_linear_experts(pruned("qwen3_moe"))
-    start = copy.deepcopy(base)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert sum(".experts." in name for name in trained) == 2 * 36
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    model(input_ids=random_ids(), labels=random_ids()).loss.backward()
-    assert sum(p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if ".experts." in n) > 36
-    expected = logits(model.eval())
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(start, tmp_path).eval()), expected)
-    with pytest.raises(HeaprError, match="merge adapters first"):
-        from_linear_experts(copy.deepcopy(model))
-    torch.testing.assert_close(logits(from_linear_experts(model.merge_and_unload())), expected, atol=1e-4, rtol=1e-4)
-
-
-LEFT_OUT = "adapters reach .* layers and none of the routed experts"
-
-
-@pytest.mark.parametrize(
-    ("targets", "warns"),
-    [
-        ({"target_modules": "all-linear"}, True),
-        ({"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}, True),
-        ({"target_modules": r".*\.(q_proj|gate_proj)"}, True),
-        ({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, False),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["experts"]}, False),
-    ],
-)
-def test_adapters_that_leave_packed_experts_out_say_so(targets, warns, packed, tmp_path):
-    model = copy.deepcopy(packed)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        adapted = get_peft_model(model, LoraConfig(r=2, **targets))
-    found = [str(one.message) for one in said if re.match(LEFT_OUT, str(one.message))]
-    assert len(found) == warns
-    share = sum(p.numel() for n, p in packed.named_parameters() if ".experts." in n) / packed.num_parameters()
-    assert not warns or f"{share:.0%} of the parameters" in found[0] and 'experts_as="linear"' in found[0]
-    adapted.save_pretrained(tmp_path)
-    with warnings.catch_warnings():  # what is loaded to be used as it is was told when it was made
-        warnings.filterwarnings("error", LEFT_OUT)
-        PeftModel.from_pretrained(copy.deepcopy(packed), tmp_path)
-
-
-@pytest.mark.skipif(
-    parse(peft.__version__) < parse(MIN_PEFT_VERSION),
-    reason=f"this transformers takes adapters from peft {MIN_PEFT_VERSION} on",
-)
-def test_adapters_by_transformers_say_so_too_and_linear_experts_give_no_reason(packed):
-    with pytest.warns(UserWarning, match=LEFT_OUT):
-        copy.deepcopy(packed).add_adapter(LoraConfig(r=2, target_modules="all-linear"))
-    linear = to_linear_experts(copy.deepcopy(packed))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", LEFT_OUT)
-        linear.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
-    assert sum(".experts." in name for name, p in linear.named_parameters() if p.requires_grad) == 2 * 36
 
 
 def test_what_has_no_such_form_is_refused():

@@ -8,13 +8,15 @@ import importlib.util
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from optimum_heapr import HeaprConfig, PruningPlan
+from optimum_heapr import HeaprConfig, HeaprError, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.evaluation.storage import StoredWeights
 from optimum_heapr.surgery.apply import apply_plan
+from optimum_heapr.surgery.linear import from_linear_experts
 from tests import processes
 from tests.helpers import calibration_data, random_ids, tiny_model
 
@@ -82,3 +84,54 @@ def test_experts_are_quantized_and_load_again(name, checkpoint, tmp_path):
     done = processes.run_python(RELOAD, tmp_path / "out", tmp_path / "ids", tmp_path / "logits")
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(tmp_path / "logits").float(), quantized, rtol=0.02, atol=0.02)
+
+
+# Put on the model in 4 bits again, and merged.
+RELOAD_ADAPTER = f"""
+import sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+sys.modules["optimum_heapr"] = None
+ids, base, adapter, merged, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True, dtype=torch.float32)
+{ANY_ROWS}
+ids = torch.load(ids)
+put_on = PeftModel.from_pretrained(model, adapter).eval()(input_ids=ids).logits
+torch.save([put_on, AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True)(input_ids=ids).logits], out)
+"""
+
+
+def test_adapters_of_experts_in_4_bits_load_again_and_merge_exactly(checkpoint, tmp_path):
+    """Merged into what is dequantized: into 4 bits PEFT rounds again, as it says."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    options = {"dtype": torch.float32, "experts_as": "linear", "quantization_config": nf4}
+    AutoModelForCausalLM.from_pretrained(checkpoint, **options).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    exec(ANY_ROWS, {"model": base})
+    model = get_peft_model(prepare_model_for_kbit_training(base), LoraConfig(r=2, target_modules="all-linear"))
+    of_experts = [
+        module for path, module in model.named_modules() if ".experts." in path and hasattr(module, "lora_A")
+    ]
+    assert sum(type(module).__name__ == "Linear4bit" for module in of_experts) == 33 == len(of_experts) - 3
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    model.train()(input_ids=random_ids(), labels=random_ids()).loss.backward()
+    trained = [parameter for module in of_experts for parameter in module.parameters() if parameter.requires_grad]
+    assert len(trained) == 72 and sum(one.grad is not None and bool(one.grad.any()) for one in trained) == 66
+    with torch.no_grad():
+        expected = model.eval()(input_ids=random_ids()).logits
+    with pytest.raises(HeaprError, match="hold a Linear4bit, which cannot be packed; .* by model.dequantize"):
+        from_linear_experts(model)
+    model.save_pretrained(tmp_path / "adapter")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).dequantize()
+    merged = from_linear_experts(PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload())
+    merged.save_pretrained(tmp_path / "merged")
+    torch.save(random_ids(), tmp_path / "ids")
+    files = [tmp_path / name for name in ("ids", "base", "adapter", "merged", "logits")]
+    done = processes.run_python(RELOAD_ADAPTER, *files)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for found in torch.load(tmp_path / "logits"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
