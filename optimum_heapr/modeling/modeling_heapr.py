@@ -24,6 +24,7 @@ from .atomic_experts import AtomicExperts
 from .configuration_heapr import PREFIX, pruned_config_class
 from .conversion import expert_names, register_conversions
 from .linear_experts import LinearExperts
+from .unquantized import warn_of_unquantized_experts
 
 
 # Tried in this order for the auto class that a family belongs to.
@@ -77,13 +78,15 @@ class PrunedModelMixin:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As always; refuses packed tensors for experts that are linear layers, which would be left as random ones."""
+        """As always; refuses packed tensors for experts that are linear layers, which would be left as random ones, and says what a
+        quantizer has passed over."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model.config.experts_as == "linear" and any(".experts." in name for name in info["missing_keys"]):
             raise ValueError(
                 "experts_as='linear': this checkpoint stores the experts of a layer together, or lacks some; load it with "
                 "experts_as='packed' and save it without save_original_format=False"
             )
+        warn_of_unquantized_experts(model)
         return (model, info) if output_loading_info else model
 
     def __setattr__(self, name, value):

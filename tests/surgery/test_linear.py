@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0
 """Experts as linear layers: the same function, the same checkpoint, and exact both ways."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +14,7 @@ from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.modeling.atomic_experts import AtomicExperts
 from optimum_heapr.modeling.linear_experts import LinearExperts
+from optimum_heapr.modeling.unquantized import warn_of_unquantized_experts
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.surgery.linear import from_linear_experts, to_linear_experts
 from tests.helpers import calibration_data, random_ids, tiny_model
@@ -128,3 +131,23 @@ def test_what_has_no_such_form_is_refused():
         to_linear_experts(tiny_model("qwen3_moe"))
     with pytest.raises(HeaprError, match="has biases"):
         to_linear_experts(pruned("gpt_oss"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_quantizer_that_passed_over_packed_experts_is_named(model_type):
+    """With real ones in `test_quantizers.py`."""
+    model = pruned(model_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unquantized_experts(model)
+    model.config.quantization_config = {"quant_method": "four-bits"}
+    with pytest.warns(
+        UserWarning, match="^quantized by four-bits, but the routed experts, ..% of the bytes, are in float32"
+    ) as said:
+        warn_of_unquantized_experts(model)
+    # There is no other form of experts with biases.
+    assert ('experts_as="linear"' in str(said[0].message)) == (model_type == "qwen3_moe")
+    if model_type == "qwen3_moe":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_unquantized_experts(to_linear_experts(model))

@@ -68,6 +68,10 @@ def checkpoint(tmp_path_factory):
 def test_experts_are_quantized_and_load_again(name, checkpoint, tmp_path):
     make, share = CONFIGS[name]
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    with pytest.warns(
+        UserWarning, match="but the routed experts, [67].% of the bytes, are in bfloat16: these are packed"
+    ):
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=make())
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.bfloat16, experts_as="linear", quantization_config=make()
     )
