@@ -115,12 +115,6 @@ def installed_distributions_are_read_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def figures_are_taken_briefly():
-    """Every pruning writes a report: no test needs the median of three speeds, nor long completions. Nor all of the demonstration's text."""
-    from optimum_heapr.cli import demo
-    from optimum_heapr.report import observation
+    from tests.helpers import take_figures_briefly
 
-    demo.SAMPLES = demo.EVALUATED = 8
-
-    observation.REPETITIONS = 1
-    observation.TIMED_NEW_TOKENS = 1
-    observation.COMPLETION_TOKENS = 2
+    take_figures_briefly()

@@ -124,6 +124,18 @@ def tiny_model(
     return model
 
 
+def take_figures_briefly() -> None:
+    """Every pruning writes a report: no test needs the median of three speeds, nor long completions. Nor all of the demonstration's text."""
+    from optimum_heapr.cli import demo
+    from optimum_heapr.report import observation
+
+    demo.SAMPLES = demo.EVALUATED = 8
+
+    observation.REPETITIONS = 1
+    observation.TIMED_NEW_TOKENS = 1
+    observation.COMPLETION_TOKENS = 2
+
+
 def random_ids(samples: int = 2, length: int = 16, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> torch.Tensor:
     """Token ids [samples, length]."""
     return torch.randint(0, vocab_size, (samples, length), generator=torch.Generator().manual_seed(seed))

@@ -67,6 +67,8 @@ import torch, torch._dynamo, torch.distributed.tensor
         """
 import optimum.commands.optimum_cli
 import optimum_heapr.cli.calibrate, optimum_heapr.cli.prune, optimum_heapr.recovery.runner
+from tests.helpers import take_figures_briefly
+take_figures_briefly()
 """,
     ),
     "hub": Stage("torch", LIBRARIES, lambda: hub_emulator.environment() | {"PYTHONPATH": _PATH}),

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ..utils.errors import HeaprError, did_you_mean
@@ -67,11 +68,17 @@ def demo_texts(split: str) -> list[str]:
     """
     if split not in DEMO_SPLITS:
         raise HeaprError(f"split={split!r}: use one of {', '.join(DEMO_SPLITS)}{did_you_mean(split, DEMO_SPLITS)}")
+    return list(_texts(split))
+
+
+@cache
+def _texts(split: str) -> tuple[str, ...]:
+    """The documents of a split: a run asks for them up to three times, and hundreds of files are read for each."""
     documents = list(_documents(split))
     # Checksum order mixes prose and code, and makes the first characters of a split a fair sample of it.
     documents.sort(key=lambda document: (_checksum("order:" + document[0]), document[0]))
     texts = [text for _, text in documents]
-    return texts if split == "train" else _capped(texts)
+    return tuple(texts if split == "train" else _capped(texts))
 
 
 def _documents(split: str) -> Iterator[tuple[str, str]]:

@@ -111,10 +111,8 @@ class Commands:
         ):
             line = line.replace(launcher, f"{launcher} {flags} {self._port}")
         line = line.replace("29500", str(self._port)).replace("$(which optimum-cli)", installed("optimum-cli"))
-        # One launcher starts interpreters, as a reader's does.
-        environment = None if "torchrun" in line else processes.launched()
         line = command_here(line) if "heapr" in line else here(line)
-        self._hosts.append(started(line, environment, has="libraries"))
+        self._hosts.append(started(line, processes.launched(), has="libraries"))
         hosts = re.search(r"--num_machines (\d+)", line)
         if len(self._hosts) == (int(hosts[1]) if hosts else 1):
             hosts, self._hosts = self._hosts, []

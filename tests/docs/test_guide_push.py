@@ -12,6 +12,8 @@ RUN = """
 import sys
 from pathlib import Path
 from tests.docs.running import run_page
+from tests.helpers import take_figures_briefly
+take_figures_briefly()
 run_page(Path(sys.argv[1]), Path.cwd())
 """
 

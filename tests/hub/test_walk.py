@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 RUN = """
 import shlex
 from optimum.commands import optimum_cli
+from tests.helpers import take_figures_briefly
+take_figures_briefly()
 for line in sys.argv[1:]:
     sys.argv = shlex.split(line)
     optimum_cli.main()
