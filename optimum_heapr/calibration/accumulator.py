@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
 ROWS_IN_A_RUN = 64
 """Rows of one expert that are added one after another; what runs give is added then, so that rounding stays small."""
-NUMBERS_AT_ONCE_CPU = 2**18
+NUMBERS_AT_ONCE_CPU = 2**19
 """Squares are made of this many numbers at a time on a CPU, so that they are still in its cache when they are added."""
-GRAM_PANEL_CPU = 192
+GRAM_PANEL_CPU = 96
 """Columns of a Gram matrix that are made at a time on a CPU; above the diagonal only."""
 
 
@@ -177,18 +178,18 @@ class BlockAccumulator:
         self._norms.index_add_(0, row, router_weight * routed.output_norm)
         self._add_vectors(activation, gradient, routed)
         if self.activation_gram_sum is not None:
-            weighted = activation.to(router_weight.dtype) * router_weight[:, None]
-            for total, rows in (
-                (self.activation_gram_sum, weighted),
-                (self.gradient_gram_sum, gradient.to(weighted.dtype)),
-            ):
-                self._add_matrices(total, rows, routed.counts)
+            self._add_matrices(self.activation_gram_sum, activation, routed.counts, router_weight.square())
+            self._add_matrices(self.gradient_gram_sum, gradient, routed.counts)
 
-    def _add_matrices(self, total: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
-        """`rows^T rows` of each expert; where others have columns of the rows, [rows, I], they are brought here first."""
-        split = self.split
+    def _add_matrices(
+        self, total: torch.Tensor, rows: torch.Tensor, counts: list[int], weight: torch.Tensor | None = None
+    ) -> None:
+        """The sum of `weight row row^T` of each expert; where others have columns of the rows, [rows, I], they are brought here
+        first."""
+        rows, split = rows.to(total.dtype), self.split
         first, columns = (0, rows) if split is None else (split.part.start, split.summed(split.placed(rows)))
-        for of_expert, mine, all_of_them in zip(total, rows.split(counts), columns.split(counts)):
+        weighted = rows.split(counts) if weight is None else _weighted(rows, weight[:, None], counts)
+        for of_expert, mine, all_of_them in zip(total, weighted, columns.split(counts)):
             _add_gram(of_expert, mine, all_of_them, first)
 
     def _add_vectors(self, activation: torch.Tensor, gradient: torch.Tensor, routed: RoutedRows) -> None:
@@ -215,6 +216,13 @@ class BlockAccumulator:
         expert_of_run = torch.zeros(runs.shape[1], dtype=torch.int64, device=runs.device)
         row_of_run = expert_of_run.scatter_(0, run, routed.expert) * self.sources + self.source
         self._vectors.index_add_(1, row_of_run, runs)
+
+
+def _weighted(rows: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> Iterable[torch.Tensor]:
+    """Rows times their weights, of one expert after another; on a CPU each when it is its turn, so that it is in the cache."""
+    if rows.device.type == "cpu":
+        return (part * own for part, own in zip(rows.split(counts), weight.split(counts)))
+    return (rows * weight).split(counts)
 
 
 def _add_gram(total: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int) -> None:

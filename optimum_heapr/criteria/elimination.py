@@ -34,15 +34,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ..utils.scratch import Scratch
+
 
 __all__ = ["Elimination", "greedy_elimination", "ridge_for_tokens"]
 
 # Rank-one updates are collected and applied to the I x I matrices this many at a time, as one matrix product. Between
 # two products only what the next choice needs is kept up to date: both diagonals, and the row of the chosen atom.
 STEPS_PER_BLOCK = 64
-# Experts worked on together. On a CPU enough of them to hide the cost of starting an operation, few enough to stay in
-# the cache; elsewhere enough to fill the device within a few GB of memory at I = 768.
-EXPERTS_AT_ONCE_CPU = 8
+# Experts worked on together. On a CPU enough of them to hide the cost of starting an operation, few enough numbers in a
+# matrix of each to stay in the cache; elsewhere enough to fill the device within a few GB of memory at I = 768.
+EXPERTS_AT_ONCE_CPU = 4
+NUMBERS_AT_ONCE_CPU = 8 * 768**2
 EXPERTS_AT_ONCE_ACCELERATOR = 128
 
 
@@ -92,7 +95,7 @@ def greedy_elimination(
             by `1 + ridge`, the factor by which it raises mean(diag A), before experts of different ridge are
             compared. Where A cannot be factored all the same, the ridge of that expert is raised tenfold until it can.
         dtype: floating-point type of the computation and of the cost: `torch.float32` or `torch.float64`.
-        experts_at_once: experts that are worked on together; bounds the extra memory to about five I x I matrices
+        experts_at_once: experts that are worked on together; bounds the extra memory to about four I x I matrices
             for each. By default chosen by device. The result does not depend on it, save for the rounding of sums.
 
     Returns:
@@ -109,13 +112,16 @@ def greedy_elimination(
     order = torch.arange(atoms, device=device).repeat(experts, 1)
     cost = torch.zeros(experts, atoms, dtype=dtype, device=device)
     if experts_at_once is None:
-        experts_at_once = EXPERTS_AT_ONCE_CPU if device.type == "cpu" else EXPERTS_AT_ONCE_ACCELERATOR
+        on_cpu = max(EXPERTS_AT_ONCE_CPU, NUMBERS_AT_ONCE_CPU // max(atoms, 1) ** 2)
+        experts_at_once = on_cpu if device.type == "cpu" else EXPERTS_AT_ONCE_ACCELERATOR
     reached = (activation_gram.diagonal(dim1=1, dim2=2).sum(dim=1) > 0).nonzero().flatten()
     ridges = torch.as_tensor(ridge, dtype=dtype, device=device).expand(experts)
+    scratch = Scratch(dtype, device)
     for chunk in reached.split(experts_at_once) if len(reached) else ():
-        order[chunk], cost[chunk] = _eliminate(
-            activation_gram[chunk].to(dtype), gradient_gram[chunk].to(dtype), ridges[chunk]
-        )
+        grams = scratch("grams", 2, len(chunk), atoms, atoms)
+        for expert, index in enumerate(chunk.tolist()):
+            grams[0, expert], grams[1, expert] = activation_gram[index], gradient_gram[index]
+        order[chunk], cost[chunk] = _eliminate(grams, ridges[chunk], scratch)
     return Elimination(order=order, cost=cost)
 
 
@@ -129,107 +135,113 @@ def ridge_for_tokens(ridge: float, atoms: int, token_count: int) -> float:
     return max(ridge, atoms / max(token_count, 1))
 
 
-def _eliminate(
-    activation_gram: torch.Tensor, gradient_gram: torch.Tensor, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order and cost, both [b, I], of experts that tokens did reach. Overwrites both matrices [b, I, I].
+def _eliminate(grams: torch.Tensor, ridge: torch.Tensor, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order and cost, both [b, I], of experts that tokens did reach; `grams` are A and M [2, b, I, I], and are overwritten.
 
     Delayed updates: within a block the matrices stay as they were at its start, and the current ones are
 
-        A^-1 = inverse - factors^T factors                                       one row of `factors` per step
-        M    = gradient_gram - update_left^T update_right                        two rows of each per step
+        A^-1 = inverse - F^T F
+        M    = gradient_gram - F^T Q - Q^T F
 
-    At the end of a block the products are applied, and the atoms removed in it are dropped from the matrices.
+    with one row of F and Q for each step: `f = [A^-1]_k: / sqrt([A^-1]_kk)`, and `q` such that the update of M above is
+    `f q^T + q f^T`. At the end of a block the products are applied, and the atoms removed in it are dropped.
     """
     # Both matrices are brought to mean diagonal 1: squared gradients can be too small for float32 arithmetic.
-    activation_scale, gradient_scale = _normalize_(activation_gram), _normalize_(gradient_gram)
-    inverse, ridge_used = _regularized_inverse(activation_gram, ridge)
-    experts, atoms, _ = inverse.shape
-    dtype, device = inverse.dtype, inverse.device
+    scale = _normalize_(grams)
+    variance = grams[0].diagonal(dim1=1, dim2=2).clone()
+    ridge_used = _invert_regularized_(grams[0], ridge, scratch)
+    _, experts, atoms, _ = grams.shape
+    device = grams.device
     # The residual of an atom, 1 / [A^-1]_kk, is at most its own variance: a floor for the diagonal that holds in exact
     # arithmetic and keeps rounding from ever making it zero or negative.
-    inverse_floor = (activation_gram.diagonal(dim1=1, dim2=2) + ridge_used[:, None]).reciprocal()
+    inverse_floor = (variance + ridge_used[:, None]).reciprocal()
     labels = torch.arange(atoms, device=device).repeat(experts, 1)  # original index of each remaining atom, ascending
-    order, cost = [], []
+    both, order, cost = grams, [], []
 
     while (remaining := labels.shape[1]) > 0:
         steps = min(STEPS_PER_BLOCK, remaining)
-        factors = torch.empty(experts, steps, remaining, dtype=dtype, device=device)
-        update_left = torch.empty(experts, 2 * steps, remaining, dtype=dtype, device=device)
-        update_right = torch.empty_like(update_left)
-        removed = torch.zeros(experts, remaining, dtype=torch.bool, device=device)
-        inverse_diagonal = inverse.diagonal(dim1=1, dim2=2).maximum(inverse_floor)
-        gradient_diagonal = gradient_gram.diagonal(dim1=1, dim2=2).clamp(min=0)
+        updates = scratch("updates", experts, steps, 2, remaining)  # f and q of each step
+        inverse_diagonal, gradient_diagonal = both.diagonal(dim1=2, dim2=3)
+        inverse_diagonal, gradient_diagonal = inverse_diagonal.maximum(inverse_floor), gradient_diagonal.clamp(min=0)
+        first_rows = torch.arange(0, 2 * experts * remaining, remaining, device=device).view(2, experts, 1)
+        removed = []
         for step in range(steps):
-            saliency = (gradient_diagonal / inverse_diagonal).masked_fill_(removed, torch.inf)
-            step_cost, chosen = saliency.min(dim=1, keepdim=True)  # the first, so the lowest index, among equals
-            order.append(labels.gather(1, chosen))
+            # The first, so the lowest index, among equals.
+            step_cost, chosen = (gradient_diagonal / inverse_diagonal).min(dim=1, keepdim=True)
+            removed.append(chosen)
             cost.append(step_cost)
 
-            inverse_row = _current_row(inverse, factors[:, :step], factors[:, :step], chosen)
-            gradient_row = _current_row(gradient_gram, update_left[:, : 2 * step], update_right[:, : 2 * step], chosen)
-            pivot = inverse_diagonal.gather(1, chosen)
-            direction = inverse_row / pivot  # u
-            # (I - u e_k^T) M (I - e_k u^T) = M - u half^T - half u^T
-            half = torch.addcmul(gradient_row, direction, gradient_diagonal.gather(1, chosen), value=-0.5)
-            torch.div(inverse_row, pivot.sqrt(), out=factors[:, step])
-            update_left[:, 2 * step], update_left[:, 2 * step + 1] = direction, half
-            update_right[:, 2 * step], update_right[:, 2 * step + 1] = half, direction
-            inverse_diagonal.addcmul_(inverse_row, direction, value=-1)
+            rows = both.view(-1, remaining).index_select(0, (first_rows + chosen).view(-1))
+            inverse_row, gradient_row = rows.view(2, experts, 1, remaining)
+            if step:
+                done = updates[:, :step]
+                of_chosen = done.gather(3, chosen[:, :, None, None].expand(-1, step, 2, 1)).view(experts, step, 2)
+                inverse_row.baddbmm_(of_chosen[:, None, :, 0].contiguous(), done[:, :, 0], alpha=-1)
+                swapped = of_chosen.flip(2).view(experts, 1, 2 * step)
+                gradient_row.baddbmm_(swapped, done.view(experts, 2 * step, remaining), alpha=-1)
+            root = inverse_diagonal.gather(1, chosen).sqrt_()
+            f, q = updates[:, step].unbind(1)
+            torch.div(inverse_row[:, 0], root, out=f)
+            torch.div(gradient_row[:, 0], root, out=q).addcmul_(f, step_cost, value=-0.5)
+            inverse_diagonal.addcmul_(f, f, value=-1)
             torch.maximum(inverse_diagonal, inverse_floor, out=inverse_diagonal)
-            gradient_diagonal.addcmul_(direction, half, value=-2).clamp_(min=0)
-            removed.scatter_(1, chosen, True)
+            gradient_diagonal.addcmul_(f, q, value=-2).clamp_(min=0).scatter_(1, chosen, torch.inf)
 
+        removed = torch.cat(removed, dim=1)
+        order.append(labels.gather(1, removed))
+        is_removed = torch.zeros(labels.shape, dtype=torch.uint8, device=device).scatter_(1, removed, 1)
         # Stable, so that labels stay ascending and "lowest index" keeps its meaning.
-        left = removed.to(torch.uint8).argsort(dim=1, stable=True)[:, : remaining - steps]
+        left = is_removed.argsort(dim=1, stable=True)[:, : remaining - steps]
         labels, inverse_floor = labels.gather(1, left), inverse_floor.gather(1, left)
-        columns = left[:, None, :]
-        factors = factors.gather(2, columns.expand(-1, steps, -1))
-        update_left = update_left.gather(2, columns.expand(-1, 2 * steps, -1))
-        update_right = update_right.gather(2, columns.expand(-1, 2 * steps, -1))
-        inverse = _submatrix(inverse, left).baddbmm_(factors.mT, factors, alpha=-1)
-        gradient_gram = _submatrix(gradient_gram, left).baddbmm_(update_left.mT, update_right, alpha=-1)
+        both, updates = _reduced(both, updates, left, scratch)
+        both[0].baddbmm_(updates[:, :, 0].mT, updates[:, :, 0], alpha=-1)
+        both[1].baddbmm_(updates.flatten(1, 2).mT, updates.flip(2).flatten(1, 2), alpha=-1)
 
-    scale = 0.5 * activation_scale * gradient_scale
-    return torch.cat(order, dim=1), torch.cat(cost, dim=1) * scale[:, None]
+    return torch.cat(order, dim=1), torch.cat(cost, dim=1) * (0.5 * scale.prod(0))[:, None]
 
 
-def _current_row(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Row `chosen` [b, 1] of `start - left^T right`, as [b, n], for start [b, n, n] and left, right [b, s, n]."""
-    experts, steps, size = left.shape
-    row = start[torch.arange(experts, device=start.device), chosen[:, 0]]
-    if steps == 0:
-        return row
-    coefficients = left.gather(2, chosen[:, None, :].expand(-1, steps, -1)).mT  # [b, 1, s]
-    return torch.baddbmm(row[:, None], coefficients, right, alpha=-1)[:, 0]
+def _reduced(
+    matrices: torch.Tensor, updates: torch.Tensor, index: torch.Tensor, scratch: Scratch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns `index` [b, m] of matrices [2, b, n, n], and those columns of updates [b, s, 2, n]; the matrices stay in
+    their place."""
+    # Whole rows, then columns, of one matrix after another: `gather` looks up an index for each number. All that is written
+    # comes before what is still to be read.
+    size, left = index.shape[1], scratch("updates left", *updates.shape[:3], index.shape[1])
+    result = matrices.view(-1)[: matrices[..., 0, 0].numel() * size**2].view(*matrices.shape[:2], size, size)
+    rows = scratch("rows", size, matrices.shape[3])
+    for kind, of_kind in zip(matrices, result):
+        for matrix, own, of_matrix in zip(kind, index, of_kind):
+            torch.index_select(matrix, 0, own, out=rows)
+            torch.index_select(rows, 1, own, out=of_matrix)
+    for of_expert, own, of_left in zip(updates, index, left):
+        torch.index_select(of_expert, 2, own, out=of_left)
+    return result, left
 
 
-def _submatrix(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows and columns `index` [b, m] of matrix [b, n, n], as a new [b, m, m]."""
-    # Whole rows, then columns, of one matrix after another: `gather` looks up an index for each number.
-    return torch.stack([part.index_select(0, own).index_select(1, own) for part, own in zip(matrix, index)])
-
-
-def _normalize_(gram: torch.Tensor) -> torch.Tensor:
-    """Divide each matrix of gram [b, I, I] by the mean of its diagonal, in place; returns those means [b]."""
-    scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-    gram.div_(torch.where(scale > 0, scale, 1)[:, None, None])
+def _normalize_(grams: torch.Tensor) -> torch.Tensor:
+    """Divide each matrix of grams [2, b, I, I] by the mean of its diagonal, in place; returns those means [2, b]."""
+    scale = grams.diagonal(dim1=2, dim2=3).mean(dim=2)
+    grams.div_(torch.where(scale > 0, scale, 1)[:, :, None, None])
     return scale
 
 
-def _regularized_inverse(gram: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of gram [b, I, I] + ridge * identity, and the ridge used [b]: more than `ridge` only where needed."""
+def _invert_regularized_(gram: torch.Tensor, ridge: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Puts the inverse of gram [b, I, I] + ridge * identity in its place; returns the ridge used [b]: more than `ridge` only
+    where needed."""
     ridge_used = ridge
     # Rounding alone can push the lowest eigenvalue about this far below zero.
     least = gram.shape[1] * torch.finfo(gram.dtype).eps
     tried_all = (10 * ridge).clamp(min=1)
+    factor, info = scratch("factor", *gram.shape), torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    diagonal = gram.diagonal(dim1=1, dim2=2).clone()
     while True:
-        regularized = gram.clone()
-        regularized.diagonal(dim1=1, dim2=2).add_(ridge_used[:, None])
-        factor, info = torch.linalg.cholesky_ex(regularized)
+        gram.diagonal(dim1=1, dim2=2).copy_(diagonal + ridge_used[:, None])
+        torch.linalg.cholesky_ex(gram, out=(factor.mT, info))  # LAPACK counts columns first
         failed = info != 0
         if not failed.any():
-            return torch.cholesky_inverse(factor), ridge_used
+            torch.cholesky_inverse(factor.mT, out=gram.mT)
+            return ridge_used
         if (ridge_used > tried_all)[failed].any():
             raise ValueError(
                 f"activation_gram of {int(failed.sum())} expert(s) is not positive semidefinite, even with "
@@ -273,7 +285,7 @@ def _check_arguments(
     if experts_at_once is not None and experts_at_once < 1:
         raise ValueError(f"experts_at_once is {experts_at_once}; it must be at least 1. Leave it out if unsure.")
     for name, gram in (("activation_gram", activation_gram), ("gradient_gram", gradient_gram)):
-        if not torch.isfinite(gram).all():
+        if gram.numel() and not all(bound.isfinite() for bound in gram.aminmax()):
             raise ValueError(
                 f"{name} has values that are not finite; every value must be. "
                 "Check the calibration pass for overflow (a 16-bit model may need a smaller loss scale) and repeat it."
