@@ -33,8 +33,8 @@ from .regression import (
     columns_of,
     compensation_weights,
     complement,
-    expanded,
     solve,
+    squares,
 )
 
 
@@ -150,20 +150,31 @@ def _compensate_group(
     gram = at_least_float32(gram)
     gram = gram.double() if down_proj.dtype == torch.float64 else gram
     weight = down_proj.to(gram.dtype)
-    total = _output_energy(weight, gram)
-    lost = columns_of(weight, removed)
-    before = _relative(_output_energy(lost, block_of(gram, removed, removed)), total)
+    products = squares(weight)  # of all columns; an error is the sum of these times a Gram matrix, trace(W A W^T)
+    total = _energy(products, gram)
+    lost, of_lost = columns_of(weight, removed), block_of(products, removed, removed)
+    among_removed = block_of(gram, removed, removed)
+    before = _relative(_energy(of_lost, among_removed), total)
     if width == 0:
         return [CompensationResult(new.clone(), error, error, None) for new, error in zip(plain, before.tolist())]
 
     ridges = [ridge_for_tokens(ridge, atoms, tokens) for tokens in token_counts]
-    weights, usable = solve(gram, kept, removed, torch.tensor(ridges, dtype=gram.dtype, device=gram.device))
+    added = torch.tensor(ridges, dtype=gram.dtype, device=gram.device)
+    weights, usable = solve(gram, kept, removed, added)
     usable &= torch.tensor(token_counts, device=gram.device) > 0
-    # Rounded to the stored type before the error is taken, so that the error is that of what is saved.
-    compensated = torch.baddbmm(columns_of(weight, kept), lost, weights).to(down_proj.dtype)
-    change = (-weight).scatter(2, expanded(kept, weight), compensated.to(gram.dtype) - columns_of(weight, kept))
-    after = _relative(_output_energy(change, gram), total)
-    usable &= after <= before  # False for NaN as well
+    change = lost @ weights
+    exact = columns_of(weight, kept) + change
+    compensated = exact.to(down_proj.dtype)
+    # The covariance of what is left of the removed activations, h_R - C h_K.
+    among_kept, between = block_of(gram, kept, kept), block_of(gram, removed, kept)
+    left = among_removed - weights @ between.mT - (between - weights @ among_kept) @ weights.mT
+    energy = _energy(of_lost, left)
+    if compensated.dtype != exact.dtype:
+        # The error is to be that of what is saved. With the kept activations, what is left goes together by lambda C.
+        rounding, strength = compensated.to(exact.dtype) - exact, added * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+        energy += _energy(squares(rounding), among_kept) - 2 * strength * (rounding * change).sum(dim=(1, 2))
+    after = _relative(energy, total)
+    usable &= (after <= before) & (compensated != plain).any(2).any(1)  # False for NaN as well
     return [
         CompensationResult(new.clone(), error_before, error_after if use else error_before, used if use else None)
         for new, error_before, error_after, used, use in zip(
@@ -176,9 +187,9 @@ def _compensate_group(
     ]
 
 
-def _output_energy(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """trace(W A W^T) [b] = E |r W h|^2 for weight [b, H, I] and gram [b, I, I]; rounding below zero is cut off."""
-    return ((weight @ gram) * weight).sum(dim=(1, 2)).clamp(min=0)
+def _energy(products: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """trace(W A W^T) [b] = E |r W h|^2 for products W^T W and gram, both [b, I, I]; rounding below zero is cut off."""
+    return (products * gram).sum(dim=(1, 2)).clamp(min=0)
 
 
 def _relative(energy: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -197,7 +208,7 @@ def _check_expert(down_proj: torch.Tensor, gram: torch.Tensor, kept: torch.Tenso
             f"activation_gram has shape {tuple(gram.shape)}; for a down_proj of shape {tuple(down_proj.shape)} "
             f"it must be ({atoms}, {atoms}). A transposed down_proj must be passed as [hidden, atoms]."
         )
-    if not torch.isfinite(down_proj).all():
+    if down_proj.numel() and not all(bound.isfinite() for bound in down_proj.aminmax()):
         raise ValueError("down_proj has values that are not finite; every value must be. Check the checkpoint.")
     check_gram(gram)
     check_kept(kept, atoms)

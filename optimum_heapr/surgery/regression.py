@@ -4,6 +4,9 @@
 import torch
 
 
+PANEL_CPU = 192
+
+
 def compensation_weights(
     activation_gram: torch.Tensor, kept: torch.Tensor, ridge: float | torch.Tensor = 0.01
 ) -> torch.Tensor:
@@ -68,18 +71,31 @@ def complement(kept: torch.Tensor, atoms: int) -> torch.Tensor:
     return is_kept.argsort(dim=1, stable=True)[:, : atoms - kept.shape[1]]
 
 
-def expanded(index: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return index[:, None, :].expand(-1, matrix.shape[1], -1)
-
-
 def columns_of(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Columns index [b, m] of matrix [b, n, I], as a new [b, n, m]."""
-    return matrix.gather(2, expanded(index, matrix))
+    return torch.stack([own.index_select(1, columns) for own, columns in zip(matrix, index)])
 
 
 def block_of(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """matrix[b, rows, columns] of a matrix [b, I, I], as a new [b, r, c]."""
-    return columns_of(matrix.gather(1, rows[:, :, None].expand(-1, -1, matrix.shape[2])), columns)
+    parts = zip(matrix, rows, columns)
+    return torch.stack(
+        [own.index_select(0, of_rows).index_select(1, of_columns) for own, of_rows, of_columns in parts]
+    )
+
+
+def squares(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix^T matrix` of matrix [b, n, I], [b, I, I]; on a CPU what is above the diagonal is computed, and copied."""
+    size = matrix.shape[2]
+    if matrix.device.type != "cpu":
+        return matrix.mT @ matrix
+    result = matrix.new_empty(len(matrix), size, size)
+    for own, of_own in zip(matrix, result):
+        for start in range(0, size, PANEL_CPU):
+            part, after = slice(start, start + PANEL_CPU), slice(start + PANEL_CPU, None)
+            torch.mm(own[:, part].T, own[:, start:], out=of_own[part, start:])
+            of_own[after, part] = of_own[part, after].T
+    return result
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +103,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_gram(gram: torch.Tensor) -> None:
-    if not torch.isfinite(gram).all():
+    if gram.numel() and not all(bound.isfinite() for bound in gram.aminmax()):
         raise ValueError(
             "activation_gram has values that are not finite; every value must be. Check the calibration pass for "
             "overflow and repeat it."
