@@ -1,16 +1,16 @@
 # Licensed under the Apache License, Version 2.0
-"""What quantizers do to pruned experts: bytes before and after, perplexity, and whether what was saved loads again.
+"""What quantizers and adapters do to pruned experts: bytes, perplexity, what is said, and whether what was saved loads again.
 
-    python -m pip install bitsandbytes==0.50.2 torchao==0.18.0
+    python -m pip install bitsandbytes==0.50.2 torchao==0.18.0 peft==0.21.2
     python benchmarks/after_pruning.py --model MODEL --text text.jsonl --output after_pruning \
         --forms stock=MODEL uniform=U variable=V "linear=V" "linear, width_multiple=32=V32" \
         --python llmcompressor=LLMC/bin/python auto-round=ROUND/bin/python
 
 Each form is a checkpoint; those called `linear…` are of layout `variable`, and are read as if they were written with
-`experts_as="linear"`. Each quantizer and form is a process of its own, which loads, quantizes, measures and saves, and one more that
+`experts_as="linear"`. Each tool and form is a process of its own, which loads, quantizes or adapts, measures and saves, and one more that
 loads what was saved. A library with an environment of its own, made by `python -m pip install llmcompressor==0.14.0.1 -e .` for one,
-runs there, by `--python PACKAGE=INTERPRETER`. Prints one table, and writes it as `after_pruning.md`; a row that fails says what the
-library said. Nothing here is part of the package.
+runs there, by `--python PACKAGE=INTERPRETER`. Prints two tables, and writes them as `after_pruning.md`; a row that fails says what the
+library said. What was measured is kept in `after_pruning.json`, and not measured again. Nothing here is part of the package.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ GROUP = 32
 """Columns that share a scale, where a tool lets one choose: attention of small models is no multiple of 128 wide."""
 
 BEHIND = ("torch", "transformers", "compressed-tensors")
-HEADER = "| quantizer | checkpoint | bytes of expert weights, saved | in memory | perplexity | saved and loaded |"
+HEADER = "| quantizer | checkpoint | bytes of expert weights, saved | in memory | perplexity | saved and loaded | the model warns |"
+ADAPTED = "| adapters on | checkpoint | updates of experts | trained in experts | perplexity | saved and loaded | merged, loaded | the model warns |"
+RANK = 4
+WARNING = r"UserWarning: (?:quantized by|adapters) .*"
 
 
-def load(folder: str, **options: Any):
-    import torch
+def load(folder: str, dtype: str = "bfloat16", **options: Any):
     from transformers import AutoModelForCausalLM
 
     import optimum_heapr  # noqa: F401 (pruned models are known by it)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     for module in model.modules():  # or bitsandbytes has kernels on some CPUs that take few shapes
         module.support_avx512bf16_for_cpu = False
     return model
@@ -122,11 +124,72 @@ TOOLS = {
     "torchao, int8 weights": Tool("torchao", by_config(lambda: torchao("Int8WeightOnlyConfig"))),
     "torchao, int4 weights": Tool("torchao", by_config(lambda: torchao("Int4WeightOnlyConfig", group_size=GROUP))),
     "llm-compressor, FP8_DYNAMIC": Tool("llmcompressor", llm_compressor("FP8_DYNAMIC")),
+    "llm-compressor, W8A8": Tool("llmcompressor", llm_compressor("W8A8")),
     "llm-compressor, W4A16": Tool("llmcompressor", llm_compressor("W4A16", GROUP)),
     "auto-round, W4A16": Tool("auto-round", auto_round, saves=True),
     "quanto, int8 weights": Tool("optimum-quanto", by_config(quanto)),
     "HQQ, 4 bits": Tool("hqq", by_config(hqq)),
 }
+
+
+EXPERTS = ["gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "`all-linear`": {"target_modules": "all-linear"},
+    "`gate_proj`, `up_proj`, `down_proj`": {"target_modules": [*EXPERTS, "q_proj"]},
+    "`target_parameters`": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "`all-linear`, in NF4": {"target_modules": "all-linear"},
+}
+
+
+def adapt(args) -> dict:
+    """An adapter whose updates are random, saved by itself and merged, and in 4 bits the model that it is for; all in float32."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    from optimum_heapr.modeling.linear_experts import LinearExperts
+    from optimum_heapr.surgery.linear import from_linear_experts
+
+    folder, form = Path(args.output), args.forms[0]
+    if args.tool.endswith("NF4"):
+        load(form, "float32", quantization_config=bitsandbytes(load_in_4bit=True)).save_pretrained(folder / "base")
+        form = str(folder / "base")
+        model = prepare_model_for_kbit_training(load(form, "float32"))
+    else:
+        model = load(form, "float32")
+    adapted = get_peft_model(model, LoraConfig(r=RANK, **ADAPTERS[args.tool])).eval()
+    torch.manual_seed(0)
+    reached = [module for path, module in adapted.named_modules() if ".experts" in path and hasattr(module, "lora_A")]
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    found = {
+        "updates": sum(
+            getattr(module, "num_experts", 1) for module in reached if module.lora_A["default"].weight.numel()
+        ),
+        "trained": sum(
+            parameter.numel()
+            for name, parameter in adapted.named_parameters()
+            if ".experts" in name and "lora_" in name
+        ),
+        "perplexity": measured(adapted, args)["perplexity"],
+    }
+    adapted.save_pretrained(folder / "adapter")
+    if args.tool.endswith("NF4"):
+        adapted = PeftModel.from_pretrained(load(form, "float32").dequantize(), folder / "adapter")
+    merged = adapted.merge_and_unload()
+    if any(isinstance(module, LinearExperts) for module in merged.modules()):
+        merged = from_linear_experts(merged)
+    merged.save_pretrained(folder / "merged")
+    return found
+
+
+def reload_adapter(args) -> dict:
+    from peft import PeftModel
+
+    folder = Path(args.output)
+    base = folder / "base" if (folder / "base").exists() else args.forms[0]
+    alone = measured(PeftModel.from_pretrained(load(str(base), "float32"), folder / "adapter").eval(), args)
+    return alone | {"merged": measured(load(str(folder / "merged"), "float32"), args)["perplexity"]}
 
 
 def saved_bytes(folder: str) -> int:
@@ -160,6 +223,9 @@ def one(args) -> None:
     if args.tool == "versions":
         print(json.dumps({name: version(name) for name in args.forms if is_installed(name)}))
         return
+    if args.tool in ADAPTERS or args.tool == "reload adapter":
+        print(json.dumps((adapt if args.tool in ADAPTERS else reload_adapter)(args)), flush=True)
+        return
     tool = TOOLS["none" if args.tool == "reload" else args.tool]
     model = tool.quantize(args)
     if not tool.saves or args.tool == "reload":
@@ -174,8 +240,8 @@ def is_installed(name: str) -> bool:
     return find_spec({"optimum-quanto": "optimum.quanto"}.get(name, name.replace("-", "_"))) is not None
 
 
-def run(args, tool: str, folder: str, output: str = "", package: str | None = None) -> tuple[dict | None, str]:
-    """What was measured in a process of its own, if it came so far, and what it ended with."""
+def run(args, tool: str, folder: str, output: str = "", package: str | None = None) -> tuple[dict | None, str, bool]:
+    """What was measured in a process of its own, if it came so far, what it ended with, and whether the model warned of experts."""
     interpreter = args.python.get(package, sys.executable)
     command = [interpreter, __file__, "--tool", tool, "--model", args.model, "--text", args.text, "--forms", folder]
     command += [f"--windows={args.windows}", f"--seq-length={args.seq_length}", "--output", output]
@@ -188,26 +254,47 @@ def run(args, tool: str, folder: str, output: str = "", package: str | None = No
             r"^\s*(\w*Error: .+)", done.stderr, re.MULTILINE
         )  # of those that follow each other the cause
         reason = said[0][:160] if said else f"the process ends with {done.returncode}"
-    return (json.loads(lines[0]) if lines else None), reason.replace("|", "\\|")
+    warned = bool(re.search(WARNING, done.stderr))
+    return (json.loads(lines[0]) if lines else None), reason.replace("|", "\\|"), warned
 
 
 def row(args, name: str, form: str, folder: str, before: dict) -> str:
     tool = TOOLS[name]
     with tempfile.TemporaryDirectory() as saved:
-        after, reason = run(args, name, folder, saved, tool.package)
+        after, reason, warned = run(args, name, folder, saved, tool.package)
         if reason and after is None:
-            return f"| {name} | {form} | fails: {reason} | | | |"
+            return f"| {name} | {form} | fails: {reason} | | | | |"
         was = sum(before["experts"].values())
-        if reason:
-            memory, perplexity = after["experts"], f"{before['perplexity']:.2f} → {after['perplexity']:.2f}"
-            return f"| {name} | {form} | | {types(memory)} | {perplexity} | not saved: {reason} |"
-        saved = str(next(Path(saved).rglob("config.json")).parent)  # auto-round makes a folder of its own in it
-        again, reason = run(args, "reload", saved, "", tool.package)
-        sizes = f"{was:,} → {saved_bytes(saved):,}"
         at_once = f"{before['perplexity']:.2f}" + (f" → {after['perplexity']:.2f}" if after else "")
+        if reason:
+            return (
+                f"| {name} | {form} | | {types(after['experts'])} | {at_once} | not saved: {reason} | {when(warned)} |"
+            )
+        saved = str(next(Path(saved).rglob("config.json")).parent)  # auto-round makes a folder of its own in it
+        again, reason, later = run(args, "reload", saved, "", tool.package)
+        sizes = f"{was:,} → {saved_bytes(saved):,}"
         if again is None:
-            return f"| {name} | {form} | {sizes} | | {at_once} | not loaded: {reason} |"
-        return f"| {name} | {form} | {sizes} | {types(again['experts'])} | {at_once} | {again['perplexity']:.2f} |"
+            return f"| {name} | {form} | {sizes} | | {at_once} | not loaded: {reason} | {when(warned, later)} |"
+        memory = types(again["experts"])
+        return (
+            f"| {name} | {form} | {sizes} | {memory} | {at_once} | {again['perplexity']:.2f} | {when(warned, later)} |"
+        )
+
+
+def adapted_row(args, name: str, form: str, folder: str, before: dict) -> str:
+    with tempfile.TemporaryDirectory() as saved:
+        after, reason, warned = run(args, name, folder, saved, "peft")
+        if reason:
+            return f"| {name} | {form} | fails: {reason} | | | | | {when(warned)} |"
+        again, reason, later = run(args, "reload adapter", folder, saved, "peft")
+        loaded = f"{again['perplexity']:.2f} | {again['merged']:.2f}" if again else f"not loaded: {reason} |"
+        figures = f"{after['updates']} | {after['trained']:,} | {before['perplexity']:.2f} → {after['perplexity']:.2f}"
+        return f"| {name} | {form} | {figures} | {loaded} | {when(warned, later)} |"
+
+
+def when(at_once: bool, later: bool = False) -> str:
+    """At which of its two steps the model said that experts were not reached."""
+    return "at once" if at_once else "when loaded" if later else "–"
 
 
 def types(experts: dict[str, int]) -> str:
@@ -230,7 +317,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="unpruned model; its tokenizer is used for all")
     parser.add_argument("--text", required=True, help="text whose perplexity is measured")
     parser.add_argument("--forms", nargs="+", required=True, metavar="NAME=FOLDER", help="checkpoints")
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS)[1:], metavar="TOOL")
+    everything = [*list(TOOLS)[1:], *ADAPTERS]
+    parser.add_argument("--tools", nargs="+", choices=everything, default=everything, metavar="TOOL")
     parser.add_argument("--python", nargs="+", default=[], metavar="PACKAGE=INTERPRETER", help="of other environments")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=256)
@@ -240,8 +328,41 @@ def main() -> None:
     if args.tool:
         return one(args)
     args.python = dict(pair.split("=", 1) for pair in args.python)
-    lines = []
-    for package in dict.fromkeys(TOOLS[tool].package for tool in args.tools):
+    with tempfile.TemporaryDirectory() as folder:
+        forms = dict(form.rsplit("=", 1) for form in args.forms)
+        for number, form in enumerate(forms):
+            if form.startswith("linear"):
+                forms[form] = as_linear(forms[form], Path(folder) / str(number))
+        measure(args, forms)
+
+
+def measure(args, forms: dict[str, str]) -> None:
+    """Measures what was not measured before, and writes the tables after each row."""
+    kept = Path(f"{args.output}.json")
+    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    for form, checkpoint in forms.items():
+        if f"none, {form}" not in rows:
+            rows[f"none, {form}"], reason, _ = run(args, "none", checkpoint)
+            if reason:
+                raise SystemExit(f"{checkpoint}: {reason}")
+    for tool in args.tools:
+        for form, checkpoint in forms.items():
+            if f"{tool}, {form}" not in rows:
+                one_row = adapted_row if tool in ADAPTERS else row
+                rows[f"{tool}, {form}"] = one_row(args, tool, form, checkpoint, rows[f"none, {form}"])
+                print(rows[f"{tool}, {form}"], flush=True)
+                kept.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = versions(args)
+    for header, some in ((HEADER, TOOLS), (ADAPTED, ADAPTERS)):
+        written += ["", header, "|---" * (header.count("|") - 1) + "|"]
+        written += [rows[f"{tool}, {form}"] for tool in args.tools if tool in some for form in forms]
+    Path(f"{args.output}.md").write_text("\n".join(written) + "\n", encoding="utf-8")
+
+
+def versions(args) -> list[str]:
+    """Of each tool, and of what runs beside it."""
+    found = []
+    for package in dict.fromkeys(TOOLS[tool].package if tool in TOOLS else "peft" for tool in args.tools):
         command = [
             args.python.get(package, sys.executable),
             __file__,
@@ -252,25 +373,9 @@ def main() -> None:
             "--text",
             "",
         ]
-        found = subprocess.run([*command, "--forms", package, *BEHIND], capture_output=True, text=True, check=True)
-        lines.append("- " + ", ".join(" ".join(pair) for pair in json.loads(found.stdout).items()))
-    lines += ["", HEADER, "|---|---|---|---|---|---|"]
-    print("\n".join(lines))
-    with tempfile.TemporaryDirectory() as folder:
-        forms = dict(form.rsplit("=", 1) for form in args.forms)
-        for number, form in enumerate(forms):
-            if form.startswith("linear"):
-                forms[form] = as_linear(forms[form], Path(folder) / str(number))
-        before = {}
-        for form, checkpoint in forms.items():
-            before[form], reason = run(args, "none", checkpoint)
-            if before[form] is None:
-                raise SystemExit(f"{checkpoint}: {reason}")
-        for tool in args.tools:
-            for form, checkpoint in forms.items():
-                lines.append(row(args, tool, form, checkpoint, before[form]))
-                print(lines[-1], flush=True)
-                Path(f"{args.output}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        done = subprocess.run([*command, "--forms", package, *BEHIND], capture_output=True, text=True, check=True)
+        found.append("- " + ", ".join(" ".join(pair) for pair in json.loads(done.stdout).items()))
+    return found
 
 
 if __name__ == "__main__":

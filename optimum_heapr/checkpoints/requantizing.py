@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..experts import find_expert_blocks
+from ..surgery.feasibility import width_ahead
 from ..surgery.stock import stock_width
 from ..utils.errors import HeaprError
 from ..utils.files import write_json
@@ -24,12 +26,18 @@ from .origins import hub_options_in, load_configuration
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..configuration import HeaprConfig
     from ..planning.plan import PruningPlan
 
 
 def check_requantizing(
-    config: HeaprConfig, name: str | os.PathLike, plan: PruningPlan | None = None, **model_options: Any
+    config: HeaprConfig,
+    name: str | os.PathLike,
+    plan: PruningPlan | None = None,
+    model: PreTrainedModel | None = None,
+    **model_options: Any,
 ) -> dict[str, Any]:
     """Refuses what cannot be written in FP8 again.
 
@@ -37,6 +45,7 @@ def check_requantizing(
         config (`HeaprConfig`): what is pruned by.
         name (`str`): where the unpruned model is.
         plan (`PruningPlan`, *optional*): what stays, once that is known.
+        model (`PreTrainedModel`, *optional*): the unpruned model, before anything is measured; only shapes are read.
         model_options: as of [`~optimum_heapr.checkpoints.loading.load_model`]; where the model is on the Hub is read.
 
     Returns:
@@ -59,13 +68,29 @@ def check_requantizing(
             f"requantize=True: is for models in FP8 with a scale for each block, and {os.fspath(name)!r} is not ({kind}); leave it "
             "out, and quantize what is written"
         )
-    width, block = None if plan is None else stock_width(plan), saved["weight_block_size"]
-    if width is not None and any(width % size for size in block):
-        raise HeaprError(
-            f"requantize=True: the width {width} is no multiple of the {max(block)} weights that share a scale; plan with "
-            f"width_multiple={max(block)}"
-        )
+    block = max(saved["weight_block_size"])
+    if plan is not None:
+        _check_width(stock_width(plan), True, block)
+    elif model is not None:
+        widest = max(experts.width for experts in find_expert_blocks(model))
+        if widest < block:
+            raise HeaprError(
+                f"requantize=True: {block} weights share a scale, and experts of this model are {widest} wide; leave it out"
+            )
+        _check_width(*width_ahead(model, config), block)
     return saved
+
+
+def _check_width(width: int, is_known: bool, block: int) -> None:
+    if width % block:
+        kept = (
+            f"the width {width} is no multiple of the"
+            if is_known
+            else f"widths will be multiples of {width}, not of the"
+        )
+        raise HeaprError(
+            f"requantize=True: {kept} {block} weights that share a scale; plan with width_multiple={block}"
+        )
 
 
 def requantize(folder: Path, plan: PruningPlan, name: str, **model_options: Any) -> None:

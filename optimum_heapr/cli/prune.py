@@ -134,6 +134,8 @@ class PruneCommand(HeaprSubcommand):
             fits = None if state is None else fits_from(self.args)
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
+            if self.args.requantize and pruner.statistics is None:  # else the plan says at once
+                check_requantizing(config, self.args.model, model=pruner.model, **model_options_from(self.args))
             check_prompts(self.args.prompt, pruner.tokenizer)
             measures = pruner.statistics is None
             if measures and self.args.dry_run and not self.args.save_statistics and is_main_process():

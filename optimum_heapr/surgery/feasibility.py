@@ -11,7 +11,7 @@ from ..calibration.statistics import AtomicStatistics, BlockStatistics
 from ..experts import find_expert_blocks, model_name
 from ..fingerprint import model_fingerprint, storage_of
 from ..planning.alignment import effective_multiple
-from ..planning.allocation import allocate
+from ..planning.allocation import Kept, allocate
 from ..planning.dropping import dropped_experts
 from ..planning.errors import UnreachableRatio
 from ..planning.goal import Goal
@@ -49,8 +49,32 @@ def check_feasible(model: PreTrainedModel, config: HeaprConfig) -> None:
         check_family(model)
 
 
-def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
-    """Allocates as if all had been measured and were of one worth: what is refused then, is refused whatever is measured."""
+def width_ahead(model: PreTrainedModel, config: HeaprConfig) -> tuple[int, bool]:
+    """The one width that all experts will keep in a stock layout, before anything is measured.
+
+    Args:
+        model (`PreTrainedModel`): only shapes are read.
+        config (`HeaprConfig`): its planning part is used.
+
+    Returns:
+        `tuple[int, bool]`: the width and `True`, or, where that takes measuring, what it will be a multiple of and `False`.
+
+    Raises:
+        HeaprError: as [`check_feasible`].
+    """
+    blocks = find_expert_blocks(model)
+    kept = _check_allocation(model, blocks, config)
+    if kept is not None and config.layout == "uniform" and config.num_experts != "auto":
+        return max(len(one) for experts in kept.values() for one in experts), True
+    return effective_multiple(config, [block.width for block in blocks]), False
+
+
+def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> Kept | None:
+    """Allocates as if all had been measured and were of one worth: what is refused then, is refused whatever is measured.
+
+    Returns:
+        `dict` or `None`: what would stay; nothing where the ratio is searched for.
+    """
     statistics = AtomicStatistics(
         {block.path: _as_if_measured(block) for block in blocks},
         {"model": model_fingerprint(model, blocks), "storage": storage_of(model, blocks)},
@@ -68,10 +92,11 @@ def _check_allocation(model: PreTrainedModel, blocks: list[ExpertBlock], config:
         for block in blocks
     }
     try:
-        allocate(scores, config, {}, goal, dropped)
+        kept = allocate(scores, config, {}, goal, dropped)
     except UnreachableRatio as error:
         if not (searched and error.nearest):  # a search finds its ratio
             raise
+    return None if searched else kept
 
 
 def _as_if_measured(block: ExpertBlock) -> BlockStatistics:

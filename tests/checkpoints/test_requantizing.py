@@ -8,12 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprConfig, HeaprPruner
+from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.requantizing import check_requantizing
 from optimum_heapr.checkpoints.saving import apply_streaming
+from optimum_heapr.surgery import layer_by_layer
 from optimum_heapr.utils.errors import HeaprError
 from tests.checkpoints.test_dequantizing import files_of
+from tests.helpers import calibration_data
 from tests.quantized_checkpoints import BLOCK, dequantized, fp8_checkpoint, rewrite, spread, tensors_of
+from tests.ranks import Ranks
 from tests.surgery.stock_models import logits_of, random_plan, wide_model
 
 
@@ -118,3 +122,69 @@ def test_what_is_not_in_fp8_blocks_is_refused(quantization, tmp_path):
     kind = quantization["quant_method"] if quantization else "unquantized"
     with pytest.raises(HeaprError, match=rf"a scale for each block, and .* is not \({kind}\); leave it out"):
         check_requantizing(HeaprConfig(layout="uniform"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """What is fitted and trained over blocks, from the checkpoint as it is: a function that makes the pruner, and what one run writes."""
+    folder = tmp_path_factory.mktemp("fitted")
+    source, data = fp8_checkpoint(folder / "source", width=WIDTH), calibration_data(*[24] * 40)
+    data.samples = [sample % 96 for sample in data.samples]  # that many tokens it knows
+    options = {"layout": "uniform", "ratio": 1 / 3, "width_multiple": BLOCK, "reconstruction_steps": 4}
+    config = HeaprConfig(**options, compensate=True, compensation_scope="block", batch_size=8)
+    statistics = calibrate(load_model(source, dequantize=True)[0], data, 8)
+
+    def made() -> HeaprPruner:
+        pruner = HeaprPruner.from_pretrained(source, config, memory="streaming", dequantize=True)
+        pruner.statistics, pruner.calibration_data = statistics, data
+        return pruner
+
+    pruner = made()
+    pruner.apply(pruner.plan())
+    pruner.save_pretrained(folder / "whole", requantize=True)
+    return made, tensors_of(folder / "whole")
+
+
+def assert_same_bytes(folder, expected):
+    found = tensors_of(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), one.view(torch.uint8)) for name, one in expected.items())
+
+
+def test_a_run_that_was_killed_while_it_trained_goes_on(fitted, monkeypatch, tmp_path):
+    made, expected = fitted
+    plain, blocks = layer_by_layer._fitted, []
+
+    def killed(model, block, *arguments):
+        if len(blocks) == 1:
+            raise KeyboardInterrupt
+        blocks.append(block.path)
+        return plain(model, block, *arguments)
+
+    pruner = made()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(layer_by_layer, "_fitted", killed)
+        pruner.apply(pruner.plan(), fits_path=tmp_path / "fits")
+    assert len(list((tmp_path / "fits").iterdir())) == 1
+    pruner = made()
+    pruner.apply(pruner.plan(), fits_path=tmp_path / "fits")
+    pruner.save_pretrained(tmp_path / "pruned", requantize=True)
+    assert_same_bytes(tmp_path / "pruned", expected)
+
+
+def test_two_processes_write_what_one_does(fitted, monkeypatch, tmp_path):
+    made, expected = fitted
+    ranks = Ranks(monkeypatch)
+
+    def run(rank):
+        pruner = made()
+        pruner.apply(pruner.plan())
+        if rank == 0:
+            pruner.save_pretrained(tmp_path / "pruned", requantize=True)
+
+    ranks.run(run)
+    found = tensors_of(tmp_path / "pruned")
+    assert found.keys() == expected.keys()
+    for name in expected:  # sums of two processes may round another way, and that by a step of FP8
+        one, other = dequantized(found, name), dequantized(expected, name)
+        assert (one - other).norm() <= 0.01 * other.norm(), name

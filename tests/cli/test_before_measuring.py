@@ -1,10 +1,13 @@
 # Licensed under the Apache License, Version 2.0
 """What can be refused without measuring is refused before it, and what was measured is kept."""
 
+import shutil
+
 import pytest
 
 from optimum_heapr import AtomicStatistics
 from optimum_heapr.utils.errors import HeaprError
+from tests.quantized_checkpoints import in_fp8
 
 
 REFUSED_BY_SHAPES = (
@@ -23,6 +26,35 @@ def test_what_shapes_refuse_is_refused_before_anything_is_measured(flags, run, i
     result = run("prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, *flags)
     assert result.status == 2 and result.error.count("\n") == 1, result.error
     assert not list(tmp_path.iterdir())
+
+
+# Flags, the rows and columns of an FP8 block of a model whose experts are 12 wide, and what is said
+NO_WHOLE_BLOCKS = (
+    (["--ratio", 0.25], 4, "the width 9 is no multiple of the 4 weights"),
+    (["--ratio", 0.5, "--width-multiple", 2], 4, "the width 6 is no multiple of the 4 weights"),
+    (
+        ["--layout", "padded", "--ratio", 0.5, "--width-multiple", 2],
+        4,
+        "widths will be multiples of 2, not of the 4 weights",
+    ),
+    (["--max-loss-increase", 0.1], 4, "widths will be multiples of 1, not of the 4 weights"),
+    (["--ratio", 0.5], 16, "16 weights share a scale, and experts of this model are 12 wide; leave it out"),
+)
+
+
+@pytest.mark.parametrize(("flags", "block", "said"), NO_WHOLE_BLOCKS, ids=str)
+def test_a_width_of_no_whole_blocks_is_refused_before_anything_is_measured(
+    flags, block, said, run, inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("optimum_heapr.pruner.HeaprPruner.calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    model = in_fp8(shutil.copytree(inputs.model, tmp_path / "model"), block)
+    flags = [*inputs.calibration, "--dequantize", "--requantize", "--layout", "uniform", *flags]
+    result = run("prune", "-m", model, "-o", tmp_path / "out", *flags)
+    assert result.status == 2 and f"--requantize: {said}" in result.error and result.error.count("\n") == 1, (
+        result.error
+    )
+    assert block > 12 or "plan with --width-multiple 4" in result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_last_model_of_evaluate_is_looked_for_before_the_first_is_measured(run, inputs, tmp_path, monkeypatch):
