@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from optimum_heapr import HeaprConfig, HeaprPruner
 from optimum_heapr.calibration.runner import calibrate
@@ -110,6 +111,12 @@ def test_packed_tensors_are_refused(pruned):
     pruner.apply(random_plan(pruner.model, layout="uniform", ratio=1 / 3, width_multiple=BLOCK))
     with pytest.raises(HeaprError, match="requantize=True: needs the tensors of one expert each"):
         pruner.save_pretrained(pruned / "packed", requantize=True, save_original_format=False)
+
+
+def test_transformers_has_no_fp8_experts_with_biases():
+    """Which is why what was in MXFP4 cannot be written in FP8: the guide says so."""
+    with pytest.raises(AssertionError, match="FP8Experts does not support bias for now"):
+        FP8Experts(wide_model("gpt_oss").config, has_bias=True)
 
 
 @pytest.mark.parametrize(
