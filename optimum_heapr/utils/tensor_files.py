@@ -152,7 +152,9 @@ def _will_need(spans: dict[Path, list[list[int]]]) -> None:
 
 def _write(file: BinaryIO, tensor: torch.Tensor) -> int:
     if tensor.numel():
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        # A single element is contiguous whatever its stride, and bytes can be seen only where that is 1.
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+        file.write(flat.view(torch.uint8).numpy())
     return tensor.numel() * tensor.element_size()
 
 

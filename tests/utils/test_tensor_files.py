@@ -40,6 +40,15 @@ def test_written_file_is_the_librarys_byte_for_byte(tmp_path):
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_single_element_may_have_any_stride(tmp_path, dtype):
+    """As the bias of the only atomic expert of an expert, taken out of gate and up that take turns."""
+    whole = torch.arange(4, dtype=dtype)
+    write(tmp_path / "ours.safetensors", {"bias": whole[1::2][:1], "row": whole.view(2, 2)[:, 1:][1:]})
+    found = load_file(tmp_path / "ours.safetensors")
+    assert found["bias"].tolist() == [1] and found["row"].tolist() == [[3]]
+
+
 def test_tensor_may_be_written_in_parts(tmp_path):
     whole = torch.randn(4, 3)
     shapes = {"t": (whole.dtype, (4, 3))}
