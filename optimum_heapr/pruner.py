@@ -177,9 +177,8 @@ class HeaprPruner(PrunerSummary):
         """
         from .measuring import text_measure
 
-        of_model = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
-        measured = None if measure is None else text_measure(*of_model, measure)
-        return frontier(*of_model[2:], measure=measured, **options)
+        given = self.model, self.tokenizer, self._stages.measured(None, self.statistics), self.config
+        return frontier(*given[2:], measure=None if measure is None else text_measure(*given, measure), **options)
 
     def apply(
         self,
@@ -218,9 +217,8 @@ class HeaprPruner(PrunerSummary):
             prompts (`Sequence[str]`, *optional*): as for [`~HeaprPruner.apply`].
             changes: options of `HeaprConfig` that differ from `self.config`.
         """
-        config = self.config.replace(**changes)
         check_prompts(prompts, self.tokenizer)
-        self.check(config)
+        self.check(config := self.config.replace(**changes))
         if self.statistics is None:
             self.calibrate(config, keep_grams=config.compensates_experts)
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)
@@ -263,7 +261,7 @@ class HeaprPruner(PrunerSummary):
         """Writes the pruned model, its tokenizer, generation config and card, and in `heapr/` plan, report and statistics.
 
         Args:
-            folder (`str`): appears whole or not at all; with `overwrite`, in place of one that this package wrote alone.
+            folder (`str`): appears whole or not at all, by the first of connected processes; with `overwrite`, for one that we wrote alone.
             push_to_hub (`bool`): upload the folder as well, to `repo_id` or else to a repository of its name.
             results (`Sequence[EvalResult]`): for the card; see [`~optimum_heapr.hub.card.perplexity_result`].
             save_options: of the model's `save_pretrained`, e.g. `max_shard_size`; `save_original_format=False` stores packed tensors,
@@ -273,6 +271,8 @@ class HeaprPruner(PrunerSummary):
             HeaprError: if nothing was pruned yet, the folder cannot be written, is not empty or is the model's own, or the Hub refuses.
         """
         plan, folder = self._pruned_by(), Path(folder)
+        if not self._stages.writes:
+            return folder
         check_output_is_not_input(folder, self.model.config.name_or_path, argument="folder")
         push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
         with replace_folder(folder, overwrite) as temporary:
@@ -286,13 +286,13 @@ class HeaprPruner(PrunerSummary):
             push_folder(folder, repo_id or folder.resolve().name, **push_options)
         return folder
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo | None:
         """Uploads what [`~HeaprPruner.save_pretrained`] writes, with its options and those of
         [`~optimum_heapr.hub.push.push_folder`], to `NAME` or `OWNER/NAME`, in one commit. If the Hub refuses, nothing changes there."""
         push_options, save_options = split_push_options(options)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_options)
-            return push_folder(folder, repo_id, **push_options)
+            return push_folder(folder, repo_id, **push_options) if self._stages.writes else None
 
     def _pruned_by(self) -> PruningPlan:
         if self.applied_plan is None:

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, HeaprError, HeaprPruner, PruningPlan, RecoveryConfig
 from optimum_heapr import pruner as pruner_module
+from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.checkpoints.loading import load_model
 from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.text.samples import load_calibration_data
 from optimum_heapr.utils import placement
-from tests.helpers import CHAT_TEMPLATE, SENTENCES, random_ids, tiny_model, tiny_tokenizer
+from tests.helpers import CHAT_TEMPLATE, SENTENCES, calibration_data, random_ids, tiny_model, tiny_tokenizer
 
 
 IDS = random_ids(4, 24)
@@ -319,3 +320,17 @@ def test_the_model_is_not_saved_over_what_it_was_loaded_from(tmp_path):
         with pytest.raises(HeaprError, match=f"^folder='{folder}': {what}"):
             pruner.save_pretrained(folder, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_connected_processes_the_first_writes(tmp_path, monkeypatch):
+    """As transformers does it, which all processes call to save; a second folder would lack what that writes."""
+    pruner = HeaprPruner(tiny_model())
+    pruner.statistics = calibrate(pruner.model, calibration_data(24, 24), 1)
+    pruner.apply(pruner.plan())
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda *_, rank=rank: rank)
+        assert pruner.save_pretrained(tmp_path / "pruned") == tmp_path / "pruned"
+        assert (tmp_path / "pruned" / "model.safetensors").exists() == (rank == 0)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
+    assert pruner.push_to_hub("somebody/pruned") is None

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..budget import plan_for
 from ..calibration.processes import connected_processes
 from ..calibration.runner import calibrate, frozen_in_evaluation_mode
@@ -79,6 +81,11 @@ class LoadedModel:
         if self._base is None:
             self._base = BaseModel.of(self.model)
         return self._base
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what comes of it: of several that are connected the first alone does, as in transformers."""
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
     def state(self, path: str | os.PathLike | None, resume: bool, save_every: int) -> StateFile | StateFolder | None:
         """Where a calibration is saved and goes on from, if a path is named.
