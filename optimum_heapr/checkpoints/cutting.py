@@ -83,6 +83,7 @@ def stream_plan(
     source = _source_of_plan(skeleton, files, plan)
     if not plan.config.compensates_blocks:
         check_compensation(plan, statistics, None)
+        plan.forget_fits()
     elif fitted is None:
         raise HeaprError(
             "plan: asks for compensation_scope='block' and fitted=None; pass what checkpoints.cutting.fit_streaming gives"

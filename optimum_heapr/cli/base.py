@@ -68,10 +68,11 @@ class HeaprSubcommand(BaseOptimumCLICommand):
         except KeyboardInterrupt as error:
             from ..utils.files import beside
 
-            state = beside(getattr(self.args, "output", None) or "", ".state")
             left = str(error) or "nothing half-written was left behind"
-            if hasattr(self.args, "resume") and os.path.exists(state):
-                left = f"{state} holds what was done, and --resume goes on from there"
+            for ending in (".fits", ".state") if hasattr(self.args, "resume") else ():
+                kept = beside(getattr(self.args, "output", None) or "", ending)
+                if os.path.exists(kept):
+                    left = f"{kept} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
             sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))
 

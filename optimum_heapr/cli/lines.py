@@ -79,20 +79,16 @@ def rectangle_lines(plan: PruningPlan) -> list[str]:
 
 
 def compensation_lines(plan: PruningPlan) -> list[str]:
-    """What compensation did to the outputs of the experts that lost some but not all of their atomic experts."""
-    errors = [
-        pair
-        for path, experts in plan.compensation.items()
-        for pair, width in zip(experts, plan.widths[path])
-        if 0 < width < plan.original_width[path]
-    ]
+    """What compensation did to the outputs of experts or, where it is over blocks, of layers that lost something."""
+    found = plan.made_up_for.values()
+    errors = [pairs[0] for pairs in found] if plan.config.compensates_blocks else sum(found, [])
     if not errors:
         return []
     before, after = (stats.fmean(part) for part in zip(*errors))
     changed = sum(after < before for before, after in errors)
     if plan.config.compensates_blocks:
         return [
-            f"compensation: mean relative squared error of the routed outputs of {len(plan.compensation)} layers {before:.4f} "
+            f"compensation: mean relative squared error of the routed outputs of {len(errors)} layers {before:.4f} "
             f"-> {after:.4f} on the calibration tokens",
             *_reconstruction_lines(plan),
         ]

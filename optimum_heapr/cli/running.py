@@ -87,11 +87,15 @@ def fits_from(args: argparse.Namespace) -> Path:
     """Where blocks are kept that were compensated over or trained, until the output is safe.
 
     Raises:
-        HeaprError: if a run that was ended left some there and `--resume` was not passed.
+        HeaprError: if a run that was ended left some there and `--resume` was not passed, or there is something else.
     """
     from ..utils.files import beside
 
     path = beside(args.output, ".fits")
+    if path.is_file():
+        raise HeaprError(
+            f"fits={str(path)!r}: is a file, where the folder of blocks that are fitted would be; delete it, or name another output"
+        )
     if path.exists() and not args.resume:
         raise HeaprError(
             f"fits={str(path)!r}: a run was interrupted here while it fitted blocks; pass --resume to go on, or delete the folder "

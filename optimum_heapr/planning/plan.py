@@ -124,6 +124,25 @@ class PruningPlan(TensorValue):
         return {path: [counts[expert] for expert in routed[path]] for path, counts in self.tokens.items()}
 
     @property
+    def made_up_for(self) -> dict[str, list[tuple[float, float]]]:
+        """Of `compensation` what there was to make up for, by path of each block that lost something: the errors of experts that lost
+        some but not all of their atomic experts, or with the scope `block`, where others make up for whole ones, of all that lost any."""
+        together, widths = self.config.compensates_blocks, self.widths
+        found = {
+            path: [
+                pair
+                for pair, width in zip(pairs, widths[path])
+                if width < self.original_width[path] and (width or together)
+            ]
+            for path, pairs in self.compensation.items()
+        }
+        return {path: pairs for path, pairs in found.items() if pairs}
+
+    def forget_fits(self) -> None:
+        """Drops what an earlier application left in `compensation` and `reconstruction`: another may do less."""
+        self.compensation, self.reconstruction = {}, {}
+
+    @property
     def total(self) -> int:
         """Routed atomic experts of the unpruned model."""
         return sum(len(experts) * self.original_width[path] for path, experts in self.kept.items())

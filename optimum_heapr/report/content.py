@@ -106,11 +106,7 @@ def _block(plan: PruningPlan, path: str) -> dict[str, Any]:
         "unreached": plan.unreached.get(path, []),
         "estimated_loss_increase": plan.loss_increase[path],
     }
-    cut = [
-        errors
-        for errors, width in zip(plan.compensation.get(path, []), plan.widths[path])
-        if 0 < width < plan.original_width[path]
-    ]
+    cut = plan.made_up_for.get(path)
     if cut:
         before, after = (stats.fmean(side) for side in zip(*cut))
         changed = sum(after < before for before, after in cut)

@@ -93,6 +93,7 @@ def compensate_model(
         changes (`Callable`): is given the weights that are about to be changed, before each change.
         accelerator (`Accelerator`, *optional*): as of [`~optimum_heapr.surgery.layer_by_layer.compensate_together`].
     """
+    plan.forget_fits()
     if plan.config.compensates_blocks:
         _compensate_together(model, plan, blocks, data, changes, fits_path, accelerator)
     if plan.config.compensates_experts:

@@ -35,12 +35,20 @@ class FitFiles:
         plan (`PruningPlan`): `compensation` and `reconstruction` of it are kept with the blocks.
         data (`CalibrationData`): what they are fitted on.
         dtype (`torch.dtype`): of the model.
+
+    Raises:
+        HeaprError: if there can be no such folder.
     """
 
     def __init__(self, folder: Path, plan: PruningPlan, data: CalibrationData, dtype: torch.dtype):
         self.folder, self.plan = folder, plan
         self._run = description_of_fits(plan, data, dtype)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HeaprError(
+                f"fits={str(folder)!r}: cannot be made a folder ({reason_of(error)}); name another place"
+            ) from error
 
     def has(self, block: ExpertBlock) -> bool:
         """Whether this block is done."""

@@ -76,6 +76,7 @@ def compensate_together(
         HeaprError: if a layer needs more than the hidden states of the one before, what is in `fits_path` is of another run, or
             another process ended or is about something else.
     """
+    plan.forget_fits()
     own = data.fingerprint
     if plan.data and plan.data["sha256"] != own["sha256"]:
         logger.warning(

@@ -75,6 +75,24 @@ def test_ctrl_c_in_prune(moment, old, run, inputs, tmp_path, monkeypatch):
     assert result.status == 130 and result.error.count("\n") == 1 and "interrupted" in result.error
 
 
+def test_ctrl_c_while_blocks_are_fitted_says_where_they_are(run, inputs, tmp_path, monkeypatch):
+    from optimum_heapr.surgery import layer_by_layer
+
+    plan, output = tmp_path / "plan", tmp_path / "out"
+    flags = ("-s", inputs.statistics, "--ratio", 0.5, "--compensate", "--compensation-scope", "block", "-o", plan)
+    assert run("plan", *flags).status == 0
+    apply = ("apply", "-m", inputs.model, "-p", plan, *inputs.calibration, "-o", output, "--resume")
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, "optimum_heapr.surgery.fit_files.FitFiles", "write")
+        result = run(*apply)
+    fits = tmp_path / "out.fits"
+    assert result.status == 130 and f"interrupted; {fits} holds what was done, and --resume goes on" in result.error
+    assert len(list(fits.iterdir())) == 1 and not output.exists()
+    fitted = interrupted_after(monkeypatch, *(layer_by_layer.__name__, "_fitted"))
+    assert run(*apply).status == 130 and len(fitted) == 1  # the other
+    assert len(list(fits.iterdir())) == 1
+
+
 @pytest.mark.parametrize("command", ["calibrate", "plan"])
 def test_ctrl_c_while_writing_a_file(command, run, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from optimum_heapr import AtomicStatistics, HeaprConfig, PruningPlan
+from optimum_heapr.cli.lines import compensation_lines
 from optimum_heapr.cli.tables import importance_table, plan_table, statistics_table
 from optimum_heapr.criteria import importance
+from optimum_heapr.report.content import build_report
 from tests.helpers import random_statistics
 
 
@@ -59,3 +61,27 @@ def test_widths_that_no_group_of_a_quantizer_fits_are_counted(width, options, ke
         assert (
             lines[0].startswith(f"widths that are multiples of 32: {fitting} of {len(widths)}") and keeps in lines[0]
         )
+
+
+def test_what_fits_did_for_whole_experts_that_went_is_said():
+    """Experts that stay as wide as they were make up for those that went: nothing of a width says so."""
+    options = {"layout": "uniform", "num_experts": 2, "ratio": 0.5, "compensate": True, "compensation_scope": "block"}
+    statistics = random_statistics()
+    routing = {"experts_per_token": 2, "groups": 1, "groups_per_token": 1, "parameters": 10, "bytes": 20}
+    statistics.fingerprint["storage"]["routing"] = routing
+    plan = PruningPlan.build(statistics, HeaprConfig(**options, reconstruction_steps=5))
+    first, second = plan.kept
+    plan.compensation = {first: [(0.5, 0.25)] * 4, second: [(0.3, 0.15)] * 4}
+    plan.reconstruction = {
+        first: {"removed": 0.5, "fitted": 0.4, "trained": 0.2, "share": 1.0, "kept": "trained"},
+    }
+    assert {width for block in plan.routed_widths.values() for width in block} == set(plan.original_width.values())
+    lines = compensation_lines(plan)
+    assert (
+        "routed outputs of 2 layers 0.4000 -> 0.2000" in lines[0] and "0.5000 -> 0.4000 fitted -> 0.2000" in lines[1]
+    )
+    block = build_report(plan, "a/model")["blocks"][0]
+    assert block["compensation"] == {"experts": 2, "changed": 2, "before": 0.5, "after": 0.25}
+    plan.kept[second] = [torch.arange(8)] * 4  # a layer that lost nothing is none that was made up for
+    plan.dropped = {}
+    assert "routed outputs of 1 layers 0.5000 -> 0.2500" in compensation_lines(plan)[0]

@@ -92,6 +92,10 @@ def test_file_by_file_too(tmp_path, fits_until):
     assert len(list(fits.iterdir())) == 2
     pruner.save_pretrained(tmp_path / "pruned")
     assert not fits.exists(), "the output is safe"
+    plan.config = plan.config.replace(compensate=False, compensation_scope="expert", reconstruction_steps=0)
+    pruner.apply(plan)
+    pruner.save_pretrained(tmp_path / "plain")
+    assert plan.compensation == plan.reconstruction == {}
     assert fitted == list(plan.kept)[1:]
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "pruned"))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -120,6 +124,30 @@ def test_what_another_run_left_is_refused(measured, tmp_path, monkeypatch):
     with pytest.raises(HeaprError, match="fit='.*': truncated or not a safetensors file"):
         applied(measured, tmp_path / "fits")
     shutil.rmtree(tmp_path / "fits")
+
+
+def test_where_no_folder_can_be_is_refused(measured, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            HeaprError, match=r"^fits='[^']*file[^']*': cannot be made a folder \(.*\); name another place"
+        ):
+            applied(measured, place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_plan_says_what_was_done_last(measured):
+    """That of a pruned model holds what was done then: with less text there is nothing to train by."""
+    model, data, statistics = measured
+    _, plan = applied(measured, None)
+    assert plan.reconstruction
+    pruner = HeaprPruner(copy.deepcopy(model))
+    pruner.calibration_data = calibration_data(7)
+    pruner.apply(plan)
+    assert plan.reconstruction == {} and set(plan.compensation) == set(plan.kept)
+    plan.config = plan.config.replace(compensate=False, compensation_scope="expert", reconstruction_steps=0)
+    HeaprPruner(copy.deepcopy(model)).apply(plan)
+    assert plan.compensation == {}
 
 
 def test_from_a_plan_file_too(tmp_path, fits_until):

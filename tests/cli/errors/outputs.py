@@ -177,3 +177,11 @@ def a_state_that_no_calibration_wrote(inputs, here):
     (here / "out.state" / "model.safetensors").write_text("weights")
     named = [f"state {here / 'out.state'}", "no calibration wrote", "name another"]
     return prune(inputs, here, *inputs.calibration, "--memory", "streaming", "--resume"), named
+
+
+@mistake(early=True)
+def fits_that_are_a_file(inputs, here):
+    (here / "out.fits").write_text("mine")
+    flags = ["--compensate", "--compensation-scope", "block", "--resume"]
+    named = [f"fits {here / 'out.fits'}", "is a file", "delete it, or name another output"]
+    return prune(inputs, here, *inputs.calibration, *flags), named
