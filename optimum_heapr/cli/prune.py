@@ -120,15 +120,15 @@ class PruneCommand(HeaprSubcommand):
             self.args.memory = "plain"  # nothing is calibrated
         with chosen_memory(self.args, config) as options:
             way = f"--tp-plan {self.args.tp_plan}" if self.args.tp_plan else f"--memory {options['memory']}"
+            otherwise = "leave --tp-plan out" if self.args.tp_plan else "pass --memory plain"
             if self.args.packed and way != "--memory plain":
                 raise HeaprError(
-                    f"packed=True: needs the model in memory, and this one is calibrated with {way}; leave --packed out, or pass "
-                    "--memory plain"
+                    f"packed=True: needs the model in memory, and this one is calibrated with {way}; leave --packed out, or {otherwise}"
                 )
             if self.args.strict and way != "--memory plain":
                 raise HeaprError(
                     f"strict=True: looks at what is measured with the model in memory of one process, and this is {way}; leave "
-                    "--strict out and use 'evaluate', or pass --memory plain"
+                    f"--strict out and use 'evaluate', or {otherwise}"
                 )
             state, saving = state_from(self.args, options["memory"])
             fits = None if state is None else fits_from(self.args)

@@ -70,8 +70,11 @@ def refuse_jump(report: dict[str, Any] | None) -> None:
         HeaprError: saying what happened, and what to do about it.
     """
     if report is None or "measured" not in report["loss"]:
+        problems = (report or {}).get("problems", [])
+        reason = next((f" ({text})" for text in problems if text.partition(": ")[2].startswith("loss: ")), "")
+        otherwise = "look at that" if reason else "name text with eval_dataset"
         raise HeaprError(
-            "strict=True: nothing was measured that could have jumped; name text with eval_dataset, or do without strict=True"
+            f"strict=True: nothing was measured that could have jumped{reason}; {otherwise}, or do without strict=True"
         )
     text = jump_text(report)
     if text is not None:

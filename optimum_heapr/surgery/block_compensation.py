@@ -197,7 +197,16 @@ class BlockFit:
     @torch.no_grad()
     def held_out_error(self, first: int) -> float:
         """What a fit to the tokens before `first`, here and what other processes have before theirs, leaves of the target on the
-        others, squared and summed."""
+        others, squared and summed.
+
+        Raises:
+            HeaprError: if activations are not finite.
+        """
+        if not self._is_finite():
+            raise HeaprError(
+                f"num_experts='auto': {self._block.path} has activations that are not finite, so that nothing can be measured; load "
+                "the model in bfloat16 or float32, or name a number"
+            )
         parts = list(self.parts.values())
         changes, _ = solve_together([part.of(part.tokens < first) for part in parts], self.target[:first], self._added)
         left = self.target.clone()
@@ -209,12 +218,11 @@ class BlockFit:
     def solved(self) -> FittedBlock:
         """The down projections that come closest to the target."""
         rows, shared = list(self._rows), {}
-        (lost,) = numbers(self._added, [float(self.target.square().sum())])
-        before = lost / self.energy if self.energy else 0.0
+        before = self._lost() / self.energy if self.energy else 0.0
         plain = FittedBlock(rows, shared, before, before)
         if not self.parts or before == 0:
             return plain
-        if not all(map(math.isfinite, (before, self.energy, *(part.ridge for part in self.parts.values())))):
+        if not self._is_finite():
             logger.warning("%s: has activations that are not finite; it is cut without compensation", self._block.path)
             return FittedBlock(rows, shared, 0.0, 0.0)
         changes, left = solve_together(list(self.parts.values()), self.target, self._added)
@@ -229,6 +237,14 @@ class BlockFit:
                 weight = self._inputs.shared[name].down_proj.weight
                 shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
         return FittedBlock(rows, shared, before, error)
+
+    def _lost(self) -> float:
+        """The squared target, summed over the tokens of all processes."""
+        return numbers(self._added, [float(self.target.square().sum())])[0]
+
+    def _is_finite(self) -> bool:
+        """Whether all that the fit rests on is, in all processes."""
+        return all(map(math.isfinite, (self._lost(), self.energy, *(part.ridge for part in self.parts.values()))))
 
 
 def _routed_to(

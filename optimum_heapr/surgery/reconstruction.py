@@ -105,10 +105,11 @@ def reconstruct_block(
     place = torch.arange(portion.tokens) // max(portion.tokens // STRETCHES, 1) % HELD_OUT == HELD_OUT - 1
     held_out, tokens = (torch.where(part)[0].to(target.device) for part in (place, ~place))
     held_out = portion.own(held_out)
-    if not numbers(portion.added, [float(target[held_out].square().sum())])[0] > 0:  # none, or not finite
-        logger.warning(
-            "%s: nothing held out of %d tokens to train it by; it stays as it was fitted", block.path, portion.tokens
-        )
+    energy = numbers(portion.added, [float(target[held_out].square().sum())])[0]
+    if not 0 < energy < math.inf:
+        nothing = f"nothing held out of {portion.tokens} tokens to train it by"
+        found = "what it gives for the tokens held out is zero or not finite" if place.any() else nothing
+        logger.warning("%s: %s; it stays as it was fitted", block.path, found)
         return fit(None), {}
     fitted = fit(portion.own(tokens))  # or it would know those that decide
     if fitted.error_before == 0:  # nothing is removed

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from optimum_heapr import HeaprConfig, HeaprPruner, PruningPlan
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
+from optimum_heapr.report.jump import refuse_jump
 from tests.helpers import random_ids, tiny_model
 
 
@@ -125,3 +126,14 @@ def test_statistics_without_text_to_measure_on_are_refused(inputs, run, tmp_path
     result = run("prune", "-m", inputs.model, "-s", inputs.statistics, "--strict", "-o", tmp_path / "pruned")
     assert result.status == 2 and "--strict: nothing was measured" in result.error
     assert not (tmp_path / "pruned").exists()
+
+
+def test_why_a_loss_was_not_measured_is_said():
+    problem = (
+        "after: loss: HeaprError: loss=nan: not finite in window 0 of 'text'; load the model in bfloat16 or float32"
+    )
+    with pytest.raises(
+        HeaprError, match=r"^strict=True: nothing was measured .* \(after: loss: .*nan: not finite"
+    ) as error:
+        refuse_jump({"loss": {}, "problems": ["before: speed: OSError: none", problem]})
+    assert "eval_dataset" not in str(error.value)

@@ -247,6 +247,21 @@ def test_too_little_text_is_said(heapr_log):
     assert plan.reconstruction == {} and "nothing held out of 7 tokens to train it by" in heapr_log.text
 
 
+def test_what_is_not_finite_is_said_and_measures_no_number_of_experts(heapr_log):
+    model, data = tiny_model(dtype=torch.float16), calibration_data(*(24,) * 8)
+    statistics = calibrate(model, data, 8)
+    model.model.layers[1].mlp.experts.gate_up_proj.data.mul_(1000)
+    del statistics.fingerprint["model"]["weights"]
+    _, plan = pruned_by((model, data, statistics), {**FEW, "criterion": "magnitude"})
+    text = heapr_log.text
+    assert "layers.1.mlp.experts: what it gives for the tokens held out is zero or not finite; it stays" in text
+    assert "layers.1.mlp.experts: has activations that are not finite; it is cut without compensation" in text
+    assert list(plan.reconstruction) == ["model.layers.0.mlp.experts"] and "nothing held out" not in text
+    options = {**COMPENSATED, "layout": "uniform", "num_experts": "auto"}
+    with pytest.raises(HeaprError, match=r"^num_experts='auto': model.layers.1.mlp.experts has .* not finite.*; load"):
+        pruned_by((model, data, statistics), options)
+
+
 def test_a_model_is_as_it_was_if_training_breaks_off(measured, monkeypatch):
     model, data, statistics = measured("qwen2_moe")
     model = copy.deepcopy(model)
