@@ -98,11 +98,17 @@ def with_original_keys(
         part = getattr(config, key, None)
         if isinstance(value, dict) and hasattr(part, "to_dict") and isinstance(before.get(key), dict):
             merged[key] = with_original_keys(saved.get(key, {}), value, part, before[key])
-        elif name not in now or now[name] == before.get(name):
+        elif name not in now or _means(now[name]) == _means(before.get(name)):
             merged[key] = value
         elif key not in saved:
             merged[key] = now[name]
     return dict(sorted(merged.items()))
+
+
+def _means(value: Any) -> Any:
+    """A value to compare: engines know a class as the original spells it, `PhiMoEForCausalLM` where transformers has `Phimoe…`."""
+    names = isinstance(value, list) and all(isinstance(name, str) and name.endswith("ForCausalLM") for name in value)
+    return [name.lower() for name in value] if names else value
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

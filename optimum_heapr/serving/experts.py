@@ -186,6 +186,7 @@ class VariableWidths:
             intermediate_size=width,
             intermediate_size_per_partition_unpadded=None,
             num_local_experts=len(members),
+            is_lora_enabled=False,  # only linear layers have adapters, so that kernels need not know any
             moe_backend=backend,
         )
 

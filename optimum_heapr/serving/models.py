@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
 
 from .checkpoint import expert_tensor, widths_by_layer
@@ -21,15 +23,32 @@ class PrunedModel:
 
     # Weights only: statistics and plans of older checkpoints lie beside them.
     allow_patterns_overrides = ["model*.safetensors"]
-    # vLLM's adapters expect experts as wide as one another.
-    supports_lora = False
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         widths = widths_by_layer(vllm_config.model_config.hf_config.expert_widths)
         with variable_widths(widths, all_layers=get_pp_group().world_size == 1):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        lora = vllm_config.lora_config
+        if lora is not None and lora.target_modules is None:
+            # vLLM's adapters of experts expect all of one width: only linear layers get any.
+            lora.target_modules = sorted({_last(n) for n, m in self.named_modules() if isinstance(m, LinearBase)})
+
+    @property
+    def lora_manager(self):
+        return self.__dict__.get("_lora_manager")
+
+    @lora_manager.setter
+    def lora_manager(self, manager) -> None:
+        """vLLM hands over here what loads adapters: one that adapts experts is refused then, and not passed over."""
+        experts = {_last(name) for name, module in self.named_modules() if isinstance(module, MoERunner)}
+        manager.supported_lora_modules = [n for n in manager.supported_lora_modules if n not in experts]
+        self.__dict__["_lora_manager"] = manager
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.__dict__.setdefault("_has_weights", False):
+            # On CPUs vLLM 0.32 computes something else after that, with stock models as well; on GPUs it was not run.
+            raise ServingError("weights of variable widths are not loaded a second time: start another engine")
+        self._has_weights = True
         experts = {m.layer: (path, m) for path, m in self.named_modules() if isinstance(m, VariableWidths)}
         loaded: set[str] = set()
 
@@ -47,6 +66,10 @@ class PrunedModel:
             if missing := module.missing():
                 raise ServingError(f"{module.layer_name}: {missing[0]} is in no file of the checkpoint; copy it again")
         return loaded
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @cache

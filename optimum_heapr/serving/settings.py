@@ -14,7 +14,7 @@ def check_settings(vllm_config) -> None:
         vllm_config (`vllm.config.VllmConfig`): of the engine that is about to start.
 
     Raises:
-        [`ServingError`]: for expert or data parallelism, quantization, adapters, and devices other than CPUs and CUDA.
+        [`ServingError`]: for expert or data parallelism, quantization, adapters of experts, and devices other than CPUs and CUDA.
     """
     from vllm.platforms import current_platform
 
@@ -24,7 +24,8 @@ def check_settings(vllm_config) -> None:
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "load balancing of experts (--enable-eplb)": parallel.enable_eplb,
         f"quantization ({vllm_config.model_config.quantization})": vllm_config.model_config.quantization is not None,
-        "adapters (--enable-lora)": vllm_config.lora_config is not None,
+        "adapters of experts (--lora-target-modules experts)": "experts"
+        in (getattr(vllm_config.lora_config, "target_modules", None) or ()),
         f"the device {current_platform.device_name}": not (current_platform.is_cpu() or current_platform.is_cuda()),
     }
     refused = [name for name, is_asked in asked.items() if is_asked]

@@ -119,6 +119,18 @@ def test_values_keep_the_names_that_the_original_gives_them():
     assert type(config).from_dict(merged).to_dict() == config.to_dict()
 
 
+def test_a_class_is_spelled_as_the_original_does():
+    """transformers writes the name of its own class, which vLLM does not know."""
+    config = AutoConfig.for_model("phimoe", architectures=["PhimoeForCausalLM"])
+    original = {"model_type": "phimoe", "architectures": ["PhiMoEForCausalLM"]}
+    before = {**config.to_dict(), **original}
+    merged = with_original_keys(config.to_dict(), original, config, before)
+    assert merged["architectures"] == ["PhiMoEForCausalLM"]
+    another = {**original, "architectures": ["PhiMoEForConditionalGeneration"]}
+    merged = with_original_keys(config.to_dict(), another, config, {**before, **another})
+    assert merged["architectures"] == ["PhimoeForCausalLM"]
+
+
 def test_what_the_original_leaves_to_defaults_is_left_to_them():
     """transformers 5 writes that the text model of Qwen3-VL-MoE ties its embeddings, which it does not, and 4 would do."""
     original = {"text_config": {"moe_intermediate_size": 16}, "tie_word_embeddings": False}

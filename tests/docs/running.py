@@ -12,7 +12,7 @@ from optimum_heapr.configuration import HeaprConfig
 from optimum_heapr.demo import demo_texts
 from tests.docs.commands import Commands
 from tests.docs.pages import ROOT, SMALL_MODELS, here, page_name, recipe_here, snippets
-from tests.helpers import tiny_model, tiny_tokenizer
+from tests.helpers import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.quantized_checkpoints import in_fp8
 
 
@@ -32,8 +32,14 @@ metric_list: [{metric: acc}]
 ROWS = [{"question": "A list can be", "choices": [" changed", " eaten"], "answer": answer} for answer in (0, 1)]
 
 
-# Experts as those of the demo: widths that the pages name are there.
-SIZES = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "max_position_embeddings": 512}
+# Experts as those of the demo: widths that the pages name are there. Heads as wide as vLLM's kernels ask for.
+SIZES = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "max_position_embeddings": 512,
+    "head_dim": 32,
+}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -60,7 +66,7 @@ def run_page(page: Path, folder: Path, environments: Collection[str] = ()) -> No
     code = "".join(here(snippet.code) for snippet in snippets(page))
     for name in filter(code.__contains__, SMALL_MODELS):
         tiny_model(SMALL_MODELS[name], **SIZES).save_pretrained(folder / name)
-        tiny_tokenizer(folder / name)
+        tiny_tokenizer(folder / name, CHAT_TEMPLATE if "/chat/completions" in code else None)
     if "small-fp8" in code:
         # Wide enough for multiples of 128, as the real one is.
         tiny_model(**{**SIZES, "moe_intermediate_size": 512}).bfloat16().save_pretrained(folder / "small-fp8")

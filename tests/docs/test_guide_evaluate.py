@@ -4,4 +4,6 @@
 from tests.docs.running import pages_run
 
 
-test_snippets_run = pages_run("docs/source/guides/evaluate.md", "docs/source/guides/serve.md")
+test_snippets_run = pages_run(
+    "docs/source/guides/evaluate.md", "docs/source/guides/serve.md", "docs/source/guides/qwen3_server.md"
+)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0
-"""The guide to serving where vLLM is: its servers, and the requests that the guide sends them.
+"""The guides to serving where vLLM is: its servers, and the requests that the guides send them.
 
 Skipped where vLLM is not installed; `tests/serving/run_vllm.sh` makes an environment that has it, and runs this.
 """
@@ -19,6 +19,7 @@ if importlib.util.find_spec("vllm") is None:
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
-def test_snippets_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["docs/source/guides/serve.md", "docs/source/guides/qwen3_server.md"])
+def test_snippets_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_page(ROOT / "docs/source/guides/serve.md", tmp_path, {environment})
+    run_page(ROOT / name, tmp_path, {environment})

@@ -23,4 +23,4 @@ cd "$root"
 # The suite's own conftest.py wants what the package needs for pruning; this is what else it sets.
 HF_HOME=$(mktemp -d)
 export HF_HOME
-exec "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@" tests/serving/test_vllm.py tests/docs/test_serving_with_vllm.py
+exec "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py tests/docs/test_serving_with_vllm.py

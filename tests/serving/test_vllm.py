@@ -10,7 +10,6 @@ import gc
 import importlib.util
 import json
 import os
-import random
 
 import pytest
 import torch
@@ -19,21 +18,12 @@ import torch
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; tests/serving/run_vllm.sh makes an environment", allow_module_level=True)
 
-# vLLM reads these when it is imported. One process: tests see what a worker raises, and a start costs seconds.
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    HF_HUB_OFFLINE="1",
-)
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
 from optimum_heapr.serving.families import FAMILIES  # noqa: E402
+from tests.serving.engine import largest_difference, log_probabilities, served  # noqa: E402
 from tests.serving.variable_models import (  # noqa: E402
     CONFIGS,
     SMALL,
-    VOCAB_SIZE,
     padded_checkpoint,
     variable_checkpoint,
     variable_model,
@@ -41,46 +31,6 @@ from tests.serving.variable_models import (  # noqa: E402
 
 
 pytestmark = pytest.mark.vllm
-
-NEW_TOKENS = 12
-
-
-def served(folder, **options):
-    """An engine for a folder; nothing is said about the model but where it is."""
-    from vllm import LLM
-
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4} | options
-    return LLM(str(folder), skip_tokenizer_init=True, gpu_memory_utilization=0.2, seed=0, **options)
-
-
-def prompts() -> list[list[int]]:
-    generator = random.Random(0)
-    return [[generator.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in (5, 17, 40)]
-
-
-def log_probabilities(engine) -> list[tuple[list[int], torch.Tensor]]:
-    """Prompts with their greedy continuations, and the log-probability of each token but the first."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=0, logprobs=0, ignore_eos=True, detokenize=False
-    )
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts()], sampling, use_tqdm=False)
-    found = []
-    for ids, output in zip(prompts(), outputs):
-        new = list(output.outputs[0].token_ids)
-        steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        found.append((ids + new, torch.tensor([step[token].logprob for token, step in zip(ids[1:] + new, steps)])))
-    return found
-
-
-@torch.no_grad()
-def largest_difference(model: torch.nn.Module, found: list[tuple[list[int], torch.Tensor]]) -> float:
-    differences = []
-    for ids, actual in found:
-        expected = model(input_ids=torch.tensor([ids[:-1]])).logits[0].float().log_softmax(-1)
-        differences.append((expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] - actual).abs().max().item())
-    return max(differences)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +120,7 @@ def refused(folder, **options) -> str:
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(tmp_path):
     variable_checkpoint(tmp_path, "qwen3_moe")
     assert "expert parallelism" in refused(tmp_path, enable_expert_parallel=True)
-    assert "adapters" in refused(tmp_path, enable_lora=True)
+    assert "adapters of experts" in refused(tmp_path, enable_lora=True, lora_target_modules=["experts"])
 
     config = json.loads((tmp_path / "config.json").read_text())
     wider = json.loads(json.dumps(config))

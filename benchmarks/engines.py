@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0
+"""Stock layouts in vLLM: every family that it and transformers know, unpruned and with one narrower width.
+
+    PYTHONPATH=. python benchmarks/engines.py            in an environment with vLLM (tests/serving/run_vllm.sh)
+
+Tiny random models in float32, pruned by this package. Prints a table: whether vLLM loads what was saved, whether its greedy tokens are
+those of transformers, and the largest difference of a log-probability of prompts and of what follows them. Where vLLM of the unpruned
+model is not transformers, vLLM of the unpruned shape with zeros for what was removed takes its place.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.serving.variable_models import (  # noqa: E402
+    CONFIGS,
+    DEEPSEEK,
+    FINE_GRAINED,
+    GROUPED,
+    LATENT,
+    SMALL,
+    VOCAB_SIZE,
+)
+
+
+WIDTH, KEPT = 96, 48
+COARSE = CONFIGS["mixtral"]
+SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": 64}
+FAMILIES = {name: config for name, config in CONFIGS.items() if name != "deepseek"} | {
+    "afmoe": {
+        **FINE_GRAINED,
+        **FULL,
+        "num_dense_layers": 1,
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "global_attn_every_n_layers": 3,
+    },
+    "cohere2_moe": {"intermediate_size": WIDTH, "num_experts": 8, "num_experts_per_tok": 2, **FULL},
+    "dots1": {**GROUPED, **FULL, "sliding_window": None},
+    "exaone_moe": {**FINE_GRAINED, **SPARSE, **FULL, "num_experts": 8, "n_group": 1, "topk_group": 1},
+    "flex_olmo": CONFIGS["olmoe"],
+    "glm4_moe_lite": {**DEEPSEEK, **LATENT, **SPARSE, "n_group": 1, "topk_group": 1, "q_lora_rank": 32},
+    "granitemoehybrid": {
+        **COARSE,
+        "layer_types": ["attention"] * 3,
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "position_embedding_type": "rope",
+    },
+    "granitemoeshared": {**COARSE, "shared_intermediate_size": 64},
+    "hunyuan_v1_moe": {"intermediate_size": WIDTH, "num_experts": 8, "moe_topk": 2, "num_shared_expert": 1},
+    "lfm2_moe": {
+        **FINE_GRAINED,
+        "num_experts": 8,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "full_attention"],
+    },
+    "minimax_m2": {**COARSE, "rotary_dim": 32},
+    "phimoe": COARSE,
+    "solar_open": {**GROUPED, "n_group": 1, "topk_group": 1},
+}
+KEPT_OF = {"gpt_oss": 64}  # the kernel for CPUs does not pad there
+# What vLLM asks of config.json that transformers does not write; published checkpoints have it.
+ADDED = {"deepseek_v3": {"topk_method": "noaux_tc"}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}
+HEAD_DIM_FIXED = ("lfm2_moe", "phimoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmoe", "flex_olmo")
+
+
+def unpruned_model(family: str) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = {**SMALL, **FAMILIES[family]}
+    if family in HEAD_DIM_FIXED:
+        options.pop("head_dim", None)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options)).eval()
+    for name, parameter in model.named_parameters():  # biases and norms start as constants, which hide mistakes
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+    return model
+
+
+def pruned_model(model: torch.nn.Module, kept: int):
+    """A copy of a model with experts of one narrower width, and what saves it."""
+    from optimum_heapr import HeaprConfig, HeaprPruner
+    from optimum_heapr.calibration.runner import calibrate
+    from tests.helpers import calibration_data
+
+    config = HeaprConfig(ratio=1 - kept / WIDTH, layout="uniform", criterion="random", width_multiple=4)
+    model = copy.deepcopy(model)
+    data = calibration_data(8)
+    for sample in data.samples:
+        sample %= VOCAB_SIZE
+    pruner = HeaprPruner(model, config=config)
+    pruner.statistics = calibrate(model, data)
+    return pruner.apply(pruner.plan()), pruner
+
+
+@torch.no_grad()
+def with_zeros(model: torch.nn.Module, pruned: torch.nn.Module) -> torch.nn.Module:
+    """A model of the unpruned shape that computes what a pruned one does."""
+    from optimum_heapr.experts import find_expert_blocks
+
+    zeroed = copy.deepcopy(model)
+    blocks = {block.path: block.width for block in find_expert_blocks(zeroed)}
+    others = {name: value for name, value in pruned.state_dict().items() if ".experts." not in name}
+    zeroed.load_state_dict(others, strict=False)
+    for path, width in blocks.items():
+        source, target = pruned.get_submodule(path), zeroed.get_submodule(path)
+        kept = source.down_proj.shape[-1]
+        target.gate_up_proj.zero_()
+        target.down_proj.zero_()
+        target.gate_up_proj[:, :kept], target.gate_up_proj[:, width : width + kept] = source.gate_up_proj.chunk(2, 1)
+        target.down_proj[..., :kept] = source.down_proj
+    return zeroed
+
+
+def in_vllm(folder: Path):
+    """Tokens and log-probabilities, or the error that vLLM stops with."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.serving.engine import log_probabilities, served
+
+    try:
+        return log_probabilities(served(folder))
+    except Exception as error:  # of any kind: a row of the table
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:160]
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def against_transformers(model: torch.nn.Module, found) -> tuple[bool, float]:
+    """Whether tokens after the prompts are the likeliest ones, and the largest difference of a log-probability."""
+    from tests.serving.engine import prompts
+
+    same, differences = True, []
+    with torch.no_grad():
+        for prompt, (ids, values) in zip(prompts(), found):
+            scores = model(input_ids=torch.tensor([ids[:-1]])).logits[0].float().log_softmax(-1)
+            same &= scores.argmax(-1)[len(prompt) - 1 :].tolist() == ids[len(prompt) :]
+            differences.append((scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] - values).abs().max().item())
+    return same, max(differences)
+
+
+def against_vllm(one, other) -> tuple[bool, float]:
+    same = [ids for ids, _ in one] == [ids for ids, _ in other]
+    return same, max((a - b).abs().max().item() for (_, a), (_, b) in zip(one, other)) if same else float("nan")
+
+
+def cell(result) -> str:
+    return result if isinstance(result, str) else f"{'equal' if result[0] else '**not equal**'}, {result[1]:.1e}"
+
+
+def row(family: str, folder: Path) -> list[str]:
+    kept = KEPT_OF.get(family, KEPT)
+    model = unpruned_model(family)
+    pruned, pruner = pruned_model(model, kept)
+    model.save_pretrained(folder / "unpruned")
+    pruner.save_pretrained(folder / "uniform")
+    changes = ADDED.get(family, {})
+    for name in ("unpruned", "uniform") if changes else ():
+        file = folder / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    results, reference = [], "transformers"
+    stock, uniform = in_vllm(folder / "unpruned"), in_vllm(folder / "uniform")
+    results.append(stock if isinstance(stock, str) else against_transformers(model, stock))
+    if isinstance(uniform, str):
+        results.append(uniform)
+    elif not isinstance(results[0], str) and results[0][1] < 1e-4:
+        results.append(against_transformers(pruned, uniform))
+    else:
+        with_zeros(model, pruned).save_pretrained(folder / "zeros")
+        if changes:
+            file = folder / "zeros" / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        zeros, reference = in_vllm(folder / "zeros"), "vLLM, with zeros"
+        results.append(zeros if isinstance(zeros, str) else against_vllm(uniform, zeros))
+    return [f"`{family}`", f"{WIDTH} → {kept}", *map(cell, results), reference]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=sorted(FAMILIES), choices=sorted(FAMILIES))
+    parser.add_argument("--without-vllm", action="store_true", help="makes the models and prunes them, no more")
+    args = parser.parse_args()
+    print("| family | width | unpruned, against transformers | uniform, against the last column | |")
+    print("|---|---|---|---|---|")
+    for family in args.families:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.without_vllm:
+                try:
+                    print(family, type(pruned_model(unpruned_model(family), KEPT)[0]).__name__)
+                except Exception as error:
+                    print(family, type(error).__name__, error)
+            else:
+                print("| " + " | ".join(row(family, Path(folder))) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
