@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,9 @@ def reconstruct_block(
     if fitted.error_before == 0:  # nothing is removed
         return fitted, {}
     student = Student(block, kept, inputs, portion)
+    if not _groups(student.parameters, config):
+        logger.warning("%s: nothing stays of it that could be trained", block.path)
+        return fit(None), {}
     found = {"removed": student.error(target, held_out)}
     student.load(fitted)
     found["fitted"] = student.error(target, held_out)
@@ -252,12 +255,7 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
     """
     portion, steps = student.portion, config.reconstruction_steps
     energy = portion.added(target[portion.own(tokens)].square().sum()) / len(tokens)
-    groups = [
-        {"params": [weight], "lr": config.reconstruction_learning_rate * _unit(name, student.parameters)}
-        for name, weight in student.parameters.items()
-        if weight.numel()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+    optimizer = torch.optim.Adam(_groups(student.parameters, config), betas=BETAS, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 - step / steps)
     )
@@ -274,11 +272,16 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
         schedule.step()
 
 
-def _unit(name: str, parameters: dict[str, torch.Tensor]) -> float:
-    """The root mean square of a weight, or of the weight that a bias is added behind."""
-    name = name.removesuffix("_bias").removesuffix(".bias")
-    weight = parameters[name if name in parameters else f"{name}.weight"]
-    return float(weight.detach().square().mean().sqrt())
+def _groups(parameters: dict[str, torch.Tensor], config: HeaprConfig) -> list[dict[str, Any]]:
+    """What Adam is given: each weight with a learning rate in units of its root mean square, or for a bias of that of the weight that
+    it is added behind. Where of that nothing is left, or zeros alone, there is nothing to train."""
+    groups = []
+    for name, weight in parameters.items():
+        name = name.removesuffix("_bias").removesuffix(".bias")
+        unit = parameters[name if name in parameters else f"{name}.weight"].detach().square().mean().sqrt()
+        if unit > 0:  # of nothing it is no number
+            groups.append({"params": [weight], "lr": config.reconstruction_learning_rate * float(unit)})
+    return groups
 
 
 def _batches(tokens: torch.Tensor, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -241,6 +241,23 @@ def test_a_protected_layer_stays_as_it_is(measured):
         assert not name.startswith(inside) or torch.equal(pruned.state_dict()[name], weight)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_layer_of_which_nothing_stays_is_not_trained(measured, model_type, heapr_log):
+    model, data, statistics = measured(model_type)
+    pruner = HeaprPruner(copy.deepcopy(model), config=HeaprConfig(**FEW))
+    pruner.statistics, pruner.calibration_data, plan = statistics, data, pruner.plan(statistics)
+    path, other = plan.kept
+    plan.kept[path] = [
+        part[:0] for part in plan.kept[path]
+    ]  # but for biases of outputs, which training could change alone
+    pruner.apply(plan)
+    assert (
+        list(plan.reconstruction) == [other] and f"{path}: nothing stays of it that could be trained" in heapr_log.text
+    )
+    ids = torch.stack(data.samples[:8])
+    assert torch.isfinite(pruner.model(input_ids=ids).logits).all()
+
+
 def test_too_little_text_is_said(heapr_log):
     model, data = tiny_model(), calibration_data(7)
     _, plan = pruned_by((model, data, calibrate(model, data, 1)), OPTIONS)
