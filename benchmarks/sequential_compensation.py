@@ -102,12 +102,12 @@ def prune(model, batches: dict[int, dict], kept: dict[str, list[torch.Tensor]], 
                 if method == "experts, sequential":
                     rows, shared = alone(block, inputs, own), {}
                 else:
-                    fit = BlockFit(block, inputs, own, RIDGE)
+                    besides = None
                     if method == "to the output":
-                        fit.target += output - own_output
+                        besides = output - own_output
                     if method == "to the state":
-                        fit.target += state - own_state
-                    fitted = fit.solved()
+                        besides = state - own_state
+                    fitted = BlockFit(block, inputs, own, RIDGE, besides=besides).solved()
                     rows, shared = fitted.rows, fitted.shared
                 for expert in range(block.num_experts):
                     block.down_rows(expert).zero_()

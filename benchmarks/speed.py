@@ -152,18 +152,35 @@ def bare():
     return lambda: forward_and_backward(model, data.samples)
 
 
+PHASES = ("load", "calibrate", "order", "plan", "compensate, cut, measure before and after", "save", "load again")
+
+
 def whole_job(model: str, text: str):
-    """`obs`, compensation over blocks, measured, saved, loaded again."""
-    from optimum_heapr import HeaprConfig, HeaprPruner, load_pruned
+    """`obs`, compensation over blocks, measured, saved, loaded again; gives the processor seconds of each phase."""
+    from transformers import AutoModelForCausalLM
+
+    from optimum_heapr import HeaprConfig, HeaprPruner
+    from optimum_heapr.criteria.obs import store_removal_curves
 
     config = HeaprConfig(dataset=text, num_samples=128, seq_length=256, batch_size=8, criterion="obs", compensate=True)
 
     def work():
-        pruner = HeaprPruner.from_pretrained(model, config)
-        pruner.prune()
+        began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            pruner.save_pretrained(Path(folder) / "pruned")
-            load_pruned(Path(folder) / "pruned")
+            pruner = HeaprPruner.from_pretrained(model, config)
+            steps = (
+                lambda: pruner.calibrate(keep_grams=True),
+                lambda: store_removal_curves(pruner.statistics),
+                pruner.plan,
+                lambda: pruner.apply(pruner.plan(), measure=True),
+                lambda: pruner.save_pretrained(Path(folder) / "pruned"),
+                lambda: AutoModelForCausalLM.from_pretrained(Path(folder) / "pruned"),
+            )
+            times = [time.process_time()]
+            for step in steps:
+                step()
+                times.append(time.process_time())
+        return dict(zip(PHASES, [times[0] - began, *(after - before for before, after in zip(times, times[1:]))]))
 
     return work
 
@@ -201,9 +218,9 @@ def work(args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, wall, processor = status("VmRSS"), time.perf_counter(), time.process_time()
-        case()
+        phases = case()
         found = [time.process_time() - processor, time.perf_counter() - wall, status("VmHWM") - before]
-        print("took", json.dumps(found), flush=True)
+        print("took", json.dumps(found + list((phases or {}).values() if args.work == "job" else [])), flush=True)
 
 
 def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
@@ -262,6 +279,8 @@ def main() -> None:
         cells += [f"{middle['now'][0] / middle['before'][0]:.3f}", f"<= {target}" if target else ""]
         cells += [f"{middle[side][2] / 1e6:.0f}" for side in found]
         print("| " + " | ".join([what, *cells]) + " |", flush=True)
+        for phase, before, now in zip(PHASES, middle["before"][3:], middle["now"][3:]):
+            print(f"| {phase} | {before:.2f} | {now:.2f} | {now / before:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from ..experts import experts_per_token
 from ..layerwise.memory import available_bytes, processes_here
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import default_device
+from .block_target import target_of
 from .fitted import FittedBlock
-from .least_squares import Part, solve_together
+from .least_squares import NUMBERS_AT_ONCE, Part, chunks, solve_together
 from .portion import Added, alone, numbers
 from .reconstruction import inputs_bytes, training_bytes
 
@@ -118,23 +118,30 @@ def needed_bytes(model: PreTrainedModel, blocks: list[ExpertBlock], config: Heap
 def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What fitting one block takes at most, shared experts left aside.
 
-    Per token the hidden state, twice while micro-batches are joined, the activations of its experts, and four sums; per
-    weight of the down projections seven numbers of the solver; and a matrix of width x width for each expert.
+    Per token the hidden state, twice while micro-batches are joined and before there are activations of its experts; per weight
+    of the down projections seven numbers of the solver; a matrix of width x width for each expert; and what some tokens at a
+    time need besides.
     """
     stored, exact = block.module.down_proj.dtype.itemsize, max(block.module.down_proj.dtype.itemsize, 4)
-    per_token = block.hidden_size * (2 * stored + 4 * exact) + (top_k or block.num_experts) * block.width * stored
+    hidden, activations = block.hidden_size * stored, (top_k or block.num_experts) * block.width * stored
     per_expert = 7 * block.width * block.hidden_size + block.width**2
-    return tokens * per_token + block.num_experts * per_expert * exact
+    at_once = exact * (4 * NUMBERS_AT_ONCE + 4 * NUMBERS_AT_ONCE // block.hidden_size * block.width)
+    return tokens * (hidden + max(hidden, activations)) + block.num_experts * per_expert * exact + at_once
 
 
 class BlockFit:
     """What is to be made up for in one block, and by what; arguments as for [`fit_block`].
 
+    The target is what the block gave and what stays of it does not give, where fewer experts are routed to under the new routing.
+
+    Args:
+        besides (`torch.Tensor`, *optional*): what else is to be made up for, [tokens, d].
+        fitted (`int`, *optional*): how many of the tokens here are fitted to; by default all.
+
     Attributes:
-        target (`torch.Tensor`): what the block gave and what stays of it does not give, where fewer experts are routed to under
-            the new routing, [tokens, d]; may be changed before it is solved.
         energy (`float`): squared output of all routed experts, summed over the tokens of all processes.
         atomic_energy (`float`): the same of all atomic experts one by one.
+        lost (`float`): the same of the target, of the tokens that are fitted to.
         parts (`dict[int | str, Part]`): by number of the expert, or by path of the shared expert.
     """
 
@@ -147,57 +154,69 @@ class BlockFit:
         ridge: float,
         rerouting: tuple[torch.Tensor, torch.Tensor] | None = None,
         added: Added = alone,
+        besides: torch.Tensor | None = None,
+        fitted: int | None = None,
     ):
         hidden, index, weight = inputs.routing()
         self._block, self._inputs, self._added = block, inputs, added
+        self._tokens, self._fitted = len(hidden), len(hidden) if fitted is None else fitted
         self._rows = [block.down_rows(expert)[indices.to(block.device)] for expert, indices in enumerate(kept)]
-        dtype = torch.promote_types(block.module.down_proj.dtype, torch.float32)
-        output = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        self.target = torch.zeros_like(output)
+        stays = torch.zeros(len(kept), block.width, dtype=torch.bool, device=hidden.device)
+        for of_expert, indices in zip(stays, kept):
+            of_expert[indices.to(hidden.device)] = True
         shared = dict(inputs.shared_activations())
         always_on = sum(activations.shape[1] for activations in shared.values())
-        atomic_energy, energies = 0.0, {}
-        met_by: dict[int | str, tuple[torch.Tensor, torch.Tensor]] = {}  # tokens, and what is to be fitted with
-        new_index, new_weight = (index, weight) if rerouting is None else rerouting
         # Some routers name an expert that is none, for tokens that get fewer.
+        new_index = index if rerouting is None else rerouting[0]
         counts = torch.bincount(new_index.flatten(), minlength=block.num_experts)[: block.num_experts].tolist()
         total, *counts = numbers(added, [len(hidden), *counts])
         met = sum(count * len(indices) for count, indices in zip(counts, kept)) / max(total, 1)  # by a token
-        for expert, indices in enumerate(kept):
-            is_kept = torch.zeros(block.width, dtype=torch.bool, device=hidden.device)
-            is_kept[indices.to(hidden.device)] = True
-            down = block.down_rows(expert).to(dtype)
-            tokens, share, activations = _routed_to(block, expert, hidden, index, weight)
-            exact = activations.to(dtype)
-            output.index_add_(0, tokens, exact @ down)
-            atomic_energy += float(exact.square().sum(0) @ down.square().sum(1))
-            if rerouting is None:
-                self.target.index_add_(0, tokens, exact[:, ~is_kept] @ down[~is_kept])
-            else:
-                bias = block.module.down_proj_bias[expert] if block.module.has_bias else down.new_zeros(())
-                self.target.index_add_(0, tokens, exact @ down + share * bias)
-                tokens, share, activations = _routed_to(block, expert, hidden, new_index, new_weight)
-                exact = activations.to(dtype)
-                self.target.index_add_(0, tokens, exact[:, is_kept] @ down[is_kept] + share * bias, alpha=-1)
-            if len(indices):
-                energies[expert] = float(exact.square().mean(1).sum())
-                met_by[expert] = tokens, activations[:, is_kept]
-        everywhere = torch.arange(len(hidden), device=hidden.device)
+
+        dtype = torch.promote_types(block.module.down_proj.dtype, torch.float32)
+        names = [expert for expert, indices in enumerate(kept) if len(indices)]
+        found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
+        energies: dict[int | str, float] = dict.fromkeys([*names, *shared], 0.0)
+        widths = [*(len(kept[name]) for name in names), *(activations.shape[1] for activations in shared.values())]
+        gradient = torch.zeros(sum(widths), block.hidden_size, dtype=dtype, device=hidden.device)
+        self._held_out: list[torch.Tensor] = []
+        sums = torch.zeros(3, dtype=torch.float64)
+        for first, end in chunks(self._tokens, block.hidden_size):
+            routing, anew = (of and [part[first:end] for part in of] for of in ((index, weight), rerouting))
+            here = target_of(block, stays, hidden[first:end], routing, anew)
+            if besides is not None:
+                here.target += besides[first:end]
+            fitted_to = min(max(self._fitted - first, 0), end - first)
+            self._held_out.append(here.target[fitted_to:].clone())
+            target = here.target[:fitted_to]
+            sums += torch.tensor([here.energy, here.atomic_energy, float(target.square().sum())], dtype=torch.float64)
+            for name in names:
+                tokens, activations, energy = here.fitted_with[name]
+                energies[name] += energy
+                found[name].append((tokens + first, activations))
+            parts = [Part(*here.fitted_with[name][:2], 0.0) for name in names]
+            everywhere = torch.arange(end - first, device=hidden.device)
+            parts += [Part(everywhere, activations[first:end], 0.0) for activations in shared.values()]
+            for part, own in zip(parts, gradient.split(widths)):
+                part.of(0, fitted_to).add_correlation(target, own)
+        # Tokens, and what is to be fitted with; one after another, as each is there twice for a moment.
+        met_by = {name: tuple(torch.cat(parts) for parts in zip(*found.pop(name))) for name in names}
         for name, activations in shared.items():
             energies[name] = float(activations.to(dtype).square().mean(1).sum())
-            met_by[name] = everywhere, activations
-        here = [float(output.square().sum()), atomic_energy, *energies.values()]
-        self.energy, self.atomic_energy, *summed = numbers(added, here)
+            met_by[name] = torch.arange(len(hidden), device=hidden.device), activations
+        self.energy, self.atomic_energy, self.lost, *summed = numbers(added, [*sums.tolist(), *energies.values()])
         self.parts: dict[int | str, Part] = {}
-        for (name, found), energy in zip(met_by.items(), summed):
+        correlations = []
+        for (name, found_for), energy, correlation in zip(met_by.items(), summed, gradient.split(widths)):
             if energy > 0:
                 least = (met + always_on) / total if name in shared else met / counts[name] + always_on / total
-                self.parts[name] = Part(*found, energy * max(ridge, least))
+                self.parts[name] = Part(*found_for, energy * max(ridge, least))
+                correlations.append(correlation)
+        self._gradient = gradient if len(correlations) == len(widths) else torch.cat([gradient[:0], *correlations])
 
     @torch.no_grad()
-    def held_out_error(self, first: int) -> float:
-        """What a fit to the tokens before `first`, here and what other processes have before theirs, leaves of the target on the
-        others, squared and summed.
+    def held_out_error(self) -> float:
+        """What a fit to the tokens that are fitted to, here and in other processes, leaves of the target on the others, squared and
+        summed.
 
         Raises:
             HeaprError: if activations are not finite.
@@ -208,26 +227,28 @@ class BlockFit:
                 "the model in bfloat16 or float32, or name a number"
             )
         parts = list(self.parts.values())
-        changes, _ = solve_together([part.of(part.tokens < first) for part in parts], self.target[:first], self._added)
-        left = self.target.clone()
+        fitted_to = [part.of(0, self._fitted) for part in parts]
+        changes, _ = solve_together(fitted_to, self._fitted, self._added(self._gradient), self._added)
+        left = torch.cat(self._held_out)
         for part, change in zip(parts, changes):
-            part.add_output(-change, left)
-        return numbers(self._added, [float(left[first:].square().sum())])[0]
+            part.of(self._fitted, self._tokens).add_output(-change, left)
+        return numbers(self._added, [float(left.square().sum())])[0]
 
     @torch.no_grad()
     def solved(self) -> FittedBlock:
-        """The down projections that come closest to the target."""
+        """The down projections that come closest to the target. What there is to be fitted to is used up."""
         rows, shared = list(self._rows), {}
-        before = self._lost() / self.energy if self.energy else 0.0
+        before = self.lost / self.energy if self.energy else 0.0
         plain = FittedBlock(rows, shared, before, before)
         if not self.parts or before == 0:
             return plain
         if not self._is_finite():
             logger.warning("%s: has activations that are not finite; it is cut without compensation", self._block.path)
             return FittedBlock(rows, shared, 0.0, 0.0)
-        changes, left = solve_together(list(self.parts.values()), self.target, self._added)
-        error = numbers(self._added, [float(left.square().sum())])[0] / self.energy
-        if error > before:
+        gradient = self._added(self._gradient)
+        changes, lowered = solve_together(list(self.parts.values()), self._tokens, gradient, self._added)
+        error = max(self.lost - lowered, 0.0) / self.energy  # below it by rounding
+        if not error <= before:
             logger.warning("%s: no fit was better than none; it is cut without compensation", self._block.path)
             return plain
         for name, change in zip(self.parts, changes):
@@ -238,27 +259,6 @@ class BlockFit:
                 shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
         return FittedBlock(rows, shared, before, error)
 
-    def _lost(self) -> float:
-        """The squared target, summed over the tokens of all processes."""
-        return numbers(self._added, [float(self.target.square().sum())])[0]
-
     def _is_finite(self) -> bool:
         """Whether all that the fit rests on is, in all processes."""
-        return all(map(math.isfinite, (self._lost(), self.energy, *(part.ridge for part in self.parts.values()))))
-
-
-def _routed_to(
-    block: ExpertBlock, expert: int, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens that an expert gets, [n], their router weights, [n, 1], and its activations with these in, [n, I]."""
-    tokens, slot = torch.where(index == expert)
-    share = weight[tokens, slot, None]
-    return tokens, share, activations_of(block, expert, hidden[tokens]) * share
-
-
-def activations_of(block: ExpertBlock, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-    """What the atomic experts of one expert are for these tokens, [n, I]."""
-    module = block.module
-    weight = module.gate_up_proj[expert]
-    bias = module.gate_up_proj_bias[expert] if module.has_bias else None
-    return module._apply_gate(F.linear(hidden, weight.T if module.is_transposed else weight, bias))
+        return all(map(math.isfinite, (self.lost, self.energy, *(part.ridge for part in self.parts.values()))))

@@ -10,6 +10,9 @@ The output of a block is one linear function of what its atomic experts do: for 
 have normal equations over all pairs of experts that share tokens. They are solved by conjugate gradients (Hestenes &
 Stiefel 1952), which ask only for products with the activations, each expert with its own tokens, preconditioned with
 each expert's own equations, `(A_e^T A_e + ridge_e I)^-1`: where experts share no tokens the first step is the solution.
+
+Nothing here is as large as the output of all tokens: the target comes as its correlation with the activations, and how much of it
+is left follows from the steps, each of which lowers the sum above by its size times that of the preconditioned gradient.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from .portion import Added, alone
 
 TOLERANCE = 1e-2
 MOST_STEPS = 50
+NUMBERS_AT_ONCE = 2**23
+"""Of the output, [tokens, d]: so many tokens at a time go through all experts."""
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Part:
     """The unknowns of one expert.
 
     Attributes:
-        tokens (`torch.Tensor`): the tokens that it gets, distinct, int64 [n].
+        tokens (`torch.Tensor`): the tokens that it gets, rising, int64 [n].
         activations (`torch.Tensor`): what its kept atomic experts are for these, router weight in, [n, w].
         ridge (`float`): what the squared change costs, above 0, in units of summed squared activations.
     """
@@ -40,67 +45,86 @@ class Part:
     activations: torch.Tensor
     ridge: float
 
-    def of(self, chosen: torch.Tensor) -> Part:
-        """The same for some of the tokens, bool [n]."""
-        return Part(self.tokens[chosen], self.activations[chosen], self.ridge)
+    def of(self, first: int, end: int) -> Part:
+        """The same for the tokens from `first` to before `end`, which are numbered anew."""
+        edges = torch.tensor([first, end], device=self.tokens.device)
+        some = slice(*torch.searchsorted(self.tokens, edges).tolist())
+        return Part(self.tokens[some] - first, self.activations[some], self.ridge)
 
     def add_output(self, change: torch.Tensor, output: torch.Tensor) -> None:
         """Adds what the change [w, d] makes of these activations to `output` [tokens, d]."""
         output.index_add_(0, self.tokens, self.activations.to(output.dtype) @ change)
 
-    def correlation(self, output: torch.Tensor) -> torch.Tensor:
-        """Sum over the tokens of activation times `output` [tokens, d], [w, d]."""
-        return self.activations.to(output.dtype).T @ output[self.tokens]
+    def add_correlation(self, output: torch.Tensor, correlation: torch.Tensor) -> None:
+        """Adds the sum over the tokens of activation times `output` [tokens, d] to `correlation` [w, d]."""
+        correlation.addmm_(self.activations.to(output.dtype).T, output[self.tokens])
+
+
+def chunks(tokens: int, size: int) -> list[tuple[int, int]]:
+    """Spans of tokens whose output of so many numbers is in memory at a time; one that is empty where there are none."""
+    step = max(NUMBERS_AT_ONCE // size, 1)
+    return [(first, min(first + step, tokens)) for first in range(0, max(tokens, 1), step)]
 
 
 def solve_together(
-    parts: Sequence[Part], target: torch.Tensor, added: Added = alone
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+    parts: Sequence[Part], tokens: int, gradient: torch.Tensor, added: Added = alone
+) -> tuple[list[torch.Tensor], float]:
     """The changes of all parts that come closest to the target together.
 
     Of several processes each has tokens of its own, and all of them the same parts.
 
     Args:
         parts (`Sequence[Part]`): experts, and whatever else adds to the same output.
-        target (`torch.Tensor`): what is to be made up for, [tokens, d], float32 or float64.
+        tokens (`int`): how many there are here.
+        gradient (`torch.Tensor`): sum over the tokens of all processes of activations times target, of one part after the other,
+            [all widths, d], float32 or float64; is overwritten.
         added (`Added`): sums over processes.
 
     Returns:
-        `tuple[list[torch.Tensor], torch.Tensor]`: a change [w, d] for each part, in the type of the target, and what is left
-        of the target, [tokens, d]. It is solved up to `TOLERANCE` of the gradient at the start, in the norm of the
+        `tuple[list[torch.Tensor], float]`: a change [w, d] for each part, in the type of the gradient, and by how much they lower the
+        squared target, summed over the tokens. It is solved up to `TOLERANCE` of the gradient at the start, in the norm of the
         preconditioner; from there on the target changes by less than rounding to 16 bits does.
     """
-    factors = [_factor(part, target.dtype, added) for part in parts]
-    widths = [part.activations.shape[1] for part in parts]
+    widths, size = [part.activations.shape[1] for part in parts], gradient.shape[1]
+    factors = [_factor(part, gradient.dtype, added) for part in parts]
+    spans = [(end - first, [part.of(first, end) for part in parts]) for first, end in chunks(tokens, size)]
+    solved, product, change = torch.empty_like(gradient), torch.empty_like(gradient), torch.zeros_like(gradient)
 
-    def preconditioned(gradient: torch.Tensor) -> torch.Tensor:
-        return torch.cat([torch.cholesky_solve(own, factor) for own, factor in zip(gradient.split(widths), factors)])
+    def precondition() -> None:
+        for own, of_own, factor in zip(gradient.split(widths), solved.split(widths), factors):
+            of_own.copy_(torch.cholesky_solve(own, factor))
 
-    left = target.clone()
-    change = target.new_zeros(sum(widths), target.shape[1])
-    gradient = added(torch.cat([part.correlation(left) for part in parts]))
-    direction = preconditioned(gradient)
-    size = start = (gradient * direction).sum(0)
-    enough = TOLERANCE**2 * float(added(start.sum()))
+    def multiply(direction: torch.Tensor) -> torch.Tensor:
+        product.zero_()
+        for count, here in spans:
+            output = direction.new_zeros(count, size)
+            for part, own in zip(here, direction.split(widths)):
+                part.add_output(own, output)
+            for part, of_own in zip(here, product.split(widths)):
+                part.add_correlation(output, of_own)
+        total = added(product)
+        for part, own, of_own in zip(parts, direction.split(widths), total.split(widths)):
+            of_own.add_(own, alpha=part.ridge)
+        return total
+
+    precondition()
+    direction = solved.clone()
+    lengths = (gradient * direction).sum(0)
+    enough, lowered = TOLERANCE**2 * float(added(lengths.sum())), 0.0
     for _ in range(MOST_STEPS):
-        output = torch.zeros_like(left)
-        for part, own in zip(parts, direction.split(widths)):
-            part.add_output(own, output)
-        product = added(torch.cat([part.correlation(output) for part in parts]))
-        for part, own, of_own in zip(parts, direction.split(widths), product.split(widths)):
-            of_own += part.ridge * own
-        step = _ratio(size, (direction * product).sum(0))
-        change += step * direction
-        left -= step * output
-        gradient -= step * product
-        solved = preconditioned(gradient)
-        size, before = (gradient * solved).sum(0), size
-        if (
-            float(added(size.sum())) <= enough
-        ):  # of all, who would else end at different steps if they round differently
+        result = multiply(direction)
+        step = _ratio(lengths, (direction * result).sum(0))
+        change.addcmul_(direction, step)
+        gradient.addcmul_(result, step, value=-1)
+        lowered += float((step.double() * lengths.double()).sum())
+        precondition()
+        lengths, before = (gradient * solved).sum(0), lengths
+        # Of all, who would else end at different steps if they round differently.
+        if float(added(lengths.sum())) <= enough:
             break
-        direction = solved + _ratio(size, before) * direction
-    return list(change.split(widths)), left
+        direction.mul_(_ratio(lengths, before)).add_(solved)
+    lowered += sum(part.ridge * float(own.square().sum()) for part, own in zip(parts, change.split(widths)))
+    return list(change.split(widths)), lowered
 
 
 def _factor(part: Part, dtype: torch.dtype, added: Added) -> torch.Tensor:

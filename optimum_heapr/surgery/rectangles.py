@@ -120,8 +120,9 @@ def measure_rectangles(
                 loss = _loss_of_atomic_experts(statistics.blocks[block.path]) / statistics.num_tokens
                 for key, plan in plans.items():
                     rerouting = inputs.rerouting(key)
-                    fit = BlockFit(block, inputs, plan.kept[block.path], config.ridge, rerouting, portion.added)
-                    error = fit.held_out_error(own_first) / (portion.tokens - first)
+                    kept = plan.kept[block.path]
+                    fit = BlockFit(block, inputs, kept, config.ridge, rerouting, portion.added, fitted=own_first)
+                    error = fit.held_out_error() / (portion.tokens - first)
                     if fit.atomic_energy:
                         increases[key] += loss * error / (fit.atomic_energy / portion.tokens)
     walk.drop(walk.stream, last + 1)
