@@ -130,26 +130,66 @@ def compensation():
     return lambda: compensate_experts(weights, gram, kept, [10**6] * 16)
 
 
-def floor(experts: int = 128, width: int = 256, hidden: int = 512, top_k: int = 8, tokens: int = 2048):
-    """Calibration with gradients down to the embeddings; `calibration.py` has the bare forward and backward."""
-    from calibration import random_data, random_model
+def block_fit(experts: int = 64, width: int = 128, hidden: int = 512, top_k: int = 8, tokens: int = 16384):
+    """Half of a block of 64 experts x 128 made up for by all experts, 16,384 tokens, bfloat16 with a router in float32."""
+    from optimum_heapr.experts import find_expert_blocks
+    from optimum_heapr.surgery.block_compensation import fit_block
+    from optimum_heapr.surgery.block_inputs import BlockInputs
 
+    model = random_model(experts, width, hidden, top_k, layers=1).bfloat16()
+    block = find_expert_blocks(model)[0]
+    weight, index = torch.rand(tokens, experts).topk(top_k)
+    states = torch.randn(tokens, 64) @ torch.randn(64, hidden)  # correlated, as those of a model are
+    inputs, kept = BlockInputs({}), [torch.randperm(width)[: width // 2].sort().values for _ in range(experts)]
+    inputs._routing = [(states.bfloat16(), index, weight / weight.sum(1, keepdim=True))]
+    return lambda: (model, fit_block(block, inputs, kept, 0.01))
+
+
+def random_model(experts: int, width: int, hidden: int, top_k: int, layers: int):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=width,
+    )
+    model = Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def floor():
+    """Calibration with gradients down to the embeddings; `calibration.py` has the same for other shapes."""
     from optimum_heapr.calibration.runner import calibrate
 
-    shape = argparse.Namespace(experts=experts, width=width, hidden=hidden, top_k=top_k, layers=2)
-    model, data = random_model(shape, torch.float32), random_data(1, tokens)
+    try:
+        from optimum_heapr.text.samples import CalibrationData
+    except ImportError:
+        from optimum_heapr.calibration.data import CalibrationData
+
+    model, data = random_model(128, 256, 512, 8, 2), CalibrationData([torch.randint(4096, (2048,))], "random", 0, 2048)
     model.enable_input_require_grads()
     return lambda: calibrate(model, data)
 
 
 def bare():
-    """The bare forward and backward of the same model."""
-    from calibration import floor as forward_and_backward
-    from calibration import random_data, random_model
+    """The forward and backward of the same model down to the embeddings, with the loss of calibration."""
+    from optimum_heapr.calibration.loss import summed_token_loss
 
-    shape = argparse.Namespace(experts=128, width=256, hidden=512, top_k=8, layers=2)
-    model, data = random_model(shape, torch.float32), random_data(1, 2048)
-    return lambda: forward_and_backward(model, data.samples)
+    model, ids = random_model(128, 256, 512, 8, 2), torch.randint(4096, (1, 2048))
+
+    def work():
+        embeddings, mask = model.get_input_embeddings()(ids).requires_grad_(True), torch.ones_like(ids)
+        logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+        summed_token_loss(logits, ids, mask)[0].backward()
+
+    return work
 
 
 PHASES = ("load", "calibrate", "order", "plan", "compensate, cut, measure before and after", "save", "load again")
@@ -200,6 +240,7 @@ CASES = {
     "shares": ("shares of a mixture of 4,000 samples", shares, None),
     "elimination": ("removal curves, 16 experts x 768", elimination, 0.5),
     "compensation": ("compensation within experts, 16 x 768, hidden 2,048", compensation, 0.5),
+    "fit": ("a block fitted as a whole, 64 x 128, hidden 512, 16,384 tokens", block_fit, None),
     "job": ("the whole recommended job", None, 0.5),
 }
 
@@ -224,7 +265,8 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
-    """Seconds of the processor and on the wall and bytes of each round, by side; a first round does not count."""
+    """Seconds of the processor and on the wall and bytes of each round, by side; a first round does not count, save of the whole
+    job, which is done once."""
     here = Path(__file__).resolve().parents[1]
     command = [sys.executable, __file__, str(args.old), "--work", case]
     for option in ("model", "text"):
@@ -241,16 +283,15 @@ def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]
         for name, folder in (("before", args.old.resolve()), ("now", here))
     }
     found: dict[str, list[list[float]]] = {name: [] for name in sides}
-    for number in range(args.rounds + 1):
+    rounds = range(1, 2) if case == "job" else range(args.rounds + 1)
+    for number in rounds:
         for name, process in sides.items():
             print("go", file=process.stdin, flush=True)
             line = next((line for line in process.stdout if line.startswith("took ")), None)
             if line is None:
                 sys.exit(f"{case}, {name}: ended with status {process.wait()}; run it alone with --work {case}")
-            if number or case == "job":
+            if number:
                 found[name].append(json.loads(line.removeprefix("took ")))
-            if case == "job" and number:
-                break
     for process in sides.values():
         process.stdin.close()
         process.wait()

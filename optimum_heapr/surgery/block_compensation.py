@@ -26,7 +26,7 @@ from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import default_device
 from .block_target import target_of
 from .fitted import FittedBlock
-from .least_squares import NUMBERS_AT_ONCE, Part, chunks, solve_together
+from .least_squares import Part, chunks, solve_together
 from .portion import Added, alone, numbers
 from .reconstruction import inputs_bytes, training_bytes
 
@@ -125,8 +125,9 @@ def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     stored, exact = block.module.down_proj.dtype.itemsize, max(block.module.down_proj.dtype.itemsize, 4)
     hidden, activations = block.hidden_size * stored, (top_k or block.num_experts) * block.width * stored
     per_expert = 7 * block.width * block.hidden_size + block.width**2
-    at_once = exact * (4 * NUMBERS_AT_ONCE + 4 * NUMBERS_AT_ONCE // block.hidden_size * block.width)
-    return tokens * (hidden + max(hidden, activations)) + block.num_experts * per_expert * exact + at_once
+    _, at_once = chunks(tokens, block.hidden_size)[0]
+    of_tokens = tokens * (hidden + max(hidden, activations)) + at_once * 4 * (block.hidden_size + block.width) * exact
+    return of_tokens + block.num_experts * per_expert * exact
 
 
 class BlockFit:
