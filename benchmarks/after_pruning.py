@@ -8,7 +8,7 @@
 
 Each form is a checkpoint; those called `linear…` are of layout `variable`, and are read as if they were written with
 `experts_as="linear"`. Each tool and form is a process of its own, which loads, quantizes or adapts, measures and saves, and one more that
-loads what was saved. A library with an environment of its own, made by `python -m pip install llmcompressor==0.14.0.1 -e .` for one,
+loads what was saved; both are forked from one that has imported the libraries. A library with an environment of its own, made by `python -m pip install llmcompressor==0.14.0.1 -e .` for one,
 runs there, by `--python PACKAGE=INTERPRETER`. Prints two tables, and writes them as `after_pruning.md`; a row that fails says what the
 library said. What was measured is kept in `after_pruning.json`, and not measured again. Nothing here is part of the package.
 """
@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -171,7 +172,7 @@ def adapt(args) -> dict:
             for name, parameter in adapted.named_parameters()
             if ".experts" in name and "lora_" in name
         ),
-        "perplexity": measured(adapted, args)["perplexity"],
+        "perplexity": measured(adapted.get_base_model(), args)["perplexity"],
     }
     adapted.save_pretrained(folder / "adapter")
     if args.tool.endswith("NF4"):
@@ -188,7 +189,9 @@ def reload_adapter(args) -> dict:
 
     folder = Path(args.output)
     base = folder / "base" if (folder / "base").exists() else args.forms[0]
-    alone = measured(PeftModel.from_pretrained(load(str(base), "float32"), folder / "adapter").eval(), args)
+    alone = measured(
+        PeftModel.from_pretrained(load(str(base), "float32"), folder / "adapter").get_base_model().eval(), args
+    )
     return alone | {"merged": measured(load(str(folder / "merged"), "float32"), args)["perplexity"]}
 
 
@@ -219,10 +222,7 @@ def measured(model, args) -> dict:
 
 
 def one(args) -> None:
-    """A quantizer and a checkpoint; or, if `--tool` is `reload`, a checkpoint as it was saved."""
-    if args.tool == "versions":
-        print(json.dumps({name: version(name) for name in args.forms if is_installed(name)}))
-        return
+    """A quantizer or adapter and a checkpoint; or, if `--tool` is `reload…`, what was saved."""
     if args.tool in ADAPTERS or args.tool == "reload adapter":
         print(json.dumps((adapt if args.tool in ADAPTERS else reload_adapter)(args)), flush=True)
         return
@@ -234,34 +234,39 @@ def one(args) -> None:
             model.save_pretrained(args.output)
 
 
-def is_installed(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec({"optimum-quanto": "optimum.quanto"}.get(name, name.replace("-", "_"))) is not None
-
-
-def run(args, tool: str, folder: str, output: str = "", package: str | None = None) -> tuple[dict | None, str, bool]:
+def run(args, tool: str, folder: str, output: str = "") -> tuple[dict | None, str, bool]:
     """What was measured in a process of its own, if it came so far, what it ended with, and whether the model warned of experts."""
-    interpreter = args.python.get(package, sys.executable)
-    command = [interpreter, __file__, "--tool", tool, "--model", args.model, "--text", args.text, "--forms", folder]
-    command += [f"--windows={args.windows}", f"--seq-length={args.seq_length}", "--output", output]
-    root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    # What all processes need is imported before they are forked.
+    import optimum_heapr.evaluation.perplexity  # noqa: F401
+    import optimum_heapr.modeling.modeling_heapr  # noqa: F401
+
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        process = os.fork()
+        if process == 0:
+            os.dup2(printed.fileno(), 1), os.dup2(said.fileno(), 2)
+            status = 1
+            try:
+                one(argparse.Namespace(**{**vars(args), "tool": tool, "forms": [folder], "output": output}))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        lines, errors = ((file.seek(0), file.read())[1] for file in (printed, said))
+    lines = [line for line in lines.splitlines() if line.startswith("{")]
     reason = ""
-    if done.returncode:
-        said = re.findall(
-            r"^\s*(\w*Error: .+)", done.stderr, re.MULTILINE
+    if status:
+        found = re.findall(
+            r"^(?:[\w.]*\.)?(\w*Error\b.*)", errors, re.MULTILINE
         )  # of those that follow each other the cause
-        reason = said[0][:160] if said else f"the process ends with {done.returncode}"
-    warned = bool(re.search(WARNING, done.stderr))
-    return (json.loads(lines[0]) if lines else None), reason.replace("|", "\\|"), warned
+        reason = found[0][:160] if found else f"the process ends with {status}"
+    return (json.loads(lines[0]) if lines else None), reason.replace("|", "\\|"), bool(re.search(WARNING, errors))
 
 
 def row(args, name: str, form: str, folder: str, before: dict) -> str:
-    tool = TOOLS[name]
     with tempfile.TemporaryDirectory() as saved:
-        after, reason, warned = run(args, name, folder, saved, tool.package)
+        after, reason, warned = run(args, name, folder, saved)
         if reason and after is None:
             return f"| {name} | {form} | fails: {reason} | | | | |"
         was = sum(before["experts"].values())
@@ -271,7 +276,7 @@ def row(args, name: str, form: str, folder: str, before: dict) -> str:
                 f"| {name} | {form} | | {types(after['experts'])} | {at_once} | not saved: {reason} | {when(warned)} |"
             )
         saved = str(next(Path(saved).rglob("config.json")).parent)  # auto-round makes a folder of its own in it
-        again, reason, later = run(args, "reload", saved, "", tool.package)
+        again, reason, later = run(args, "reload", saved)
         sizes = f"{was:,} → {saved_bytes(saved):,}"
         if again is None:
             return f"| {name} | {form} | {sizes} | | {at_once} | not loaded: {reason} | {when(warned, later)} |"
@@ -283,10 +288,10 @@ def row(args, name: str, form: str, folder: str, before: dict) -> str:
 
 def adapted_row(args, name: str, form: str, folder: str, before: dict) -> str:
     with tempfile.TemporaryDirectory() as saved:
-        after, reason, warned = run(args, name, folder, saved, "peft")
+        after, reason, warned = run(args, name, folder, saved)
         if reason:
             return f"| {name} | {form} | fails: {reason} | | | | | {when(warned)} |"
-        again, reason, later = run(args, "reload adapter", folder, saved, "peft")
+        again, reason, later = run(args, "reload adapter", folder, saved)
         loaded = f"{again['perplexity']:.2f} | {again['merged']:.2f}" if again else f"not loaded: {reason} |"
         figures = f"{after['updates']} | {after['trained']:,} | {before['perplexity']:.2f} → {after['perplexity']:.2f}"
         return f"| {name} | {form} | {figures} | {loaded} | {when(warned, later)} |"
@@ -323,10 +328,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--output", default="after_pruning", help="name of the table, without .md")
-    parser.add_argument("--tool", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.tool:
-        return one(args)
     args.python = dict(pair.split("=", 1) for pair in args.python)
     with tempfile.TemporaryDirectory() as folder:
         forms = dict(form.rsplit("=", 1) for form in args.forms)
@@ -337,45 +339,57 @@ def main() -> None:
 
 
 def measure(args, forms: dict[str, str]) -> None:
-    """Measures what was not measured before, and writes the tables after each row."""
+    """Measures what was not measured before, and writes the tables."""
     kept = Path(f"{args.output}.json")
+    packages = {tool: TOOLS[tool].package if tool in TOOLS else "peft" for tool in args.tools}
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    here = [tool for tool in args.tools if packages[tool] not in args.python]
+    for package in dict.fromkeys(packages[tool] for tool in here):
+        found = {name: version(name) for name in (package, *BEHIND) if is_installed(name)}
+        rows[f"versions, {package}"] = "- " + ", ".join(" ".join(pair) for pair in found.items())
     for form, checkpoint in forms.items():
         if f"none, {form}" not in rows:
             rows[f"none, {form}"], reason, _ = run(args, "none", checkpoint)
             if reason:
                 raise SystemExit(f"{checkpoint}: {reason}")
-    for tool in args.tools:
+    for tool in here:
         for form, checkpoint in forms.items():
             if f"{tool}, {form}" not in rows:
                 one_row = adapted_row if tool in ADAPTERS else row
                 rows[f"{tool}, {form}"] = one_row(args, tool, form, checkpoint, rows[f"none, {form}"])
                 print(rows[f"{tool}, {form}"], flush=True)
-                kept.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    written = versions(args)
+            kept.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for package in dict.fromkeys(packages.values()):
+        if package in args.python:  # this program again, there
+            command = [
+                args.python[package],
+                __file__,
+                "--model",
+                args.model,
+                "--text",
+                args.text,
+                "--output",
+                args.output,
+            ]
+            command += ["--windows", str(args.windows), "--seq-length", str(args.seq_length), "--forms", *args.forms]
+            command += ["--tools", *(tool for tool in args.tools if packages[tool] == package)]
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+            subprocess.run(command, env=environment, check=True)
+    rows = json.loads(kept.read_text(encoding="utf-8"))
+    written = [rows[f"versions, {package}"] for package in dict.fromkeys(packages.values())]
     for header, some in ((HEADER, TOOLS), (ADAPTED, ADAPTERS)):
         written += ["", header, "|---" * (header.count("|") - 1) + "|"]
         written += [rows[f"{tool}, {form}"] for tool in args.tools if tool in some for form in forms]
     Path(f"{args.output}.md").write_text("\n".join(written) + "\n", encoding="utf-8")
 
 
-def versions(args) -> list[str]:
-    """Of each tool, and of what runs beside it."""
-    found = []
-    for package in dict.fromkeys(TOOLS[tool].package if tool in TOOLS else "peft" for tool in args.tools):
-        command = [
-            args.python.get(package, sys.executable),
-            __file__,
-            "--tool",
-            "versions",
-            "--model",
-            "",
-            "--text",
-            "",
-        ]
-        done = subprocess.run([*command, "--forms", package, *BEHIND], capture_output=True, text=True, check=True)
-        found.append("- " + ", ".join(" ".join(pair) for pair in json.loads(done.stdout).items()))
-    return found
+def is_installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 # Expected: `model.dequantize()` leaves an ordinary model, in the type that its configuration names, which saves.
 # Seen: such a model remembers how its files were read, and saving turns that round. Reading 4 bits cannot be turned round, so saving ends in
 # a NotImplementedError without a message. A model that was put into 4 bits while it was loaded does save.
-# Here: `from_linear_experts` makes a model forget how it was read, so adapters that were merged into dequantized experts are saved.
+# Here: pruned models forget how they were read, where that cannot be turned round, so that adapters merged into what was dequantized are saved.
 #
 # Output:
 #   quantized when loaded: saved

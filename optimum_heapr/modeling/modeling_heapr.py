@@ -155,11 +155,21 @@ class PrunedModelMixin:
         names = {name: f"{module}.{PREFIX}{base.__name__}" for name, base in family_classes(base_config).items()}
         self.config.auto_map = {**names, **(getattr(self.config, "auto_map", None) or {})}
         self._register_conversions()
+        if not _turn_round(getattr(self, "_weight_conversions", None) or ()):
+            del self._weight_conversions  # it was read in 4 bits and dequantized, say: it is written as any other then
         return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+
+def _turn_round(conversions) -> bool:
+    """Whether all that was done to weights when they were read can be undone when they are written."""
+    try:
+        return all(operation.reverse_op for one in conversions for operation in getattr(one, "operations", ()))
+    except NotImplementedError:
+        return False
 
 
 def pruned_model_class(

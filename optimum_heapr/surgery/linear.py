@@ -74,6 +74,5 @@ def from_linear_experts(model: nn.Module) -> nn.Module:
             )
     for path, block in blocks.items():
         model.set_submodule(path, block.to_packed())
-    model.__dict__.pop("_weight_conversions", None)  # how it was read, as linear experts, and quantized perhaps
     model.config.experts_as = "packed"
     return model

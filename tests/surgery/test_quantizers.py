@@ -139,3 +139,19 @@ def test_adapters_of_experts_in_4_bits_load_again_and_merge_exactly(checkpoint, 
     assert done.returncode == 0, done.stderr[-2000:]
     for found in torch.load(tmp_path / "logits"):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["packed", "linear"])
+def test_what_was_in_4_bits_and_dequantized_is_saved(form, checkpoint, tmp_path):
+    """transformers cannot do that with its own models: findings/dequantized_models_do_not_save.sh."""
+    options = {
+        "dtype": torch.float32,
+        "experts_as": form,
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+    }
+    AutoModelForCausalLM.from_pretrained(checkpoint, **options).save_pretrained(tmp_path / "four")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "four", dtype=torch.float32).dequantize()
+    model.save_pretrained(tmp_path / "out")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and again.config.experts_as == form
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
