@@ -54,10 +54,18 @@ class ApplyCommand(HeaprSubcommand):
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process, without_warnings
         from .documents import plan_document
+        from .lines import compensation_lines
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)
         plan.config = plan.config.replace(**changed_options(args))
+        if plan.config.compensates_blocks and plan.config.dataset is None:
+            measured = {"num_samples": 0, "num_tokens": 0, "source": "text that is not known", **plan.data}
+            raise HeaprError(
+                "dataset=None: the plan compensates over blocks, which takes text, and names none, as it was made from statistics; pass what "
+                "these were measured on ({num_samples} samples, {num_tokens:,} tokens of {source}) with --dataset, --num-samples and "
+                "--seq-length".format(**measured)
+            )
         check_form(plan.config, args.experts_as)
         options = model_options_from(args)
         if args.requantize:
@@ -86,7 +94,7 @@ class ApplyCommand(HeaprSubcommand):
         end_processes()
         if not is_first:
             return None
-        self.show(plan_table(plan))
+        self.show(plan_table(plan), *compensation_lines(plan))
         print(f"Pruned model written to {args.output}")
         return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}
 

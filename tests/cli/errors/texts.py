@@ -3,6 +3,7 @@
 
 import json
 
+from optimum_heapr import PruningPlan
 from tests.cli.errors.table import copied_model, lines, mistake, prune
 from tests.helpers import SENTENCES
 
@@ -144,3 +145,12 @@ def _read(command: str, file: str, content: bytes, named: list[str]):
 for kind, (file, content, named) in TEXTS.items():
     for command in ("calibrate", "prune"):
         mistake(name=f"{command}: {kind}")(_read(command, file, content, named))
+
+
+@mistake(early=True)
+def a_plan_over_blocks_without_text(inputs, here):
+    plan = PruningPlan.load(inputs.plan)
+    plan.config = plan.config.replace(dataset=None, compensate=True, compensation_scope="block")
+    plan.save(here / "plan")
+    named = ["--dataset", "compensates over blocks", "9 samples, 216 tokens", "--num-samples and --seq-length"]
+    return ["apply", "-m", inputs.model, "-p", here / "plan", "-o", here / "out"], named
