@@ -78,13 +78,19 @@ class PrunedModelMixin:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As always; refuses packed tensors for experts that are linear layers, which would be left as random ones, and says what a
-        quantizer has passed over."""
+        """As always; refuses packed tensors for experts that are linear layers, and quantized checkpoints of which experts are not
+        read, which would be left as random ones; says what a quantizer has passed over."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if model.config.experts_as == "linear" and any(".experts." in name for name in info["missing_keys"]):
+        missing = sorted(name for name in info["missing_keys"] if ".experts." in name)
+        if missing and model.config.experts_as == "linear":
             raise ValueError(
                 "experts_as='linear': this checkpoint stores the experts of a layer together, or lacks some; load it with "
                 "experts_as='packed' and save it without save_original_format=False"
+            )
+        if missing and getattr(model.config, "quantization_config", None):
+            raise ValueError(
+                f"{missing[0]} and {len(missing) - 1} more were not read: transformers reads weights one by one where a quantizer of "
+                'this kind was at work, and packed experts are several; quantize the model loaded with experts_as="linear"'
             )
         warn_of_unquantized_experts(model)
         return (model, info) if output_loading_info else model

@@ -100,6 +100,21 @@ def test_experts_are_quantized_and_load_again(name, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits").float(), quantized, rtol=0.02, atol=0.02)
 
 
+def test_packed_experts_that_are_not_read_again_are_refused(tmp_path):
+    """llm-compressor passes over them, and transformers would leave random numbers in their place."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    folder = checkpoint(tmp_path / "pruned", 1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, experts_as="packed")
+    oneshot(model=model, recipe=QuantizationModifier(ignore=LEFT_AS_THEY_ARE, **four_bits(32)))
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match='experts.down_proj and .* more were not read: .* loaded with experts_as="linear"'
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_as="packed")
+
+
 def test_mxfp4_in_and_fp8_out(tmp_path):
     """Pruned, from experts with biases. transformers has no such experts in FP8, and leaves what it reads of them out, as it says."""
     from llmcompressor import oneshot
