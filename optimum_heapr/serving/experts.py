@@ -35,7 +35,7 @@ from .pieces import Pieces, cut
 # Kernels want widths that are multiples of this: the CPU's pads to it, and the blocks of the others are no narrower.
 WIDTH_MULTIPLE = 32
 
-_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|bias)")
+_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|weight_scale|bias)")
 
 
 @contextmanager
@@ -68,8 +68,8 @@ def variable_widths(widths: dict[int, list[int]], all_layers: bool) -> Iterator[
         raise ServingError(f"vLLM's model has no experts in layer {missing[0]}, where the checkpoint has; {UNIFORM}")
 
 
-class WidthGroup(RoutedExperts):
-    """The pieces of one width: vLLM's experts, of which this has those in `members`."""
+class RoutedExpertsGroup(RoutedExperts):
+    """The pieces of one width: vLLM's experts, of which this has those in `members`. Quantizers know them by the class's name."""
 
     def __init__(
         self, layer_name: str, params_dtype: torch.dtype, moe_config: FusedMoEConfig, *args, members, **kwargs
@@ -166,7 +166,7 @@ class VariableWidths:
 
     def make_groups(self) -> None:
         self.groups = nn.ModuleList(
-            WidthGroup(
+            RoutedExpertsGroup(
                 self.layer_name,
                 self.params_dtype,
                 self._group_config(width, members := self.pieces.experts_of(group)),
@@ -228,7 +228,8 @@ class VariableWidths:
 
     def _load_part(self, expert: int, part: str, kind: str, tensor: torch.Tensor) -> list[str]:
         width, hidden = self.widths[expert], self.moe_config.hidden_dim_unpadded
-        expected = (width,) if kind == "bias" else (hidden, width) if part == "w2" else (width, hidden)
+        rows, columns = (hidden, width) if part == "w2" else (width, hidden)
+        expected = {"bias": (width,), "weight": (rows, columns), "weight_scale": (rows, 1)}[kind]
         if tuple(tensor.shape) != expected:
             raise ServingError(
                 f"{self.layer_name}: expert {expert} has a tensor of shape {list(tensor.shape)}, and config.json gives it "
@@ -237,15 +238,17 @@ class VariableWidths:
         dim, parameter = (1, "w2_") if part == "w2" else (0, "w13_")
         written = []
         for group, start in self.pieces.starts(expert):
-            piece = tensor.narrow(dim, start, min(self.pieces.widths[group], width - start))
-            padding = self.pieces.widths[group] - piece.shape[dim]
-            piece = F.pad(piece, (0, padding) if dim == piece.ndim - 1 else (0, 0, 0, padding))
+            piece = tensor
+            if part != "w2" or kind == "weight":  # scales of rows of a down projection are those of all its pieces
+                piece = tensor.narrow(dim, start, min(self.pieces.widths[group], width - start))
+                padding = self.pieces.widths[group] - piece.shape[dim]
+                piece = F.pad(piece, (0, padding) if dim == piece.ndim - 1 else (0, 0, 0, padding))
             self._write(self.groups[group], parameter + kind, part, expert, piece)
             written.append(f"groups.{group}.{parameter}{kind}")
         self.loaded.add((expert, f"{part}.{kind}"))
         return written
 
-    def _write(self, group: WidthGroup, name: str, part: str, expert: int, piece: torch.Tensor) -> None:
+    def _write(self, group: RoutedExpertsGroup, name: str, part: str, expert: int, piece: torch.Tensor) -> None:
         parameter = getattr(group, name)
         if part != "w2" and self.moe_config.activation == MoEActivation.SWIGLUOAI:  # its rows are stored in turn
             rows = parameter.data[group.members[expert]][0 if part == "w1" else 1 :: 2]
@@ -284,6 +287,7 @@ class VariableWidths:
         """Projections of experts that no tensor was loaded for."""
         parts = ["w1.weight", "w2.weight", "w3.weight"]
         parts += ["w1.bias", "w3.bias"] if self.moe_config.has_bias else []
+        parts += [f"{part}_scale" for part in parts[:3]] if hasattr(self.groups[0], "w2_weight_scale") else []
         return [
             f"expert {expert} {part}"
             for expert, width in enumerate(self.widths)
@@ -292,4 +296,4 @@ class VariableWidths:
         ]
 
 
-_OURS = (VariableWidths, WidthGroup)
+_OURS = (VariableWidths, RoutedExpertsGroup)

