@@ -131,7 +131,7 @@ class PruneCommand(HeaprSubcommand):
                     f"--strict out and use 'evaluate', or {otherwise}"
                 )
             state, saving = state_from(self.args, options["memory"])
-            fits = None if state is None else fits_from(self.args)
+            fits = fits_from(self.args) if config.compensates_blocks and not self.args.dry_run else None
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             if self.args.requantize and pruner.statistics is None:  # else the plan says at once
@@ -173,7 +173,9 @@ class PruneCommand(HeaprSubcommand):
                     return {"output": None, **plan_document(plan, self.args.model)}
                 if self.args.requantize:
                     check_requantizing(plan.config, self.args.model, plan, **model_options_from(self.args))
-                pruner.apply(plan, measure=True, prompts=self.args.prompt, fits_path=fits)
+                pruner.apply(
+                    plan, measure=True, prompts=self.args.prompt, fits_path=fits if state is not None else None
+                )
                 if shares and done is None:
                     end_processes()
                 if self.args.strict:

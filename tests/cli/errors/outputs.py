@@ -180,6 +180,14 @@ def a_state_that_no_calibration_wrote(inputs, here):
 
 
 @mistake(early=True)
+def fits_that_are_not_gone_on_from(inputs, here):
+    (here / "out.fits").mkdir()
+    (here / "out.fits" / "block.fit.safetensors").write_text("hours of work")
+    named = [f"fits {here / 'out.fits'}", "pass --resume to go on", "delete the folder to begin anew"]
+    return prune(inputs, here, *inputs.calibration, "--compensate", "--compensation-scope", "block"), named
+
+
+@mistake(early=True)
 def fits_that_are_a_file(inputs, here):
     (here / "out.fits").write_text("mine")
     flags = ["--compensate", "--compensation-scope", "block", "--resume"]
