@@ -109,6 +109,7 @@ def test_equals_explicit_least_squares(monkeypatch, model_type):
     model = tiny_model(model_type, dtype=torch.float64)
     ids = random_ids(20, 16)
     block = find_expert_blocks(model)[-1]
+    monkeypatch.setattr(least_squares, "NUMBERS_AT_ONCE", 100 * block.hidden_size)  # in four pieces
     kept = kept_evenly(block)
     with torch.no_grad(), watched_blocks(model, [block]) as watched:
         watched[block.path].counts = torch.ones(ids.numel(), dtype=torch.bool)
