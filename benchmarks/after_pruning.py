@@ -165,7 +165,9 @@ def adapt(args) -> dict:
             torch.nn.init.normal_(parameter, std=0.02)
     found = {
         "updates": sum(
-            getattr(module, "num_experts", 1) for module in reached if module.lora_A["default"].weight.numel()
+            getattr(module, "num_experts", 1)
+            for module in reached
+            if all(one["default"].weight.numel() for one in (module.lora_A, module.lora_B))
         ),
         "trained": sum(
             parameter.numel()
