@@ -7,6 +7,7 @@ an error ends the others where they wait for it, as a process that dies does.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,12 @@ class Ranks:
         ):
             monkeypatch.setattr(f"optimum_heapr.{module}.connected_processes", lambda: self)
 
-        # While transformers loads a model it swaps methods of the class, for all threads: of two at once one swaps them for good.
-        load, alone = PreTrainedModel.from_pretrained.__func__, threading.RLock()
-
-        def one_after_another(cls, *arguments, **options):
-            with alone:
-                return load(cls, *arguments, **options)
-
-        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(one_after_another))
+        # While transformers makes or loads a model it swaps methods of the class and the default type of torch, for all threads: of
+        # two at once one swaps them for good.
+        alone = threading.RLock()
+        for name in ("from_pretrained", "_from_config"):
+            make = getattr(PreTrainedModel, name).__func__
+            monkeypatch.setattr(PreTrainedModel, name, classmethod(_one_after_another(make, alone)))
 
     num_processes = property(lambda self: self.number)
     process_index = property(lambda self: self._here.rank)
@@ -86,3 +85,12 @@ class Ranks:
         if errors:
             raise errors[0]
         return found
+
+
+def _one_after_another(function: Callable, alone: threading.RLock) -> Callable:
+    @functools.wraps(function)
+    def one_after_another(*arguments, **options):
+        with alone:
+            return function(*arguments, **options)
+
+    return one_after_another

@@ -50,7 +50,7 @@ def check_spreading(memory: str, model_options: dict[str, Any]) -> None:
     if _processes() == 1:
         raise HeaprError(
             f"{name}: there is one process to split the model over; start several, with torchrun or accelerate, and where there are no "
-            "GPUs, for which accelerate starts one, with ACCELERATE_USE_CPU=true torchrun --nproc-per-node N"
+            "GPUs, for which accelerate starts one, with torchrun and the variable ACCELERATE_USE_CPU=true"
         )
 
 

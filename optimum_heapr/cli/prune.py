@@ -118,6 +118,7 @@ class PruneCommand(HeaprSubcommand):
         check_texts(config, reads and config.dataset is not None, evaluates=not self.args.dry_run)
         if self.args.statistics is not None and self.args.memory == "auto":
             self.args.memory = "plain"  # nothing is calibrated
+        fits = fits_from(self.args) if config.compensates_blocks and not self.args.dry_run else None
         with chosen_memory(self.args, config) as options:
             way = f"--tp-plan {self.args.tp_plan}" if self.args.tp_plan else f"--memory {options['memory']}"
             otherwise = "leave --tp-plan out" if self.args.tp_plan else "pass --memory plain"
@@ -131,7 +132,6 @@ class PruneCommand(HeaprSubcommand):
                     f"--strict out and use 'evaluate', or {otherwise}"
                 )
             state, saving = state_from(self.args, options["memory"])
-            fits = fits_from(self.args) if config.compensates_blocks and not self.args.dry_run else None
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             if self.args.requantize and pruner.statistics is None:  # else the plan says at once

@@ -60,7 +60,7 @@ def test_over_blocks_the_text_is_named_again(inputs, capsys, heapr_log, in_memor
     steps += ["--in-memory"] * in_memory
     with pytest.raises(SystemExit):
         run(*steps)
-    assert "--dataset: name the text" in capsys.readouterr().err
+    assert "--dataset: the plan compensates over blocks, which takes text, and names none" in capsys.readouterr().err
     assert not (inputs / "steps").exists()
     run(*steps, *data)
     assert "compensated on other text" not in heapr_log.text
