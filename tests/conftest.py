@@ -33,9 +33,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Files of slow tests alone come first, so that no process is left with one of them at the end."""
+    """Files that fork their process come first, while it is small, then those of slow tests alone, so that no process is left with
+    one of them at the end."""
+    forks = {item.path for item in items if item.get_closest_marker("forks")}
     quick = {item.path for item in items if item.get_closest_marker("slow") is None}
-    items.sort(key=lambda item: item.path in quick)
+    items.sort(key=lambda item: (item.path not in forks, item.path in quick))
 
 
 def pytest_collection_finish(session):

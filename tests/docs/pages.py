@@ -54,7 +54,7 @@ STAND_INS = {
 }
 # Of each of these options a run here takes at most so much, where a page gives it.
 AT_MOST = {
-    "num_samples": 12,
+    "num_samples": 10,
     "reconstruction_steps": 2,
     "seq_length": 64,
     "max_steps": 2,

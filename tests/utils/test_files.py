@@ -28,6 +28,7 @@ from optimum_heapr.utils.files import (
 from optimum_heapr.utils.manifest import MANIFEST
 
 
+pytestmark = pytest.mark.forks
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried in a forked child")
 
 # No user may create anything here, not even root, whom permissions do not bind.
