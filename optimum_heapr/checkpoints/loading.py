@@ -121,6 +121,8 @@ def load_model(
         options = {"dtype": "auto", **model_options}
         if (dequantize or not allow_quantized) and set_dequantizing(config, str(name), dequantize):
             check_scales(str(name), *empty_model(auto_class, config, base or path, **hub_options))
+        elif dequantize and not allow_quantized:  # which several models are loaded with, of which some are quantized
+            logger.warning(f"model={str(name)!r}: dequantize=True changes nothing, as its weights are not quantized")
         if skeleton:
             model = load_skeleton(auto_class, config, path, str(name), **options)
         else:

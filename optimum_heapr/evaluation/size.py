@@ -77,7 +77,12 @@ class RoutedExperts:
 
 
 def routed_experts(model: PreTrainedModel) -> dict[str, RoutedExperts]:
-    """The expert blocks of a model by path; none for a dense model, or one whose experts are not on the interface."""
+    """The expert blocks of a model by path; none for a dense model, or one whose experts are not on the interface.
+
+    Args:
+        model (`PreTrainedModel`): may be in a `PeftModel`; paths are those inside the model itself, as plans have them.
+    """
+    model = model_in(model)
     widths = getattr(model.config, "expert_widths", None)
     if widths is not None:
         modules = {path: _below_adapters(model.get_submodule(path)) for path in widths}
@@ -90,7 +95,7 @@ def routed_experts(model: PreTrainedModel) -> dict[str, RoutedExperts]:
     except HeaprError:
         return {}
     return {
-        block.path: RoutedExperts(
+        block.path.partition(".base_layer")[0]: RoutedExperts(  # PEFT wraps a module whose parameters it adapts
             block.module, [block.width] * block.num_experts, 3 * block.hidden_size + 2 * bool(block.module.has_bias)
         )
         for block in blocks
@@ -137,6 +142,11 @@ def _active_parameters(model: PreTrainedModel, parameters: int, tokens: Counts) 
         used = top_k * sum(share * width for share, width in zip(shares, block.widths)) / total
         active -= block.parameters_each * (sum(block.widths) - used)
     return round(active)
+
+
+def model_in(model: torch.nn.Module) -> PreTrainedModel:
+    """The model itself, which a `PeftModel` holds with the adapters in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _below_adapters(module: torch.nn.Module) -> torch.nn.Module:

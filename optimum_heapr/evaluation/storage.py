@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .size import routed_experts
+from .size import model_in, routed_experts
 
 
 if TYPE_CHECKING:
@@ -37,9 +37,12 @@ class StoredWeights:
         A model's own count takes such a tensor for what it stands for: 16 bits of bfloat16 where 4 are stored.
 
         Args:
-            model (`PreTrainedModel`): of any kind, quantized or not; weights are not read.
+            model (`PreTrainedModel`): of any kind, quantized or not, or the `PeftModel` around it, whose adapters of experts count as
+                theirs; weights are not read.
         """
-        paths = tuple(f"{path}." for path in routed_experts(model))
+        inside = model_in(model)
+        around = next(path for path, module in model.named_modules() if module is inside)
+        paths = tuple(f"{around}.{path}.".lstrip(".") for path in routed_experts(model))
         weights: BytesByType = {}
         experts: BytesByType = {}
         seen: set[tuple] = set()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_heapr import HeaprConfig, HeaprPruner
@@ -109,6 +110,20 @@ def test_flops_are_those_that_torch_counts(model):
     counted = products / IDS.numel()
     estimate = ModelSize.of(model, counts).flops_per_token
     assert estimate == pytest.approx(counted, rel=0.06)  # norms and biases are parameters, but no matrices
+
+
+@pytest.mark.filterwarnings("ignore:adapters of packed experts")
+def test_a_model_with_adapters_is_seen_as_the_model_in_it():
+    for model in (tiny_model(), pruned(tiny_model())):
+        plain, paths = ModelSize.of(model), list(routed_experts(model))
+        adapters = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+        model = get_peft_model(model, adapters)
+        with routing_counts(model) as counts, torch.no_grad():
+            model(input_ids=IDS)
+        assert list(counts) == paths and sum(counts[paths[0]]) == 2 * IDS.numel()
+        size = ModelSize.of(model)
+        adapted = size.parameters - plain.parameters
+        assert size.active_parameters == pytest.approx(plain.active_parameters + adapted, abs=1) and adapted > 0
 
 
 def test_without_counts_all_experts_are_used_alike():

@@ -1,7 +1,9 @@
 # Licensed under the Apache License, Version 2.0
 """Bytes by type against counts made from shapes, and for tensors that hold several."""
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -47,3 +49,26 @@ def test_a_tensor_that_holds_several_counts_for_what_it_holds():
     before, shape = StoredWeights.of(model).experts, layer.weight.shape
     layer.weight = nn.Parameter(TwoTensor(torch.ones(shape), torch.ones(shape)), requires_grad=False)
     assert StoredWeights.of(model).experts == {"float32": before["float32"] + 4 * shape.numel()}
+
+
+ADAPTERS = {
+    "linear": {"target_modules": ["gate_proj", "q_proj"]},
+    "packed": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
+    "stock": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
+}
+
+
+@pytest.mark.parametrize("form", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:adapters of packed experts")
+def test_adapters_count_where_they_are(form):
+    model = tiny_model() if form == "stock" else pruned(tiny_model())
+    if form == "linear":
+        to_linear_experts(model)
+    before = StoredWeights.of(model)
+    with_adapters = get_peft_model(model, LoraConfig(r=2, **ADAPTERS[form]))
+    held = {name: 4 * parameter.numel() for name, parameter in with_adapters.named_parameters() if "lora_" in name}
+    of_experts = sum(size for name, size in held.items() if ".experts." in name)
+    assert 0 < of_experts < sum(held.values())
+    for found in (StoredWeights.of(with_adapters), StoredWeights.of(model)):
+        assert found.experts == {"float32": before.experts["float32"] + of_experts}
+        assert found.weights == {"float32": before.weights["float32"] + sum(held.values())}

@@ -39,6 +39,19 @@ def test_method_that_cannot_be_undone_is_refused_either_way(tmp_path):
             HeaprPruner.from_pretrained(tmp_path, dequantize=dequantize)
 
 
+def test_what_is_not_quantized_is_said_not_to_be(fp8, tmp_path, heapr_log):
+    """Who asked for it may have named another checkpoint than was meant; of several to evaluate some may be quantized."""
+    wide_model("qwen3_moe").save_pretrained(tmp_path)
+    load_model(fp8, dequantize=True)
+    load_model(tmp_path, dequantize=True, allow_quantized=True)
+    load_model(tmp_path)
+    assert not heapr_log.text
+    load_model(tmp_path, dequantize=True)
+    assert (
+        f"model={str(tmp_path)!r}: dequantize=True changes nothing, as its weights are not quantized" in heapr_log.text
+    )
+
+
 def test_fp8_is_dequantized_exactly(fp8):
     block = find_expert_blocks(HeaprPruner.from_pretrained(fp8, dequantize=True, dtype="float32").model)[1]
     expected = dequantized(tensors_of(fp8), f"{block.path}.3.down_proj.weight")
