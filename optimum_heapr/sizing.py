@@ -51,6 +51,16 @@ def fields_with_value(config: PreTrainedConfig, value: int) -> list[str]:
     return sorted(names, key=lambda name: not any(word in name for word in ("moe", "expert", "intermediate")))
 
 
+def with_other_names(config: PreTrainedConfig, name: str) -> list[str]:
+    """A field that sets the width of experts, and keys with its value that speak of experts and that transformers keeps but never reads.
+
+    Engines do: vLLM sizes experts of `hy_v3` by `expert_hidden_dim`, which its checkpoints have beside `moe_intermediate_size`. What
+    speaks of shared experts is their size.
+    """
+    unread = [key for key in fields_with_value(config, getattr(config, name)) if not hasattr(type(config), key)]
+    return [name, *(key for key in unread if ("expert" in key or "moe" in key) and "shared" not in key)]
+
+
 def has_expert_shapes(
     skeleton: PreTrainedModel, blocks: list[ExpertBlock], width: int, experts: int | None = None
 ) -> bool:

@@ -29,6 +29,7 @@ from ..sizing import (
     fields_with_value,
     find_routing,
     has_expert_shapes,
+    with_other_names,
 )
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, with_paths
@@ -151,9 +152,10 @@ def _narrower(model: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> 
     config = experts_config(model, blocks)
     fields = [] if len(originals) > 1 else fields_with_value(config, blocks[0].width)
     for name in fields:
-        skeleton = build(model, blocks, {name: width})
+        values = dict.fromkeys(with_other_names(config, name), width)
+        skeleton = build(model, blocks, values)
         if skeleton is not None and has_expert_shapes(skeleton, blocks, width):
-            return _with_shared_experts(model, blocks, StockLayout(width, {name: width}, skeleton), name)
+            return _with_shared_experts(model, blocks, StockLayout(width, values, skeleton), name)
     raise HeaprError(
         f"model={model_name(model)!r}: no single field of {type(config).__name__} sets the width of all experts "
         f"({', '.join(map(str, sorted(originals)))}); use layout='variable'"

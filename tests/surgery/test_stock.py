@@ -126,6 +126,15 @@ def test_dense_layers_keep_their_width():
     assert (model.config.moe_intermediate_size, model.config.intermediate_size) == (16, 24)
 
 
+def test_keys_that_engines_alone_read_follow_the_width():
+    """vLLM sizes the experts of `hy_v3` by `expert_hidden_dim`, which transformers keeps and does not read."""
+    model = wide_model("qwen3_moe")
+    model.config.expert_hidden_dim = model.config.moe_shared_expert_intermediate_size = model.config.other_size = 32
+    apply_plan(model, random_plan(model, layout="uniform", ratio=0.25))
+    assert (model.config.moe_intermediate_size, model.config.expert_hidden_dim) == (24, 24)
+    assert model.config.moe_shared_expert_intermediate_size == model.config.other_size == 32
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_field_that_sizes_something_else_is_refused(layout):
     model = wide_model(REFUSED)
