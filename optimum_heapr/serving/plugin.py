@@ -7,18 +7,26 @@ from __future__ import annotations
 def register() -> None:
     """Makes vLLM know pruned models of variable widths. Calling it again changes nothing."""
     import vllm
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-    from .configuration import refused_config_class, served_config_class
     from .families import FAMILIES, refusal
 
-    served = [family for family in FAMILIES if refusal(family, vllm.__version__) is None]
-    for family in served:
-        _register_architecture(family)
-        CONFIG_MAPPING.register(f"heapr_{family}", served_config_class(family), exist_ok=True)
-    refused = refused_config_class(vllm.__version__)
-    for family in {*CONFIG_MAPPING_NAMES, *FAMILIES}.difference(served):
-        CONFIG_MAPPING.register(f"heapr_{family}", refused, exist_ok=True)
+    for family in FAMILIES:
+        if refusal(family, vllm.__version__) is None:
+            _register_architecture(family)
+    _read_configurations()
+
+
+def _read_configurations() -> None:
+    """Puts our reader in the place of vLLM's: its own way to add one (`register_config_parser`) warns of that each time."""
+    from vllm.transformers_utils import config as reading
+
+    from .configuration import ReadsPrunedModels
+
+    readers = getattr(
+        reading, "_CONFIG_FORMAT_TO_CONFIG_PARSER", {}
+    )  # versions without it do not know our architectures
+    if "hf" in readers and not issubclass(readers["hf"], ReadsPrunedModels):
+        readers["hf"] = type("PrunedConfigParser", (ReadsPrunedModels, readers["hf"]), {})
 
 
 def _register_architecture(family: str) -> None:

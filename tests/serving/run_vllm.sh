@@ -28,7 +28,5 @@ export HF_HOME
 in_vllm() {
     "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@"
 }
-in_vllm "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py
-# The commands of the guides run in a process where vLLM has not called the plugin: there transformers loads no pruned model any more.
-in_vllm "$@" tests/docs/test_serving_with_vllm.py
+in_vllm "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py tests/docs/test_serving_with_vllm.py
 PYTHONPATH=$folder/zentorch in_vllm "$@" tests/serving/test_vllm_quantized.py

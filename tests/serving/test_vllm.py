@@ -110,6 +110,19 @@ def test_other_models_are_not_touched(tmp_path):
     assert largest_difference(model, log_probabilities(engine)) < 1e-4
 
 
+def test_transformers_has_pruned_models_in_the_same_process(tmp_path):
+    """vLLM is told of them where it reads configurations: the auto classes load and save as they do without it."""
+    from transformers import AutoModelForCausalLM
+
+    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe")
+    found = log_probabilities(served(tmp_path / "pruned"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert type(loaded) is type(model)
+    assert largest_difference(loaded, found) < 1e-4
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "heapr_qwen3_moe"
+
+
 def refused(folder, **options) -> str:
     with pytest.raises(ServingError) as error:
         served(folder, **options)
@@ -131,8 +144,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"expert_widths": {"version": 9}}))
     assert "pip install -U optimum-heapr" in refused(tmp_path)
 
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "heapr_jamba"}))
-    assert refused(tmp_path).startswith("jamba: ")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "heapr_dots1"}))
+    assert refused(tmp_path).startswith("dots1: ")
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = tmp_path / "model.safetensors"
