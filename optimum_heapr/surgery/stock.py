@@ -146,12 +146,10 @@ def find_stock_layout(
 
 
 def _narrower(model: PreTrainedModel, blocks: list[ExpertBlock], width: int) -> StockLayout:
-    originals = {block.width for block in blocks}
+    originals, config = {block.width for block in blocks}, experts_config(model, blocks)
     if originals == {width}:
         return StockLayout(width, {}, build(model, blocks, {}))
-    config = experts_config(model, blocks)
-    fields = [] if len(originals) > 1 else fields_with_value(config, blocks[0].width)
-    for name in fields:
+    for name in fields_with_value(config, blocks[0].width) if len(originals) == 1 else ():
         values = dict.fromkeys(with_other_names(config, name), width)
         skeleton = build(model, blocks, values)
         if skeleton is not None and has_expert_shapes(skeleton, blocks, width):
