@@ -92,8 +92,8 @@ class HeaprConfig(Options):
             How the pruned experts are stored: `variable` widths, which need this package or `trust_remote_code`, or the
             original architecture with experts of one width, `uniform`, or with experts zero-`padded` to the widest.
         align_for (`str`, *optional*, defaults to `"none"`):
-            Whose rule the widths keep: multiples of 128 for `vllm`, `fp8` and `quantization`, of 256 for `gguf`. With `none` the
-            layouts `uniform` and `padded` use multiples of 8, which `grouped_mm` of transformers needs in bfloat16.
+            Whose rule the widths keep: multiples of 32 for `vllm` (experts that are not quantized), of 128 for `fp8` and
+            `quantization`, of 256 for `gguf`. With `none`, stock layouts use multiples of 8, for `grouped_mm` in bfloat16.
         tensor_parallel (`int`, *optional*, defaults to 1):
             Ranks that experts will be split over; widths are multiples of the rule times this.
         statistics (`str`, *optional*, defaults to `"auto"`):
@@ -160,7 +160,7 @@ class HeaprConfig(Options):
         None, "kept as they are: blocks, 'model.layers.0.*', or experts: 'model.layers.5.*:3'"
     )
     layout: str = option("variable", "variable widths, or the stock architecture: one width, or zero-padded", LAYOUTS)
-    align_for: str = option("none", "runtime or tool whose rule the widths keep", ALIGNMENTS)
+    align_for: str = option("none", "runtime or tool whose rule widths keep; vllm: experts not quantized", ALIGNMENTS)
     tensor_parallel: int = option(1, "ranks that experts will be split over; widths are multiples for each")
     statistics: str = option("auto", "what calibration measures; gram adds what obs and compensation need", STATISTICS)
     dataset: str | None = option(

@@ -3,7 +3,7 @@
 
 | `align_for` | multiple | because |
 |---|---|---|
-| `vllm` | 128 | block-scaled and Marlin kernels of vLLM and SGLang take blocks of 128 columns |
+| `vllm` | 32 | kernels for CPUs compute 32 columns at a time, and our plugin cuts experts into pieces of them; those for GPUs ask for none |
 | `gguf` | 256 | K-quants of llama.cpp store super-blocks of 256 weights; other multiples of 32 get larger types, the rest float16 |
 | `fp8` | 128 | block-scaled FP8 checkpoints hold one scale for 128 x 128 weights |
 | `quantization` | 128 | quantizers share a scale among 32, 64 or 128 columns of a down projection, one for each atomic expert |
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-PRESETS = {"none": 1, "vllm": 128, "gguf": 256, "fp8": 128, "quantization": 128}
+PRESETS = {"none": 1, "vllm": 32, "gguf": 256, "fp8": 128, "quantization": 128}
 GROUPS = (32, 64, 128)
 """Columns that share a scale, as quantizers are mostly set."""
 STOCK_MULTIPLE = 8  # elements in 16 bytes of bfloat16
@@ -81,10 +81,16 @@ def uniform_width(config: HeaprConfig, width: int, share: float = 1.0) -> int:
     nearest = [candidate for candidate in (below, below + multiple) if 0 < candidate < width]
     hint = " or ".join(f"{candidate} ({1 - share * candidate / width:.3f})" for candidate in nearest)
     raise UnreachableRatio(
-        f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple}; "
+        f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple} ({_asked(config)}); "
         + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel"),
         *(1 - share * candidate / width for candidate in nearest),
     )
+
+
+def _asked(config: HeaprConfig) -> str:
+    """The options of a runtime's rule, as they were given."""
+    given = {"align_for": "none", "tensor_parallel": 1}
+    return ", ".join(f"{name}={value!r}" for name in given if (value := getattr(config, name)) != given[name])
 
 
 def warn_of_stock_widths(config: HeaprConfig, kept: list[int], widths: list[int], itemsize: int) -> None:

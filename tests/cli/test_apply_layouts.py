@@ -61,7 +61,7 @@ def test_impossible_alignment_exits_with_two_and_one_line(run, inputs, tmp_path)
     result = run(*plan, "--align-for", "gguf")
     assert result.status == 2 and "asks for multiples of 256" in result.error and result.error.count("\n") == 1
     result = run(*plan, "--ratio", "0.4", "--tensor-parallel", "4")
-    assert result.status == 2 and "not a multiple of 4; nearest: " in result.error
+    assert result.status == 2 and "not a multiple of 4 (--tensor-parallel 4); nearest: " in result.error
     assert not (tmp_path / "p.safetensors").exists()
 
 

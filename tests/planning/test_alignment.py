@@ -25,14 +25,14 @@ def widths_of(width: int, experts: int = 3, **options) -> list[int]:
         ({"layout": "padded"}, [768], 8),
         ({"layout": "uniform"}, [20], 1),  # grouped_mm does not run the unpruned model either
         ({"layout": "uniform", "width_multiple": 6}, [768], 24),
-        ({"align_for": "vllm"}, [768], 128),
+        ({"align_for": "vllm"}, [768], 32),
         ({"align_for": "fp8"}, [768], 128),
         ({"align_for": "gguf"}, [768], 256),
         ({"align_for": "quantization"}, [768], 128),
-        ({"align_for": "vllm", "tensor_parallel": 4}, [768], 512),
+        ({"align_for": "vllm", "tensor_parallel": 4}, [768], 128),
         ({"tensor_parallel": 4}, [768], 4),
         ({"tensor_parallel": 4, "layout": "uniform"}, [768], 32),
-        ({"align_for": "vllm", "width_multiple": 256}, [768], 256),
+        ({"align_for": "vllm", "width_multiple": 48}, [768], 96),
     ],
 )
 def test_effective_multiple(options, widths, multiple):
@@ -41,15 +41,17 @@ def test_effective_multiple(options, widths, multiple):
 
 @pytest.mark.parametrize("layout", ["variable", "uniform", "padded"])
 def test_widths_keep_the_rule(layout):
-    widths = widths_of(768, align_for="vllm", layout=layout, ratio=1 / 3)
+    widths = widths_of(768, align_for="quantization", layout=layout, ratio=1 / 3)
     assert all(width % 128 == 0 for width in widths)
     assert sum(widths) == 3 * 512
 
 
 def test_ratio_that_breaks_the_rule_names_the_nearest():
     with pytest.raises(HeaprError) as error:
-        widths_of(768, align_for="vllm", layout="uniform", ratio=0.27)
-    assert str(error.value) == "ratio=0.27 gives width 561, not a multiple of 128; nearest: 512 (0.333) or 640 (0.167)"
+        widths_of(768, align_for="quantization", layout="uniform", ratio=0.27)
+    assert str(error.value) == (
+        "ratio=0.27 gives width 561, not a multiple of 128 (align_for='quantization'); nearest: 512 (0.333) or 640 (0.167)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,11 +60,15 @@ def test_ratio_that_breaks_the_rule_names_the_nearest():
         (
             1408,
             {"align_for": "gguf", "ratio": 0.25},
-            r"width 1056, .* 256; nearest: 1024 \(0\.273\) or 1280 \(0\.091\)$",
+            r"width 1056, .* 256 .*; nearest: 1024 \(0\.273\) or 1280 \(0\.091\)$",
         ),
-        (768, {"align_for": "vllm", "ratio": 0.1}, r"width 691, .* 128; nearest: 640 \(0\.167\)$"),
-        (768, {"align_for": "vllm", "ratio": 0.95}, r"width 38, .* 128; nearest: 128 \(0\.833\)$"),
-        (768, {"align_for": "vllm", "tensor_parallel": 6, "ratio": 0.5}, r"none below the width 768; lower tensor_"),
+        (768, {"align_for": "quantization", "ratio": 0.1}, r"width 691, .* 128 .*; nearest: 640 \(0\.167\)$"),
+        (768, {"align_for": "quantization", "ratio": 0.95}, r"width 38, .* 128 .*; nearest: 128 \(0\.833\)$"),
+        (
+            768,
+            {"align_for": "quantization", "tensor_parallel": 6, "ratio": 0.5},
+            r"none below the width 768; lower tensor_",
+        ),
     ],
 )
 def test_nearest_ratios_are_possible_ones(width, options, hint):
@@ -71,7 +77,7 @@ def test_nearest_ratios_are_possible_ones(width, options, hint):
 
 
 def test_nearest_ratio_is_accepted():
-    assert widths_of(768, align_for="vllm", layout="uniform", ratio=0.333) == [512] * 3
+    assert widths_of(768, align_for="quantization", layout="uniform", ratio=0.333) == [512] * 3
 
 
 def test_width_below_the_multiple_is_refused():
@@ -91,7 +97,7 @@ def test_without_a_preset_widths_are_rounded_up():
         (768, {}, 768),
         (761, {}, 768),
         (0, {}, 8),
-        (500, {"align_for": "vllm"}, 512),
+        (500, {"align_for": "quantization"}, 512),
         (700, {"align_for": "gguf", "tensor_parallel": 2}, 1024),  # beyond the model's own width, as it was asked for
     ],
 )

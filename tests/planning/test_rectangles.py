@@ -43,7 +43,7 @@ def test_targets_and_multiples_of_runtimes_are_kept():
     statistics.fingerprint["model"]["num_parameters"] = 2 * 32 * 96 * 96 + 5_000
     found = rectangles(statistics, config_of(ratio=None, target_parameters=2 * 32 * 50 * 96 + 5_000))
     assert list(found)[:2] == [(32, 48), (28, 56)] and all(experts * width <= 32 * 50 for experts, width in found)
-    found = rectangles(statistics_of(width=512), config_of(align_for="vllm"))
+    found = rectangles(statistics_of(width=512), config_of(align_for="quantization"))
     assert list(found) == [(32, 256), (21, 384), (16, 512)]
 
 

@@ -151,8 +151,12 @@ def test_field_that_sizes_something_else_is_refused(layout):
     "family, options, message",
     [
         (REFUSED, {"layout": "uniform"}, "sizes model.layers.0.mlp.shared_mlp"),
-        ("qwen3_moe", {"align_for": "vllm"}, "asks for multiples of 128"),
-        ("qwen3_moe", {"layout": "uniform", "tensor_parallel": 2, "ratio": 0.3}, "not a multiple of 16; nearest: 16"),
+        ("qwen3_moe", {"align_for": "fp8"}, "asks for multiples of 128"),
+        (
+            "qwen3_moe",
+            {"layout": "uniform", "tensor_parallel": 2, "ratio": 0.3},
+            r"not a multiple of 16 \(tensor_parallel=2\); nearest: 16",
+        ),
     ],
 )
 def test_refused_before_anything_is_calibrated(family, options, message, monkeypatch):
