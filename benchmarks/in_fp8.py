@@ -19,16 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from optimum_heapr.checkpoints.origins import place_of
 from optimum_heapr.utils.fp8 import METHOD, quantized
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("-m", "--model", required=True, help="folder of a checkpoint of one file")
+    parser.add_argument("-m", "--model", required=True, help="folder of a checkpoint of one file, or demo")
     parser.add_argument("-o", "--output", required=True, help="folder, which must not be there")
     parser.add_argument("--block", type=int, default=128, help="rows and columns that share a scale")
     args = parser.parse_args()
-    source, output = Path(args.model), Path(args.output)
+    source, output = Path(place_of(args.model)), Path(args.output)
     settings = {"weight_block_size": [args.block, args.block], "activation_scheme": "dynamic", "fmt": "e4m3"}
     settings |= {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
     quantizer = AutoHfQuantizer.from_config({**settings, "quant_method": METHOD, "dequantize": True})
