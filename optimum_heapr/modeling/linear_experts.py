@@ -37,6 +37,8 @@ class LinearExperts(nn.ModuleList):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As `AtomicExperts.forward`: one expert after another."""
+        if torch.compiler.is_exporting():
+            return self._for_all_tokens(hidden_states, top_k_index, top_k_weights)
         experts, permutation = torch.sort(top_k_index.reshape(-1), stable=True)
         counts = torch.bincount(experts, minlength=len(self)).tolist()
         tokens = (permutation // top_k_index.shape[-1]).split(counts)
@@ -44,12 +46,27 @@ class LinearExperts(nn.ModuleList):
         output = torch.zeros_like(hidden_states)
         for expert, own, weight, width in zip(self, tokens, weights, self.packed.widths):
             if len(own) and width:
-                gate, up, down = (expert[name] for name in self.names)
-                rows = hidden_states[own]
-                parts = (gate(rows), up(rows))
-                gate_up = torch.cat(parts, -1) if self.packed.is_concatenated else torch.stack(parts, -1).flatten(-2)
-                output.index_add_(0, own, down(self.packed.weighted_activation(gate_up, weight)).to(output.dtype))
+                output.index_add_(0, own, self._of_one(expert, hidden_states[own], weight).to(output.dtype))
         return output
+
+    def _for_all_tokens(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """For programs, which do not know how many tokens an expert gets: every expert computes all of them, and those that did not
+        choose it weigh 0. Ordinary operations alone, for runtimes that have no others."""
+        output = torch.zeros_like(hidden_states)
+        for number, (expert, width) in enumerate(zip(self, self.packed.widths)):
+            if width:
+                weight = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
+                output = output + self._of_one(expert, hidden_states, weight).to(output.dtype)
+        return output
+
+    def _of_one(self, expert: nn.ModuleDict, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """rows [tokens, d], weight [tokens, 1] -> what the expert gives them, [tokens, d]."""
+        gate, up, down = (expert[name] for name in self.names)
+        parts = (gate(rows), up(rows))
+        gate_up = torch.cat(parts, -1) if self.packed.is_concatenated else torch.stack(parts, -1).flatten(-2)
+        return down(self.packed.weighted_activation(gate_up, weight))
 
     def layers(self) -> list[list[nn.Linear]]:
         """Gate, up and down of each expert."""

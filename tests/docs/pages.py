@@ -22,6 +22,7 @@ ENVIRONMENTS = {
     "llama.cpp": "tests/serving/run_llama_cpp.sh",
     "bitsandbytes": "tests/surgery/run_quantizers.sh",
     "llm-compressor": "tests/surgery/run_llm_compressor.sh",
+    "exporters": "tests/modeling/run_exporters.sh",
 }
 
 # What pages name and this machine does not have, and what is taken in its place: a model by a small one of its family.

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from optimum_heapr.modeling import operations
 from optimum_heapr.surgery.apply import apply_plan
+from optimum_heapr.surgery.linear import to_linear_experts
 from tests.helpers import random_ids, tiny_model
 from tests.modeling.test_atomic_experts import (
     IMPLEMENTATIONS,
@@ -252,6 +253,19 @@ print("the same")
 """
     done = run_python(code, has="libraries")
     assert done.stdout.strip() == "the same", done.stderr
+
+
+def test_programs_of_linear_experts_are_of_ordinary_operations():
+    """As other runtimes have them, with an empty expert; `test_exporters.py` goes on to those."""
+    model = to_linear_experts(tiny_pruned("qwen3_moe", (0, 7), num_hidden_layers=1))
+    ids, sizes = random_ids(2, 16), {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=sizes)
+        for some in (ids, ids[:, :9]):
+            found = program.module()(input_ids=some, use_cache=False).logits
+            torch.testing.assert_close(found, model(input_ids=some).logits, atol=1e-5, rtol=1e-5)
+    calls = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert {call.namespace for call in calls if isinstance(call, torch._ops.OpOverload)} == {"aten"}
 
 
 def tiny_pruned(model_type: str, widths: tuple[int, int] = (5, 7), **changes):
