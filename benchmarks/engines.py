@@ -5,13 +5,15 @@
 
 Tiny random models in float32, pruned by this package. Prints a table: whether vLLM loads what was saved, whether its greedy tokens are
 those of transformers, and the largest difference of a log-probability of prompts and of what follows them. Where vLLM of the unpruned
-model is not transformers, vLLM of the unpruned shape with zeros for what was removed takes its place.
+model is not transformers, vLLM of the unpruned shape with zeros for what was removed takes its place. With `--output` rows go to a file
+as well, and those that it has are not made again: a run can be stopped and go on.
 """
 
 import argparse
 import copy
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -37,20 +39,22 @@ from tests.serving.variable_models import (  # noqa: E402
 WIDTH, KEPT = 96, 48
 COARSE = CONFIGS["mixtral"]
 SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": 64}
+FULL = {"layer_types": ["full_attention"] * 3, "sliding_window": None}
+SLIDING = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 64}
 FAMILIES = {name: config for name, config in CONFIGS.items() if name != "deepseek"} | {
     "afmoe": {
         **FINE_GRAINED,
-        **FULL,
+        **SLIDING,
         "num_dense_layers": 1,
         "num_experts": 8,
         "num_shared_experts": 2,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         "global_attn_every_n_layers": 3,
+        **{"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     },
-    "cohere2_moe": {"intermediate_size": WIDTH, "num_experts": 8, "num_experts_per_tok": 2, **FULL},
-    "dots1": {**GROUPED, **FULL, "sliding_window": None},
-    "exaone_moe": {**FINE_GRAINED, **SPARSE, **FULL, "num_experts": 8, "n_group": 1, "topk_group": 1},
+    "axk1": {**GROUPED, **LATENT, "q_lora_rank": 32, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "cohere2_moe": {"intermediate_size": WIDTH, "num_experts": 8, "num_experts_per_tok": 2, **SLIDING},
+    "dots1": {**GROUPED, **FULL},
+    "exaone_moe": {**FINE_GRAINED, **SPARSE, **SLIDING, "num_experts": 8, "n_group": 1, "topk_group": 1},
     "flex_olmo": CONFIGS["olmoe"],
     "glm4_moe_lite": {**DEEPSEEK, **LATENT, **SPARSE, "n_group": 1, "topk_group": 1, "q_lora_rank": 32},
     "granitemoehybrid": {
@@ -61,25 +65,39 @@ FAMILIES = {name: config for name, config in CONFIGS.items() if name != "deepsee
         "mamba_d_head": 32,
         "position_embedding_type": "rope",
     },
+    "granitemoe_swa": {**COARSE, **SLIDING, "shared_intermediate_size": 64},
     "granitemoeshared": {**COARSE, "shared_intermediate_size": 64},
     "hunyuan_v1_moe": {"intermediate_size": WIDTH, "num_experts": 8, "moe_topk": 2, "num_shared_expert": 1},
+    "hy_v3": {
+        **FINE_GRAINED,
+        **SPARSE,
+        **{"num_experts": 8, "num_shared_experts": 2},
+        **{"expert_hidden_dim": WIDTH, "first_k_dense_replace": 1, "route_norm": True, "qk_norm": True},
+    },
+    "laguna": {
+        **FINE_GRAINED,
+        **SPARSE,
+        **{**FULL, "sliding_window": 64},
+        **{"num_experts": 8, "shared_expert_intermediate_size": 64},
+    },
     "lfm2_moe": {
         **FINE_GRAINED,
         "num_experts": 8,
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "full_attention"],
     },
-    "minimax_m2": {**COARSE, "rotary_dim": 32},
+    "minimax_m2": {**COARSE, "rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "phimoe": COARSE,
+    "qwen3_next": {
+        **{**CONFIGS["qwen2_moe"], "layer_types": ["linear_attention", "full_attention", "full_attention"]},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+        **{"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    },
     "solar_open": {**GROUPED, "n_group": 1, "topk_group": 1},
 }
 KEPT_OF = {"gpt_oss": 64}  # the kernel for CPUs does not pad there
-# What vLLM asks of config.json that transformers does not write; published checkpoints have it.
-ADDED = {
-    "deepseek_v3": {"topk_method": "noaux_tc"},
-    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
-    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
-}
+# As published checkpoints spell it, and transformers does not.
+ADDED = {"phimoe": {"architectures": ["PhiMoEForCausalLM"]}}
 HEAD_DIM_FIXED = ("lfm2_moe", "phimoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmoe", "flex_olmo")
 
 
@@ -172,7 +190,10 @@ def compared(one, other) -> tuple[bool, float]:
 
 
 def cell(result) -> str:
-    return result if isinstance(result, str) else f"{'equal' if result[0] else '**not equal**'}, {result[1]:.1e}"
+    if isinstance(result, str):
+        return result
+    tokens_are_equal, difference = result
+    return "NaN" if math.isnan(difference) else f"{'equal' if tokens_are_equal else 'not equal'}, {difference:.1e}"
 
 
 def row(family: str, folder: Path) -> list[str]:
@@ -207,10 +228,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=sorted(FAMILIES), choices=sorted(FAMILIES))
     parser.add_argument("--without-vllm", action="store_true", help="makes the models and prunes them, no more")
+    parser.add_argument(
+        "--output", type=Path, help="rows are appended to this file; families that it has are left out"
+    )
     args = parser.parse_args()
-    print("| family | width | unpruned, against transformers | uniform, against the last column | |")
-    print("|---|---|---|---|---|")
-    for family in args.families:
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if args.output:
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    done = args.output.read_text(encoding="utf-8") if args.output and args.output.exists() else ""
+    if not done:
+        say(
+            "| family | width | unpruned, against transformers | `uniform` | `uniform` against |\n|---|---|---|---|---|"
+        )
+    for family in [family for family in args.families if f"| `{family}` |" not in done]:
         with tempfile.TemporaryDirectory() as folder:
             if args.without_vllm:
                 try:
@@ -221,8 +255,8 @@ def main() -> None:
                 try:
                     cells = row(family, Path(folder))
                 except Exception as error:  # of any kind: a row of the table
-                    cells = [f"`{family}`", "", f"{type(error).__name__}: {error}"[:160], "", ""]
-                print("| " + " | ".join(cells) + " |", flush=True)
+                    cells = [f"`{family}`", "", " ".join(f"{type(error).__name__}: {error}".split())[:160], "", ""]
+                say("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
