@@ -12,6 +12,7 @@ had before, in MB. Every side makes the same random numbers. `--model` and `--te
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -141,8 +142,13 @@ def block_fit(experts: int = 64, width: int = 128, hidden: int = 512, top_k: int
     weight, index = torch.rand(tokens, experts).topk(top_k)
     states = torch.randn(tokens, 64) @ torch.randn(64, hidden)  # correlated, as those of a model are
     inputs, kept = BlockInputs({}), [torch.randperm(width)[: width // 2].sort().values for _ in range(experts)]
-    inputs._routing = [(states.bfloat16(), index, weight / weight.sum(1, keepdim=True))]
-    return lambda: (model, fit_block(block, inputs, kept, 0.01))
+    calls = [(states.bfloat16(), index, weight / weight.sum(1, keepdim=True))]
+
+    def work():
+        inputs._routing = list(calls)  # a fit may use them up
+        return model, fit_block(block, inputs, kept, 0.01)
+
+    return work
 
 
 def random_model(experts: int, width: int, hidden: int, top_k: int, layers: int):
@@ -245,6 +251,9 @@ CASES = {
 }
 
 
+M_MMAP_THRESHOLD = -3  # of glibc
+
+
 def status(name: str) -> int:
     """Bytes: `VmHWM` is the most that this process had in memory, `VmRSS` what it has."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
@@ -256,7 +265,12 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     case = whole_job(args.model, args.text) if args.work == "job" else CASES[args.work][1]()
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if (
+            line == "memory\n"
+        ):  # what is freed goes back to the system at once, or it would be there already for what comes next
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+            ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, wall, processor = status("VmRSS"), time.perf_counter(), time.process_time()
         phases = case()
@@ -265,8 +279,8 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
-    """Seconds of the processor and on the wall and bytes of each round, by side; a first round does not count, save of the whole
-    job, which is done once."""
+    """Seconds of the processor and on the wall of each round, by side, and bytes; a first round does not count, and a last one is for
+    the bytes alone, save of the whole job, which is done once."""
     here = Path(__file__).resolve().parents[1]
     command = [sys.executable, __file__, str(args.old), "--work", case]
     for option in ("model", "text"):
@@ -283,15 +297,19 @@ def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]
         for name, folder in (("before", args.old.resolve()), ("now", here))
     }
     found: dict[str, list[list[float]]] = {name: [] for name in sides}
-    rounds = range(1, 2) if case == "job" else range(args.rounds + 1)
-    for number in rounds:
+    rounds = ["count"] if case == "job" else ["begin", *["count"] * args.rounds, "memory"]
+    for kind in rounds:
         for name, process in sides.items():
-            print("go", file=process.stdin, flush=True)
+            print(kind, file=process.stdin, flush=True)
             line = next((line for line in process.stdout if line.startswith("took ")), None)
             if line is None:
                 sys.exit(f"{case}, {name}: ended with status {process.wait()}; run it alone with --work {case}")
-            if number:
-                found[name].append(json.loads(line.removeprefix("took ")))
+            took = json.loads(line.removeprefix("took "))
+            if kind == "count":
+                found[name].append(took)
+            elif kind == "memory":
+                for counted in found[name]:
+                    counted[2] = took[2]
     for process in sides.values():
         process.stdin.close()
         process.wait()

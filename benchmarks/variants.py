@@ -152,7 +152,7 @@ def scores(statistics, others, variant: Variant) -> dict[str, torch.Tensor]:
             weight = block.token_count.double() ** variant.tokens / (1 + ridges)
         score = scores_of_order(order, cost.double() * weight[:, None])
         found[path] = score if variant.scores is None else variant.scores(score)
-    return ranked_below_reached(found, statistics)
+    return dict(ranked_below_reached(found.items(), statistics))
 
 
 def main() -> None:

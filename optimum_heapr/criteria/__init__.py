@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..utils.errors import HeaprError, did_you_mean
+from ..utils.scratch import in_one_piece
 from .activation import Activation
 from .base import Criterion, ranked_below_reached
 from .fisher import Fisher
@@ -55,10 +56,17 @@ def importance(
     """
     chosen = _chosen(criterion, seed, reduction, ridge)
     if over_sources == "max":
-        scores = {path: worst_of_sources(chosen, path, statistics) for path in statistics.blocks}
+        scores = ((path, worst_of_sources(chosen, path, statistics)) for path in statistics.blocks)
     else:
-        scores = {path: chosen.score(path, block) for path, block in statistics.blocks.items()}
-    return ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
+        scores = ((path, chosen.score(path, block)) for path, block in statistics.blocks.items())
+    scores = ranked_below_reached(scores, statistics) if chosen.needs_tokens else scores
+    found: dict[str, torch.Tensor] = {}
+    for path, score in scores:  # made as they are asked for: of millions, each is there once
+        if not found:
+            shapes = [(block.num_experts, block.width) for block in statistics.blocks.values()]
+            found = dict(zip(statistics.blocks, in_one_piece(shapes, score.dtype)))
+        found[path].copy_(score)
+    return found
 
 
 def expert_importance(

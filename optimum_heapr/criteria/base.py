@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 
@@ -70,16 +71,16 @@ class ExpertCriterion(Criterion):
         return self.expert_score(path, block).unsqueeze(1).expand(-1, block.width)
 
 
-def ranked_below_reached(scores: dict[str, torch.Tensor], statistics: AtomicStatistics) -> dict[str, torch.Tensor]:
-    """Gives atomic experts of unreached experts scores below every reached one, ordered by weight norm.
+def ranked_below_reached(
+    scores: Iterable[tuple[str, torch.Tensor]], statistics: AtomicStatistics
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gives atomic experts of unreached experts scores below every reached one, ordered by weight norm; block by block.
 
     Their sums are zero because nothing was measured, not because they do nothing; a negative score says "unknown" and
     still ranks them.
     """
     largest = max(float(block.weight_norm.max()) for block in statistics.blocks.values()) or 1.0
-    ranked = {}
-    for path, score in scores.items():
+    for path, score in scores:
         block = statistics.blocks[path]
         unknown = block.weight_norm.to(score.dtype) / (2 * largest) - 1  # in (-1, -0.5]
-        ranked[path] = score.where(block.reached.unsqueeze(1), unknown)
-    return ranked
+        yield path, score.where(block.reached.unsqueeze(1), unknown)

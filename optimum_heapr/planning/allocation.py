@@ -9,16 +9,19 @@ nothing is rounded afterwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..utils.errors import HeaprError
+from ..utils.scratch import in_one_piece
 from .alignment import effective_multiple, uniform_width
 from .errors import UnreachableRatio
 from .goal import Goal
 from .protection import protected_experts
+from .selection import least_reaching
 
 
 if TYPE_CHECKING:
@@ -37,6 +40,28 @@ def allocate(
     goal: Goal | None = None,
     dropped: dict[str, list[int]] | None = None,
 ) -> Kept:
+    """Chooses what stays; arguments and errors as of [`choose`].
+
+    Returns:
+        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64.
+    """
+    stays = choose(scores, config, unreached, goal, dropped)
+    return {path: indices_of(mask) for path, mask in stays.items()}
+
+
+def indices_of(stays: torch.Tensor) -> list[torch.Tensor]:
+    """Of what stays, bool [E, I], the ascending indices of each expert, int64."""
+    indices = stays.flatten().nonzero().squeeze(1).remainder_(stays.shape[1])
+    return list(indices.split(stays.sum(1).tolist()))
+
+
+def choose(
+    scores: dict[str, torch.Tensor],
+    config: HeaprConfig,
+    unreached: dict[str, list[int]],
+    goal: Goal | None = None,
+    dropped: dict[str, list[int]] | None = None,
+) -> dict[str, torch.Tensor]:
     """Chooses what stays.
 
     Args:
@@ -47,9 +72,9 @@ def allocate(
         dropped (`dict[str, list[int]]`, *optional*): experts that keep nothing, by block; the allocation is `uniform` then.
 
     Returns:
-        `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64. What a ratio asks for
-        is removed to the nearest atomic expert (of each expert, if uniform), or less by what a group holds back. A goal
-        that is a bound is kept: more goes by what a group takes with it.
+        `dict[str, torch.Tensor]`: by block which atomic experts stay, bool [E, I]. What a ratio asks for is removed to the
+        nearest atomic expert (of each expert, if uniform), or less by what a group holds back. A goal that is a bound is kept:
+        more goes by what a group takes with it.
 
     Raises:
         HeaprError: if the goal cannot be reached under `width_multiple`, `min_width` or protection; the message names
@@ -60,24 +85,25 @@ def allocate(
     config = replace(config, width_multiple=multiple)
     _check(scores, config)
     protected = protected_experts(config, {path: len(score) for path, score in scores.items()})
-    ranked = {}
-    for path, score in scores.items():
+
+    blocks = dict(zip(scores, _RankedBlock.all_of(list(scores.values()), config)))
+    for path, block in blocks.items():
         whole = protected.get(path, []) + (unreached.get(path, []) if config.protect_unreached else [])
-        ranked[path] = _RankedBlock.rank(score, config, whole)
+        block.rank(scores[path], config, whole)
     if config.allocation == "uniform":
-        for path, block in ranked.items():
+        for path, block in blocks.items():
             gone = (dropped or {}).get(path, [])
             block.keep_groups(_uniform_groups(block, config, goal, len(gone)))
             block.stays[gone] = False
     elif config.allocation == "layer":
-        cut = [block for path, block in ranked.items() if len(protected.get(path, [])) < len(block.value)]
+        cut = [block for path, block in blocks.items() if len(protected.get(path, [])) < len(block.stays)]
         for block in cut:
             _remove_least([block], config, goal)
-        if all(bool(block.stays.all()) for block in ranked.values()):
+        if all(bool(block.stays.all()) for block in blocks.values()):
             raise HeaprError(f"protect={config.protect!r}: leaves nothing to remove; protect less")
     else:
-        _remove_least(list(ranked.values()), config, goal)
-    return {path: block.kept_indices() for path, block in ranked.items()}
+        _remove_least(list(blocks.values()), config, goal)
+    return {path: block.mask() for path, block in blocks.items()}
 
 
 @dataclass
@@ -88,47 +114,61 @@ class _RankedBlock:
     """
 
     order: torch.Tensor | None  # [E, I]: indices of atomic experts, best first
-    value: torch.Tensor  # [E, G]: mean importance of each group; where there is an order, falling along G
+    value: (
+        torch.Tensor | None
+    )  # [E, G]: mean importance of each group, falling along an order; none for uniform widths
     size: torch.Tensor  # [G]: atomic experts in a group; the last may be smaller
     fixed: torch.Tensor  # [E, G]: groups that must stay
     stays: torch.Tensor  # [E, G]: groups that do
 
     @classmethod
-    def rank(cls, score: torch.Tensor, config: HeaprConfig, protected: list[int]) -> _RankedBlock:
-        (experts, width), multiple = score.shape, config.width_multiple
-        order, value = None, score.double()
-        if multiple > 1 or config.min_width or config.allocation == "uniform":
-            value, order = torch.sort(value, dim=1, descending=True, stable=True)
-            order = order.to(torch.int16 if width < 2**15 else torch.int64)
-        starts = torch.arange(0, width, multiple)
-        size = (starts + multiple).clamp(max=width) - starts
-        if multiple > 1:
-            group_of = torch.arange(width) // multiple
-            value = torch.zeros(experts, len(size), dtype=torch.float64).index_add_(1, group_of, value) / size
-            # A mean is not exactly monotone in floating point; the running minimum keeps best groups first.
-            value = value.cummin(dim=1).values
-        fixed = torch.zeros(value.shape, dtype=torch.bool)
-        fixed[:, : -(-config.min_width // multiple)] = True
-        fixed[protected] = True
-        return cls(order, value, size, fixed, torch.ones_like(fixed))
+    def all_of(cls, scores: list[torch.Tensor], config: HeaprConfig) -> list[_RankedBlock]:
+        """Blocks that are to be ranked; what they hold of one kind is one piece of memory."""
+        multiple, is_uniform = config.width_multiple, config.allocation == "uniform"
+        shapes = [score.shape for score in scores]
+        grouped = [(experts, -(-width // multiple)) for experts, width in shapes]
+        orders, values = [None] * len(scores), scores
+        if multiple > 1 or is_uniform:
+            widest = max(width for _, width in shapes)
+            orders = in_one_piece(shapes, torch.int16 if widest < 2**15 else torch.int64)
+            values = [None] * len(scores) if is_uniform else in_one_piece(grouped, torch.float64)
+        sizes = [torch.arange(0, width, multiple).neg_().add_(width).clamp_(max=multiple) for _, width in shapes]
+        parts = zip(orders, values, sizes, in_one_piece(grouped, torch.bool), in_one_piece(grouped, torch.bool))
+        return [cls(*of_block) for of_block in parts]
+
+    def rank(self, score: torch.Tensor, config: HeaprConfig, protected: list[int]) -> None:
+        """Fills in all that follows from the importance of the atomic experts, [E, I]; everything stays so far."""
+        self.stays.fill_(True)
+        self.fixed.fill_(False)
+        best = -(-config.min_width // config.width_multiple)  # groups of each expert that must stay
+        if self.order is not None:
+            ranked, order = torch.sort(score.double(), dim=1, descending=True, stable=True)
+            self.order.copy_(order)
+            self.fixed[:, :best] = True
+            if self.value is not None:
+                group_of = torch.arange(score.shape[1]) // config.width_multiple
+                mean = torch.zeros_like(self.value).index_add_(1, group_of, ranked) / self.size
+                # A mean is not exactly monotone in floating point; the running minimum keeps best groups first.
+                self.value.copy_(mean.cummin(dim=1).values)
+        elif best:
+            self.fixed.scatter_(1, torch.sort(score, dim=1, descending=True, stable=True).indices[:, :best], True)
+        self.fixed[protected] = True
 
     def keep_groups(self, count: int) -> None:
         """Keeps the first groups of each expert and no others."""
         self.stays[:, count:] = False
 
-    def kept_indices(self) -> list[torch.Tensor]:
-        """Ascending indices of what stays, of each expert."""
-        stays = self.stays
-        if self.order is not None:
-            ranked = stays.repeat_interleave(self.size, dim=1)
-            stays = torch.zeros_like(ranked).scatter_(1, self.order.long(), ranked)
-        indices = stays.flatten().nonzero().squeeze(1) % stays.shape[1]
-        return list(indices.split(stays.sum(1).tolist()))
+    def mask(self) -> torch.Tensor:
+        """Which atomic experts stay, [E, I]."""
+        if self.order is None:
+            return self.stays
+        ranked = self.stays.repeat_interleave(self.size, dim=1)
+        return torch.zeros_like(ranked).scatter_(1, self.order.long(), ranked)
 
 
 def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig, goal: Goal) -> None:
     """Removes the least important groups of all `blocks`."""
-    total = sum(len(block.value) * int(block.size.sum()) for block in blocks)
+    total = sum(len(block.stays) * int(block.size.sum()) for block in blocks)
     budget = math.ceil(goal.ratio * total - _ROUNDING) if goal.is_bound else round(goal.ratio * total)
     removable = sum(int((~block.fixed * block.size).sum()) for block in blocks)
     if removable < budget:
@@ -138,54 +178,37 @@ def _remove_least(blocks: list[_RankedBlock], config: HeaprConfig, goal: Goal) -
             "protect less",
             removable / total,
         )
-    value = torch.cat([block.value.masked_fill(block.fixed, torch.inf).flatten() for block in blocks])
-    threshold, at_threshold = _threshold(value, blocks, budget, goal.is_bound)
-    del value
-    if threshold is None:
+    is_ranked_alone = config.width_multiple == 1
+
+    def that_may_go() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for block in blocks:
+            yield block.value.double().masked_fill(block.fixed, torch.inf), None if is_ranked_alone else block.size
+
+    threshold, below = least_reaching(that_may_go, budget) if budget else (-torch.inf, 0)
+    left, gone = budget - below, below
+    for block in reversed(blocks):  # of equal ones the lower index stays
+        equal = ((block.value == threshold) & ~block.fixed).flatten().nonzero().squeeze(1)
+        # What goes from the end on up to each of them: up to the budget, or if that is the least that goes, until it is reached.
+        sizes = block.size[equal.flip(0) % len(block.size)]
+        up_to = sizes.cumsum(0)
+        count = int((up_to - sizes < left).sum() if goal.is_bound else (up_to <= left).sum())
+        taken = int(up_to[count - 1]) if count else 0
+        left, gone = (left - taken if count == len(equal) else 0), gone + taken
+        torch.ge(block.value, threshold, out=block.stays).logical_or_(block.fixed)
+        block.stays.view(-1)[equal[len(equal) - count :]] = False
+    if not gone:
         raise UnreachableRatio(
             f"{goal.asked}: removes less than one group of width_multiple={config.width_multiple} atomic experts; "
             "raise ratio or lower width_multiple",
             max(int(block.size.max()) for block in blocks) / total,
         )
-    for block in reversed(blocks):  # of equal ones the lower index stays
-        equal = ((block.value == threshold) & ~block.fixed).flatten().nonzero().squeeze(1)
-        last = equal[max(len(equal) - at_threshold, 0) :]
-        at_threshold -= len(last)
-        block.stays = (block.value >= threshold) | block.fixed
-        block.stays.view(-1)[last] = False
-
-
-def _threshold(
-    value: torch.Tensor, blocks: list[_RankedBlock], budget: int, is_least: bool
-) -> tuple[float | None, int]:
-    """The largest value of a group that goes, and how many of that value do; overwrites `value`, [groups] of all blocks.
-
-    Groups go up to the budget, or if that is the least that goes, up to the one that reaches it.
-    """
-    sizes = torch.cat([block.size for block in blocks]).unique()
-    if len(sizes) == 1:
-        count = -(-budget // int(sizes)) if is_least else budget // int(sizes)
-        if count:
-            value.numpy().partition(count - 1)  # a selection: sorting it all takes several times as long, and memory
-            value = value[:count]
-    else:
-        size = torch.cat([block.size.expand_as(block.value).flatten() for block in blocks])
-        # A stable sort keeps the lower index first among equals, so removal from the end takes the higher one.
-        order = torch.sort(value, descending=True, stable=True).indices.flip(0)
-        gone = size[order].cumsum(0)
-        count = int((gone < budget).sum()) + 1 if is_least else int((gone <= budget).sum())
-        value = value[order[:count]]
-    if count == 0:
-        return None, 0
-    threshold = value.max()
-    return float(threshold), int((value == threshold).sum())
 
 
 def _uniform_groups(block: _RankedBlock, config: HeaprConfig, goal: Goal, dropped: int) -> int:
     """The same number of groups for every expert that stays: the fewest that hold the width nearest to a ratio, the most within
     a bound."""
     groups, width, multiple = len(block.size), int(block.size.sum()), config.width_multiple
-    experts = len(block.value)
+    experts = len(block.stays)
     share = 1 - dropped / experts
     if goal.is_bound:
         wanted = math.floor((1 - goal.ratio) * width / share + _ROUNDING)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..criteria import importance
 from ..criteria.obs import store_removal_curves
-from .allocation import allocate
+from .allocation import choose, indices_of
 from .distribution import importance_distribution
 from .dropping import dropped_experts
 from .estimate import estimated_loss_increase, increase_by_source
@@ -28,7 +28,10 @@ def build_plan(statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan
     options = (config.criterion, config.seed, config.reduction, config.ridge, config.reduction_over_sources)
     scores = importance(statistics, *options)
     dropped = dropped_experts(statistics, config)
-    kept = allocate(scores, config, statistics.unreached, goal, dropped)
+    stays = choose(scores, config, statistics.unreached, goal, dropped)
+    distribution = importance_distribution(scores, stays)
+    del scores  # of millions; what follows has its own
+    kept = {path: indices_of(stays.pop(path)) for path in statistics.blocks}
     return PruningPlan(
         kept=kept,
         original_width={path: block.width for path, block in statistics.blocks.items()},
@@ -42,7 +45,7 @@ def build_plan(statistics: AtomicStatistics, config: HeaprConfig) -> PruningPlan
         data=statistics.fingerprint["data"],
         tokens={path: block.token_count.tolist() for path, block in statistics.blocks.items()},
         storage=statistics.fingerprint.get("storage", {}),
-        importance=importance_distribution(scores, kept),
+        importance=distribution,
         dropped=dropped,
         sources=increase_by_source(statistics, kept),
     )

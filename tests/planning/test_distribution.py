@@ -10,9 +10,9 @@ from tests.helpers import random_statistics
 
 
 def distribution(values: list[float], kept: list[int]) -> dict:
-    return importance_distribution(
-        {"block": torch.tensor([values])}, {"block": [torch.tensor(kept, dtype=torch.int64)]}
-    )
+    stays = torch.zeros(1, len(values), dtype=torch.bool)
+    stays[0, kept] = True
+    return importance_distribution({"block": torch.tensor([values])}, {"block": stays})
 
 
 def test_counts_are_those_of_the_scores():

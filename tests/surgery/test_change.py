@@ -3,8 +3,6 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
@@ -12,37 +10,10 @@ from optimum_heapr.surgery import apply, selection, stock
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.surgery.change import whole_or_refused
 from tests.helpers import calibration_data, random_ids, tiny_model
+from tests.memory import LiveBytes
 
 
 LAYERS = 6
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that are there, as far as the model holds them or an operation gave them."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        for parameter in model.parameters():
-            self._see(parameter)
-        self.most = self.now()
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-
-    def now(self) -> int:
-        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
-        return sum(size for _, size in self._storages.values())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
-        self.most = max(self.most, self.now())
-        return result
 
 
 def model_and_plan(model_type: str, **options):
@@ -58,7 +29,7 @@ def test_at_most_the_weights_and_one_layer_are_in_memory(layout, model_type):
     model, plan, _ = model_and_plan(model_type, layout=layout, **options)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].mlp.experts.parameters())
-    watched = LiveBytes(model)
+    watched = LiveBytes(model.parameters())
     assert watched.most == weights
     held = [block.module for block in apply.check_plan(model, plan)]  # as whoever looked for them before may do
     with watched:
