@@ -21,23 +21,30 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, tensors: Iterable[torch.Tensor] = ()):
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bound = 0  # what there is at most: what is gone is looked for only where this is more than ever
         for tensor in tensors:
             self._see(tensor)
         self.most = self.now()
 
     def _see(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage._cdata)
+        if known is None or known[0].expired():
             self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._bound += storage.nbytes()
 
     def now(self) -> int:
         self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
-        return sum(size for _, size in self._storages.values())
+        self._bound = sum(size for _, size in self._storages.values())
+        return self._bound
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
-        self.most = max(self.most, self.now())
+        if self._bound > self.most:
+            self.most = max(self.most, self.now())
         return result

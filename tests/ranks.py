@@ -58,7 +58,7 @@ class Ranks:
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         assert reduction == "sum"
-        return torch.stack(self._all(tensor)).sum(0)
+        return torch.stack(self._all(tensor.clone())).sum(0)  # processes share no memory, which one goes on to change
 
     def _all(self, value: Any) -> list[Any]:
         self._held[self._here.rank] = value

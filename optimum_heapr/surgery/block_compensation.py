@@ -26,7 +26,7 @@ from ..utils.logging import get_logger, is_main_process
 from ..utils.placement import default_device
 from .block_target import target_of
 from .fitted import FittedBlock
-from .least_squares import Part, chunks, solve_together
+from .least_squares import Part, chunks, numbers_at_once, solve_together
 from .portion import Added, alone, numbers
 from .reconstruction import inputs_bytes, training_bytes
 
@@ -54,14 +54,16 @@ def fit_block(
 
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
-        inputs (`BlockInputs`): what it was called with.
+        inputs (`BlockInputs`): what it was called with; is used up.
         kept (`list[torch.Tensor]`): kept indices of each expert.
         ridge (`float`): least ridge, in units of the mean squared activation.
         rerouting (`tuple[torch.Tensor, torch.Tensor]`, *optional*): experts of each token in the pruned model, [tokens, K], and
             their router weights, if they are not those of the unpruned one.
         added (`Added`): sums over processes, each of which has calls of its own.
     """
-    return BlockFit(block, inputs, kept, ridge, rerouting, added).solved()
+    fit = BlockFit(block, inputs, kept, ridge, rerouting, added)
+    inputs.forget()
+    return fit.solved()
 
 
 def check_block_memory(model: PreTrainedModel, blocks: list[ExpertBlock], config: HeaprConfig) -> None:
@@ -107,6 +109,8 @@ def needed_bytes(model: PreTrainedModel, blocks: list[ExpertBlock], config: Heap
     """What fitting one block, and training it if that is asked for, takes at most; arguments as of [`check_block_memory`]."""
     tokens, top_k = config.num_samples * config.seq_length, experts_per_token(model)
     needed = max(fitting_bytes(block, tokens, top_k) for block in blocks)
+    if config.num_experts == "auto":  # what is measured by many fits to the same inputs
+        needed += max(measuring_bytes(block, tokens) for block in blocks)
     if config.reconstruction_steps:
         needed = max(
             *(needed + inputs_bytes(block, tokens) for block in blocks),
@@ -118,16 +122,27 @@ def needed_bytes(model: PreTrainedModel, blocks: list[ExpertBlock], config: Heap
 def fitting_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What fitting one block takes at most, shared experts left aside.
 
-    Per token the hidden state, twice while micro-batches are joined and before there are activations of its experts; per weight
-    of the down projections seven numbers of the solver; a matrix of width x width for each expert; and what some tokens at a
-    time need besides.
+    It is the most of three moments: micro-batches are joined, and hidden states are there twice; the activations are there and
+    the hidden states still are, with one expert's twice and a gradient; and the solver works, which has the Cholesky factors and, for
+    as many unknowns as it solves for at once, numbers of its own. The kept rows are there throughout.
     """
     stored, exact = block.module.down_proj.dtype.itemsize, max(block.module.down_proj.dtype.itemsize, 4)
-    hidden, activations = block.hidden_size * stored, (top_k or block.num_experts) * block.width * stored
-    per_expert = 7 * block.width * block.hidden_size + block.width**2
+    met = top_k or block.num_experts
+    hidden, activations = tokens * block.hidden_size * stored, tokens * met * block.width * stored
+    routing = 28 * tokens * met  # of each token its experts, their weights, and twice its number for each of them
+    weights = block.num_experts * block.width * block.hidden_size
     _, at_once = chunks(tokens, block.hidden_size)[0]
-    of_tokens = tokens * (hidden + max(hidden, activations)) + at_once * 4 * (block.hidden_size + block.width) * exact
-    return of_tokens + block.num_experts * per_expert * exact
+    besides = at_once * 4 * (block.hidden_size + block.width) * exact + weights * (stored + exact) + routing
+    gathering = hidden + activations + tokens * block.width * stored + besides
+    factors = block.num_experts * block.width**2
+    solving = activations + (factors + numbers_at_once(weights)) * exact + besides
+    return max(2 * hidden + routing, gathering, solving)
+
+
+def measuring_bytes(block: ExpertBlock, tokens: int) -> int:
+    """What is there besides, while fits are measured: hidden states for the next fit, and twice the target of an eighth of the tokens."""
+    stored = block.module.down_proj.dtype.itemsize
+    return tokens * block.hidden_size * (stored + max(stored, 4) // 4)
 
 
 class BlockFit:
@@ -229,7 +244,7 @@ class BlockFit:
             )
         parts = list(self.parts.values())
         fitted_to = [part.of(0, self._fitted) for part in parts]
-        changes, _ = solve_together(fitted_to, self._fitted, self._added(self._gradient), self._added)
+        changes, _ = self._solve(fitted_to, self._fitted)
         left = torch.cat(self._held_out)
         for part, change in zip(parts, changes):
             part.of(self._fitted, self._tokens).add_output(-change, left)
@@ -246,8 +261,7 @@ class BlockFit:
         if not self._is_finite():
             logger.warning("%s: has activations that are not finite; it is cut without compensation", self._block.path)
             return FittedBlock(rows, shared, 0.0, 0.0)
-        gradient = self._added(self._gradient)
-        changes, lowered = solve_together(list(self.parts.values()), self._tokens, gradient, self._added)
+        changes, lowered = self._solve(list(self.parts.values()), self._tokens)
         error = max(self.lost - lowered, 0.0) / self.energy  # below it by rounding
         if not error <= before:
             logger.warning("%s: no fit was better than none; it is cut without compensation", self._block.path)
@@ -259,6 +273,11 @@ class BlockFit:
                 weight = self._inputs.shared[name].down_proj.weight
                 shared[f"{name}.down_proj.weight"] = (weight + change.T).to(weight.dtype)
         return FittedBlock(rows, shared, before, error)
+
+    def _solve(self, parts: list[Part], tokens: int) -> tuple[list[torch.Tensor], float]:
+        gradient = self._gradient
+        del self._gradient  # the changes take its place
+        return solve_together(parts, tokens, gradient, self._added)
 
     def _is_finite(self) -> bool:
         """Whether all that the fit rests on is, in all processes."""

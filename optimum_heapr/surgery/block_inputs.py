@@ -10,7 +10,7 @@ does not hold then, the MLP is something else and is left alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,14 @@ class BlockInputs:
 
     def shared_activations(self) -> Iterator[tuple[str, torch.Tensor]]:
         """By path of the shared expert: its activations, scale in, [tokens, I]."""
-        return ((name, torch.cat(self._activations[name])) for name in self.shared)
+        for name in self.shared:
+            joined = _joined(self._activations[name])
+            self._activations[name] = [joined]
+            yield name, joined
+
+    def forget(self) -> None:
+        """Drops hidden states and routing: of a layer of many tokens they are much, and a fit needs them once."""
+        self._routing, self._reroutings = [], {}
 
     def agree_on_shared(self, added: Added) -> None:
         """Takes out what was no shared expert in the calls of another process."""
@@ -177,7 +184,7 @@ def _scale(total: torch.Tensor, routed: torch.Tensor, own: torch.Tensor | None) 
     return scale if left <= ROUNDING * sum(part.square().sum() for part in (total, routed, own)) else None
 
 
-def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

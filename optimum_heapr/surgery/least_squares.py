@@ -13,10 +13,14 @@ each expert's own equations, `(A_e^T A_e + ridge_e I)^-1`: where experts share n
 
 Nothing here is as large as the output of all tokens: the target comes as its correlation with the activations, and how much of it
 is left follows from the steps, each of which lowers the sum above by its size times that of the preconditioned gradient.
+
+Each of the d columns is a problem of its own, with the same matrix. So where the unknowns are many, some columns at a time are
+solved for, and what the solver needs besides the gradient, whose place the solution takes, is as large as these.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +33,8 @@ TOLERANCE = 1e-2
 MOST_STEPS = 50
 NUMBERS_AT_ONCE = 2**23
 """Of the output, [tokens, d]: so many tokens at a time go through all experts."""
+UNKNOWNS_AT_ONCE = 2**25
+"""Of the changes, [all widths, d]: so many columns at a time are solved for."""
 
 
 @dataclass
@@ -76,8 +82,8 @@ def solve_together(
     Args:
         parts (`Sequence[Part]`): experts, and whatever else adds to the same output.
         tokens (`int`): how many there are here.
-        gradient (`torch.Tensor`): sum over the tokens of all processes of activations times target, of one part after the other,
-            [all widths, d], float32 or float64; is overwritten.
+        gradient (`torch.Tensor`): sum over the tokens here of activations times target, of one part after the other, [all widths, d],
+            float32 or float64; the changes take its place.
         added (`Added`): sums over processes.
 
     Returns:
@@ -88,27 +94,51 @@ def solve_together(
     widths, size = [part.activations.shape[1] for part in parts], gradient.shape[1]
     factors = [_factor(part, gradient.dtype, added) for part in parts]
     spans = [(end - first, [part.of(first, end) for part in parts]) for first, end in chunks(tokens, size)]
-    solved, product, change = torch.empty_like(gradient), torch.empty_like(gradient), torch.zeros_like(gradient)
+    lowered = 0.0
+    turns = min(max(math.ceil(gradient.numel() / UNKNOWNS_AT_ONCE), 1), size)
+    for columns in gradient.tensor_split(turns, dim=1):
+        change, by = _solve_columns(parts, factors, spans, added(columns.contiguous()), added)
+        columns.copy_(change)
+        lowered += by
+    return list(gradient.split(widths)), lowered
 
-    def precondition() -> None:
-        for own, of_own, factor in zip(gradient.split(widths), solved.split(widths), factors):
+
+def numbers_at_once(unknowns: int) -> int:
+    """How many numbers the solver holds at most besides the gradient and the factors: of each unknown that it solves for at once its
+    gradient, the change, a direction, the product of that with the matrix, here and of all processes, and a term of a column's sum."""
+    return 6 * min(unknowns, UNKNOWNS_AT_ONCE)
+
+
+def _solve_columns(
+    parts: Sequence[Part],
+    factors: Sequence[torch.Tensor],
+    spans: Sequence[tuple[int, list[Part]]],
+    gradient: torch.Tensor,
+    added: Added,
+) -> tuple[torch.Tensor, float]:
+    """Some columns of what [`solve_together`] gives, of one part after the other; `gradient`, of all processes, is overwritten."""
+    widths = [part.activations.shape[1] for part in parts]
+    change, held = torch.zeros_like(gradient), torch.empty_like(gradient)
+
+    def precondition() -> torch.Tensor:
+        for own, of_own, factor in zip(gradient.split(widths), held.split(widths), factors):
             of_own.copy_(torch.cholesky_solve(own, factor))
+        return held
 
     def multiply(direction: torch.Tensor) -> torch.Tensor:
-        product.zero_()
+        held.zero_()
         for count, here in spans:
-            output = direction.new_zeros(count, size)
+            output = direction.new_zeros(count, direction.shape[1])
             for part, own in zip(here, direction.split(widths)):
                 part.add_output(own, output)
-            for part, of_own in zip(here, product.split(widths)):
+            for part, of_own in zip(here, held.split(widths)):
                 part.add_correlation(output, of_own)
-        total = added(product)
+        total = added(held)
         for part, own, of_own in zip(parts, direction.split(widths), total.split(widths)):
             of_own.add_(own, alpha=part.ridge)
         return total
 
-    precondition()
-    direction = solved.clone()
+    direction = precondition().clone()
     lengths = (gradient * direction).sum(0)
     enough, lowered = TOLERANCE**2 * float(added(lengths.sum())), 0.0
     for _ in range(MOST_STEPS):
@@ -116,21 +146,22 @@ def solve_together(
         step = _ratio(lengths, (direction * result).sum(0))
         change.addcmul_(direction, step)
         gradient.addcmul_(result, step, value=-1)
+        del result
         lowered += float((step.double() * lengths.double()).sum())
-        precondition()
+        solved = precondition()
         lengths, before = (gradient * solved).sum(0), lengths
         # Of all, who would else end at different steps if they round differently.
         if float(added(lengths.sum())) <= enough:
             break
         direction.mul_(_ratio(lengths, before)).add_(solved)
     lowered += sum(part.ridge * float(own.square().sum()) for part, own in zip(parts, change.split(widths)))
-    return list(change.split(widths)), lowered
+    return change, lowered
 
 
 def _factor(part: Part, dtype: torch.dtype, added: Added) -> torch.Tensor:
     """The Cholesky factor of a part's own normal equations, [w, w]."""
-    activations = part.activations.to(dtype)
-    own = added(activations.T @ activations)
+    rows = part.activations.split(max(NUMBERS_AT_ONCE // part.activations.shape[1], 1))
+    own = added(sum(some.T @ some for some in (few.to(dtype) for few in rows)))
     own.diagonal().add_(part.ridge)
     return torch.linalg.cholesky(own)
 

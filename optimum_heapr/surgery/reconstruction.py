@@ -143,9 +143,9 @@ def reconstruct_block(
 
 
 def inputs_bytes(block: ExpertBlock, tokens: int) -> int:
-    """What is there besides, while a block is fitted that is then trained: its inputs in the pruned model, and its target."""
+    """What is there besides, while a block is fitted that is then trained: its inputs in both models, and its target."""
     stored = block.module.down_proj.dtype.itemsize
-    return tokens * block.hidden_size * (2 * stored + max(stored, 4))  # shared experts may have inputs of their own
+    return tokens * block.hidden_size * (3 * stored + max(stored, 4))  # shared experts may have inputs of their own
 
 
 def training_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:

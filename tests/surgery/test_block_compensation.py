@@ -13,10 +13,11 @@ from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.checkpoints.saving import apply_streaming, write_streaming
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.families import TESTED
-from optimum_heapr.surgery import least_squares
+from optimum_heapr.surgery import block_compensation, least_squares
 from optimum_heapr.surgery.block_compensation import fit_block
-from optimum_heapr.surgery.block_inputs import watched_blocks
+from optimum_heapr.surgery.block_inputs import BlockInputs, watched_blocks
 from tests.helpers import calibration_data, random_ids, tiny_model, tiny_tokenizer
+from tests.memory import LiveBytes
 from tests.modeling.test_families import make_model
 
 
@@ -298,8 +299,6 @@ def test_without_text_nothing_is_cut(checkpoint):
 
 
 def test_a_fit_without_room_is_refused_before_anything_is_measured(monkeypatch):
-    from optimum_heapr.surgery import block_compensation
-
     model = tiny_model()
     needed = block_compensation.fitting_bytes(find_expert_blocks(model)[0], 128 * 2048, 2)
     assert needed > 128 * 2048 * (4 * 2 * 32)  # what tokens take, in float32
@@ -309,6 +308,34 @@ def test_a_fit_without_room_is_refused_before_anything_is_measured(monkeypatch):
     ):
         HeaprPruner(model, config=HeaprConfig(**OPTIONS)).prune()
     HeaprPruner(model, config=HeaprConfig(**OPTIONS, seq_length=1024)).check()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fit_takes_what_is_stated_and_not_much_less(monkeypatch, dtype):
+    """Fewer tokens, experts and rows than in the large model of the guide, in about its proportions."""
+    tokens, shape = (
+        2048,
+        {"hidden_size": 128, "moe_intermediate_size": 48, "num_experts": 32, "num_experts_per_tok": 4},
+    )
+    monkeypatch.setattr(least_squares, "NUMBERS_AT_ONCE", tokens * 128 // 16)
+    monkeypatch.setattr(least_squares, "UNKNOWNS_AT_ONCE", 32 * 48 * 128 // 3)
+    monkeypatch.setattr(least_squares, "MOST_STEPS", 3)
+    block = find_expert_blocks(tiny_model(**shape, dtype=dtype))[0]
+    weight, index = torch.rand(tokens, 32).topk(4)
+    inputs, kept = (
+        BlockInputs({}),
+        [torch.arange(47)] * 32,
+    )  # all but one, as the width that is stated is the whole one
+    hidden = (torch.randn(tokens, 16) @ torch.randn(16, 128)).to(dtype)
+    inputs._routing = [(hidden, index, weight.to(dtype))]
+    del hidden, index, weight
+    weights = list(block.module.parameters())
+    with LiveBytes([*weights, *inputs._routing[0]]) as watched:
+        fitted = block_compensation.fit_block(block, inputs, kept, 0.01)
+    taken = watched.most - sum(part.nbytes for part in weights)
+    assert 0.8 < taken / block_compensation.fitting_bytes(block, tokens, 4) < 1
+    assert fitted.error_after < fitted.error_before
 
 
 def test_half_precision_widths_that_no_kernel_takes_and_training_mode():

@@ -45,10 +45,12 @@ def by_normal_equations(parts: list[Part], target: torch.Tensor) -> torch.Tensor
     return torch.linalg.solve(matrix, design.T @ target)
 
 
+@pytest.mark.parametrize("columns_at_once", [HIDDEN, 3, 0])
 @pytest.mark.parametrize("tokens_at_once", [TOKENS, 7])
-def test_equals_the_normal_equations(monkeypatch, tokens_at_once):
+def test_equals_the_normal_equations(monkeypatch, tokens_at_once, columns_at_once):
     monkeypatch.setattr(least_squares, "TOLERANCE", 1e-10)
     monkeypatch.setattr(least_squares, "NUMBERS_AT_ONCE", tokens_at_once * HIDDEN)
+    monkeypatch.setattr(least_squares, "UNKNOWNS_AT_ONCE", columns_at_once * 14 or 5)  # 5 are less than a column has
     parts, target = problem()
     changes, left = solve(parts, target)
     assert [change.shape for change in changes] == [(5, HIDDEN), (1, HIDDEN), (8, HIDDEN)]
