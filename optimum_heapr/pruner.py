@@ -111,7 +111,6 @@ class HeaprPruner(PrunerSummary):
         """
         from .checkpoints.stages import load_stages
 
-        config = HeaprConfig.checked(config)
         loaded = load_stages(model, config, statistics, memory, activation_memory, **model_options)
         pruner = cls(loaded.stages.model, loaded.tokenizer, config)
         pruner._stages, pruner.statistics = loaded.stages, loaded.statistics
@@ -220,7 +219,7 @@ class HeaprPruner(PrunerSummary):
         check_prompts(prompts, self.tokenizer)
         self.check(config := self.config.replace(**changes))
         if self.statistics is None:
-            self.calibrate(config, keep_grams=config.compensates_experts)
+            self.calibrate(config, keep_grams=self._stages.needs_matrices(config))
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)
 
     def recover(
@@ -271,7 +270,7 @@ class HeaprPruner(PrunerSummary):
             HeaprError: if nothing was pruned yet, the folder cannot be written, is not empty or is the model's own, or the Hub refuses.
         """
         plan, folder = self._pruned_by(), Path(folder)
-        if not self._stages.writes:
+        if not self._stages.writes(f"folder={str(folder)!r}"):
             return folder
         check_output_is_not_input(folder, self.model.config.name_or_path, argument="folder")
         push_options, save_options = split_push_options(save_options) if push_to_hub else ({}, save_options)
@@ -290,9 +289,10 @@ class HeaprPruner(PrunerSummary):
         """Uploads what [`~HeaprPruner.save_pretrained`] writes, with its options and those of
         [`~optimum_heapr.hub.push.push_folder`], to `NAME` or `OWNER/NAME`, in one commit. If the Hub refuses, nothing changes there."""
         push_options, save_options = split_push_options(options)
+        if not self._stages.writes(f"repo_id={repo_id!r}"):
+            return None
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **save_options)
-            return push_folder(folder, repo_id, **push_options) if self._stages.writes else None
+            return push_folder(self.save_pretrained(folder, **save_options), repo_id, **push_options)
 
     def _pruned_by(self) -> PruningPlan:
         if self.applied_plan is None:

@@ -322,15 +322,19 @@ def test_the_model_is_not_saved_over_what_it_was_loaded_from(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_of_connected_processes_the_first_writes(tmp_path, monkeypatch):
+def test_of_connected_processes_the_first_writes(tmp_path, monkeypatch, heapr_log):
     """As transformers does it, which all processes call to save; a second folder would lack what that writes."""
     pruner = HeaprPruner(tiny_model())
     pruner.statistics = calibrate(pruner.model, calibration_data(24, 24), 1)
     pruner.apply(pruner.plan())
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     for rank in (1, 0):
         monkeypatch.setattr("torch.distributed.get_rank", lambda *_, rank=rank: rank)
         assert pruner.save_pretrained(tmp_path / "pruned") == tmp_path / "pruned"
         assert (tmp_path / "pruned" / "model.safetensors").exists() == (rank == 0)
     monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
     assert pruner.push_to_hub("somebody/pruned") is None
+    said = [record.getMessage() for record in heapr_log.records if "is written" in record.getMessage()]
+    rest = "nothing is written by this process, rank 1 of 2; rank 0 writes"
+    assert said == [f"folder='{tmp_path / 'pruned'}': {rest}", f"repo_id='somebody/pruned': {rest}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -36,11 +36,10 @@ class Share:
         accelerator (`Accelerator`): connects the processes.
     """
 
-    description: ClassVar[dict[str, Any]] = {}
-    """What a run depends on besides the number of processes."""
-
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        self.description: dict[str, Any] = {}
+        """What a run depends on besides the number of processes."""
         self.splits: dict[str, Split] = {}
         """By block path, which atomic experts of each expert are here, where others have the rest."""
 
@@ -82,7 +81,9 @@ class GatheredShare(Share):
     compute as often as the others.
     """
 
-    description: ClassVar[dict[str, Any]] = {"weights": "gathered"}
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self.description = {"weights": "gathered"}
 
     def micro_batches(self, number: int) -> Sequence[int | None]:
         own, steps = super().micro_batches(number), -(-number // self.accelerator.num_processes)
@@ -123,10 +124,12 @@ class WidthShare(GatheredShare):
         HeaprError: if its experts are not split by width over all processes.
     """
 
-    description: ClassVar[dict[str, Any]] = {"weights": "split"}
-
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, blocks: list[ExpertBlock]):
         super().__init__(accelerator)
+        # What else is split is added up over the processes as well, and rounded before: other numbers come out.
+        experts = tuple(f"{block.path}." for block in blocks)
+        others = any(is_shard(part) for name, part in model.named_parameters() if not name.startswith(experts))
+        self.description = {"weights": "split", "tp_plan": "auto" if others else "experts"}
         mesh = _mesh_of(model, accelerator.num_processes)
         self.splits = {block.path: _split(block, mesh) for block in blocks}
 

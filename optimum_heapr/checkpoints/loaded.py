@@ -82,10 +82,14 @@ class LoadedModel:
             self._base = BaseModel.of(self.model)
         return self._base
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes what comes of it: of several that are connected the first alone does, as in transformers."""
-        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    def writes(self, what: str) -> bool:
+        """Whether this process writes what comes of it, and says so if not: of several that are connected the first alone does, as in
+        transformers, also where each has a model, or a folder, of its own."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            return True
+        rank, number = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        logger.warning("%s: nothing is written by this process, rank %d of %d; rank 0 writes", what, rank, number)
+        return False
 
     def state(self, path: str | os.PathLike | None, resume: bool, save_every: int) -> StateFile | StateFolder | None:
         """Where a calibration is saved and goes on from, if a path is named.
@@ -119,6 +123,21 @@ class LoadedModel:
         finish = partial(with_removal_curve, ridge=config.ridge) if config.criterion == "obs" else None
         measured = config.batch_size, config.needs_grams, config.skip_nonfinite
         return calibrate(self.model, data, *measured, state, checkpointing, finish)
+
+    def needs_matrices(self, config: HeaprConfig) -> bool:
+        """Whether what comes after calibration takes the matrices, which of several processes the first alone has.
+
+        Raises:
+            HeaprError: if it does, and there are several.
+        """
+        connected = connected_processes() if config.compensates_experts else None
+        if connected is not None:
+            raise HeaprError(
+                f"compensation_scope='expert': takes matrices, and of the {connected.num_processes} processes that call prune() the first "
+                "alone would have them; call calibrate() in each, then plan() and apply() in the first, or ask for "
+                "compensation_scope='block'"
+            )
+        return config.compensates_experts
 
     def measured(
         self, statistics: AtomicStatistics | str | os.PathLike | None, otherwise: AtomicStatistics | None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..budget import check_in_memory
 from ..calibration.sharing import check_sharding
+from ..configuration import HeaprConfig
 from ..hub.base_model import BaseModel
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..calibration.statistics import AtomicStatistics
-    from ..configuration import HeaprConfig
 
 
 logger = get_logger(__name__)
@@ -57,7 +57,7 @@ def stages_of(model: PreTrainedModel) -> LoadedModel:
 
 def load_stages(
     name: str | os.PathLike,
-    config: HeaprConfig,
+    config: HeaprConfig | None,
     statistics: AtomicStatistics | str | os.PathLike | None = None,
     memory: str = "plain",
     activation_memory: int | str | None = None,
@@ -68,13 +68,14 @@ def load_stages(
     Args:
         name, statistics, memory, activation_memory, model_options: as for
             [`~optimum_heapr.HeaprPruner.from_pretrained`].
-        config (`HeaprConfig`): its calibration part is used for the estimate; without a dataset, statistics beside the model
+        config (`HeaprConfig`, *optional*): its calibration part is used for the estimate; without a dataset, statistics beside the model
             are used.
 
     Raises:
         HeaprError: if the model or the statistics cannot be loaded, `memory` or `activation_memory` is unknown, or
             `max_loss_increase` is asked for and the model will not be in memory.
     """
+    config = HeaprConfig.checked(config)
     for option in dataclasses.fields(config):
         if option.name in model_options:
             value = f"{option.name}={model_options[option.name]!r}"

@@ -35,6 +35,18 @@ def check_document(document: dict[str, Any]) -> None:
         check_parts(source, {"name": str, "increase": (float, int)})
 
 
+def check_layout(dropped: dict[str, list[int]], layout: str) -> None:
+    """Refuses experts that go from routers where the layout has routers of all experts.
+
+    Raises:
+        HeaprError: naming the layout.
+    """
+    if dropped and layout != "uniform":
+        raise HeaprError(
+            f"plan: drops experts from routers, which layout='uniform' alone can, and its layout is {layout!r}; plan again"
+        )
+
+
 def check_dropped(dropped: dict[str, list[int]], kept: dict[str, list[torch.Tensor]], storage: dict[str, Any]) -> None:
     """Refuses experts that go from routers and are not empty, or more of one block than of another.
 

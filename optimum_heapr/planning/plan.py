@@ -15,7 +15,7 @@ from ..utils.errors import HeaprError, reason_of
 from ..utils.public import public_data
 from ..utils.values import TensorValue
 from .alignment import warn_of_stock_widths
-from .document import NEWER, check_document, check_dropped
+from .document import NEWER, check_document, check_dropped, check_layout
 
 
 if TYPE_CHECKING:
@@ -259,6 +259,7 @@ class PruningPlan(TensorValue):
         Raises:
             HeaprError: naming block, expert and the allowed range.
         """
+        check_layout(self.dropped, self.config.layout)
         check_dropped(self.dropped, self.kept, self.storage)
         for path, experts in self.kept.items():
             width = self.original_width[path]
@@ -278,6 +279,7 @@ class PruningPlan(TensorValue):
         Raises:
             HeaprError: naming the block and both shapes.
         """
+        check_layout(self.dropped, self.config.layout)  # which may be another one since the plan was read
         for path in [*shapes, *self.kept]:
             planned = (len(self.kept[path]), self.original_width[path]) if path in self.kept else None
             if planned != shapes.get(path):

@@ -14,6 +14,7 @@ from ..fingerprint import hash_of_samples
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
 from .fitted import FittedBlock
+from .selection import shape_of_rows
 
 
 if TYPE_CHECKING:
@@ -54,8 +55,12 @@ class FitFiles:
         """Whether this block is done."""
         return self._file_of(block).is_file()
 
-    def read(self, block: ExpertBlock) -> FittedBlock:
+    def read(self, block: ExpertBlock, model: torch.nn.Module) -> FittedBlock:
         """What a block became, on the device of its weights; the plan gets what was said of it.
+
+        Args:
+            block (`ExpertBlock`): experts of the unpruned model.
+            model (`PreTrainedModel`): that they are of; shapes of shared experts are read.
 
         Raises:
             HeaprError: if the file is damaged, or of a run that differs.
@@ -64,7 +69,9 @@ class FitFiles:
         try:
             found = differences(document["run"], self._run)
             fitted = None if found else unpacked(self.plan, block, tensors, document)
-        except (KeyError, TypeError, AttributeError) as error:
+            if fitted is not None:
+                _check_shapes(fitted, block, self.plan.kept[block.path], model)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise HeaprError(
                 f"fits={str(self.folder)!r}: is damaged ({reason_of(error)}); delete the folder to begin anew"
             ) from error
@@ -82,6 +89,24 @@ class FitFiles:
 
     def _file_of(self, block: ExpertBlock) -> Path:
         return self.folder / f"{block.path}{_ENDING}"
+
+
+def _check_shapes(fitted: FittedBlock, block: ExpertBlock, kept: list[torch.Tensor], model: torch.nn.Module) -> None:
+    """Refuses what would not go into the block, or by broadcasting would.
+
+    Raises:
+        ValueError: naming both shapes.
+        LookupError or AttributeError: if the model has no such parameter.
+    """
+    expected = [
+        (f"{name} of expert {expert}", rows, shape_of_rows(block, name, len(indices)))
+        for name, parts in fitted.experts.items()
+        for expert, (rows, indices) in enumerate(zip(parts, kept, strict=True))
+    ]
+    expected += [(name, part, tuple(model.get_parameter(name).shape)) for name, part in fitted.shared.items()]
+    for name, part, shape in expected:
+        if tuple(part.shape) != shape:
+            raise ValueError(f"{name} has shape {list(part.shape)} and must have {list(shape)}")
 
 
 def packed(

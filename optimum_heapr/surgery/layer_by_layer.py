@@ -98,7 +98,7 @@ def compensate_together(
         with decoder.layer(number, then=number + 1 if number < last else None) as layer:
             called = calls_of(walk, number, layer, {_PLAN: rerouting}, portion)
             if portion.of_first(fits is not None and all(map(fits.has, blocks))):
-                fitted = {block.path: fits.read(block) for block in blocks if fits is not None}
+                fitted = {block.path: fits.read(block, decoder.model) for block in blocks if fits is not None}
             else:
                 trained_on = {}
                 if pruned and blocks:

@@ -72,6 +72,18 @@ def _kept_rows(block: ExpertBlock, parameter: str, expert: int, indices: torch.T
     return block.gate_up_bias(expert)[:, indices]
 
 
+def shape_of_rows(block: ExpertBlock, parameter: str, width: int) -> tuple[int, ...]:
+    """What [`set_rows`] takes of one expert that keeps so many atomic experts.
+
+    Raises:
+        KeyError: if the block has no such parameter.
+    """
+    shapes = {"down_proj": (width, block.hidden_size), "gate_up_proj": (2, width, block.hidden_size)}
+    if block.module.has_bias:
+        shapes |= {"gate_up_proj_bias": (2, width), "down_proj_bias": (block.hidden_size,)}
+    return shapes[parameter]
+
+
 def set_rows(
     block: ExpertBlock, kept: list[torch.Tensor], rows: list[torch.Tensor], parameter: str = "down_proj"
 ) -> None:

@@ -73,6 +73,10 @@ except SystemExit as error:
     found["interrupted"] = error.code, len(calls)
 runner._Measuring._measure = measure
 state = StateFile(folder / "state", resume=True)
+try:
+    calibrate(load("qwen3_moe", "experts"), data, batch_size=2, state=state)
+except HeaprError as error:
+    found["otherwise"] = str(error)
 calibrate(model, data, batch_size=2, state=state).save(folder / f"resumed.{{rank}}")
 
 # What is not finite in the atomic experts of one process is left out by both.
@@ -244,6 +248,9 @@ def test_float32_differs_by_its_rounding(measured):
 def test_processes_stop_and_go_on_together(measured):
     """Whichever of them got the signal: out of step, one would wait for what the other never sends."""
     assert found_by(measured, 0)["interrupted"] == found_by(measured, 1)["interrupted"] == [128 + 15, 2]
+    for rank in (0, 1):  # what else is split changes the numbers, too
+        refused = found_by(measured, rank)["otherwise"]
+        assert 'saved by a run that differs (tp_plan was "auto", is "experts"); resume with the same' in refused
     expected = calibrate(reference("qwen3_moe"), calibration_data(*LENGTHS), batch_size=2)
     assert_same_statistics(AtomicStatistics.load(measured / "resumed.0"), expected, 1e-6)
 

@@ -98,6 +98,10 @@ def test_a_saved_plan_says_what_went(tmp_path):
         (lambda plan: plan.dropped[PATH].__setitem__(3, 8), r"must rise within \[0, 8\)"),
         (lambda plan: plan.kept[PATH].reverse(), "must keep an expert, and nothing of those that it drops"),
         (lambda plan: plan.storage.pop("routing"), "does not say what rows of routers go with them"),
+        (
+            lambda plan: setattr(plan, "config", HeaprConfig()),
+            "which layout='uniform' alone can, and its layout is 'variable'; plan again",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_together_is_refused(spoil, message):
@@ -107,6 +111,16 @@ def test_a_plan_that_does_not_fit_together_is_refused(spoil, message):
     spoil(plan)
     with pytest.raises(HeaprError, match=message):
         plan.check()
+
+
+@pytest.mark.parametrize("layout", ["variable", "padded"])
+def test_where_a_plan_that_drops_experts_got_another_layout_it_is_refused(layout):
+    """Once it was read, as by a flag; nothing is cut."""
+    plan = PruningPlan.build(statistics_of(), config_of())
+    plan.config = HeaprConfig(layout=layout)
+    shapes = {path: (len(experts), plan.original_width[path]) for path, experts in plan.kept.items()}
+    with pytest.raises(HeaprError, match=f"drops experts from routers, .* its layout is '{layout}'; plan again"):
+        plan.check_shapes(shapes)
 
 
 def test_the_table_of_a_dry_run_shows_it():

@@ -105,6 +105,39 @@ def _without_rows(tensors, document):
     return tensors, {name: part for name, part in document.items() if name != "rows"}
 
 
+def _of_another_shape(name, change):
+    """An artefact whose first tensor of such a name has another shape."""
+
+    def changed(tensors, document):
+        chosen = next(key for key in tensors if name in key)
+        return {**tensors, chosen: change(tensors[chosen])}, document
+
+    return changed
+
+
+def test_rows_of_another_shape_are_refused(measured, tmp_path, monkeypatch):
+    """Those that would be broadcast as well."""
+    applied(measured, tmp_path / "fits")
+    keys = list(load_file(min((tmp_path / "fits").iterdir())))
+    changes = {
+        "down_proj.1": lambda rows: rows[:1],
+        "gate_up_proj.0": lambda rows: rows[0],
+        "shared.": lambda part: part[:, :1],
+    }
+    changes = {name: change for name, change in changes.items() if any(name in key for key in keys)}
+    assert len(changes) > 1
+    for name, change in changes.items():
+        with pytest.raises(
+            HeaprError,
+            match=r"^fits='[^']*fits': is damaged \(.* has shape \[.*\] and must have \[.*\]\); delete the folder",
+        ):
+            with monkeypatch.context() as patch:
+                spoil = _of_another_shape(name, change)
+                patch.setattr(fit_files, "read_artefact", lambda *given, spoil=spoil: spoil(*read_artefact(*given)))
+                applied(measured, tmp_path / "fits")
+    shutil.rmtree(tmp_path / "fits")
+
+
 def test_what_another_run_left_is_refused(measured, tmp_path, monkeypatch):
     applied(measured, tmp_path / "fits")
     differ = r"^fits='[^']*fits': saved by a run that differs \({}.*\); go on with the same plan, text and options, or delete"

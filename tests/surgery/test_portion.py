@@ -77,6 +77,22 @@ def test_several_processes_make_what_one_does(measured, model_type, options, num
     assert len(plan.rectangles) > 1 or options is not FEWER
 
 
+def test_compensation_within_experts_is_refused_in_each_process_before_anything_is_measured(monkeypatch):
+    """Of several the first alone would have the matrices, and go on where the others could not."""
+    ranks = Ranks(monkeypatch)
+
+    def refused(rank):
+        pruner = HeaprPruner(tiny_model(), config=HeaprConfig(compensate=True, eval_samples=0))
+        pruner.calibrate = lambda *_, **__: pytest.fail("was measured")
+        with pytest.raises(HeaprError) as error:
+            pruner.prune()
+        return str(error.value)
+
+    message = "compensation_scope='expert': takes matrices, and of the 2 processes that call prune() the first alone would have them; call "
+    for found in ranks.run(refused):
+        assert found.startswith(message) and found.endswith("or ask for compensation_scope='block'")
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 7])
 def test_each_token_is_in_one_portion(number, monkeypatch):
     """Five micro-batches; where there are more processes, some have none."""
