@@ -208,7 +208,7 @@ RULES = (
     (r"vllm serve ", Commands.served),
     (r"curl ", Commands.shell),
     (r"python -m pip install ", Commands.installation),
-    (r"python benchmarks/in_fp8.py ", Commands.small_program),
+    (r"python benchmarks/in_fp8.py --model demo ", Commands.small_program),
     (r"([A-Z_0-9]+=\S+ )?python (-m pytest|(docs|benchmarks|recipes|tests/versions)/)", Commands.of_the_repository),
     (r"(ruff|git worktree) ", Commands.of_others),
 )
