@@ -4,7 +4,8 @@
     PYTHONPATH=. python benchmarks/serving.py --kept 0.5          in an environment with vLLM (tests/serving/run_vllm.sh)
 
 Prints one table. The models are random Qwen3-MoEs of a realistic shape; all three are in one process and take turns, and each
-figure is the median over rounds. On a CPU with one thread it counts seconds of the processor, of which other processes cost less.
+figure, also each ratio, is the median over rounds; decoding is the median step of a round. On a CPU with one thread it counts
+seconds of the processor, of which other processes cost less.
 """
 
 import argparse
@@ -24,7 +25,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 CLOCK = time.process_time if THREADS == 1 and not torch.cuda.is_available() else time.perf_counter
 
-PROMPT, NEW_TOKENS = 64, 16
+PROMPT, NEW_TOKENS = 64, 32
 
 
 def checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
@@ -67,13 +68,19 @@ def checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
     return {name: folder / name for name in made}
 
 
-def seconds(engine, prompts: list[list[int]], new_tokens: int) -> float:
+def steps(engine, prompts: list[list[int]], name: str) -> tuple[float, list[float]]:
+    """Seconds until all prompts are read, and of each step that generates one token for every request."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    start = CLOCK()
-    engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    return CLOCK() - start
+    sampling = SamplingParams(temperature=0, max_tokens=1 + NEW_TOKENS, ignore_eos=True, detokenize=False)
+    core, taken = engine.llm_engine, []
+    for number, ids in enumerate(prompts):
+        core.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, sampling)
+    while core.has_unfinished_requests():
+        start = CLOCK()
+        core.step()
+        taken.append(CLOCK() - start)
+    return sum(taken[:-NEW_TOKENS]), taken[-NEW_TOKENS:]
 
 
 def expert_bytes(model) -> int:
@@ -113,14 +120,13 @@ def main() -> None:
         }
     decode: dict[tuple[str, int], list[float]] = {}
     prefill: dict[tuple[str, int], list[float]] = {}
-    for _ in range(args.rounds + 1):  # the first warms up
+    for round_ in range(args.rounds + 1):  # the first warms up
         for requests in args.requests:
             prompts = [[generator.randrange(1, 1024) for _ in range(PROMPT)] for _ in range(requests)]
             for name, engine in engines.items():
-                first = seconds(engine, prompts, 1)
-                rest = seconds(engine, prompts, 1 + NEW_TOKENS) - first
+                first, each = steps(engine, prompts, f"{round_}-{requests}")
                 prefill.setdefault((name, requests), []).append(requests * PROMPT / first)
-                decode.setdefault((name, requests), []).append(requests * NEW_TOKENS / rest)
+                decode.setdefault((name, requests), []).append(requests / statistics.median(each))
     clock = "second of the processor, 1 thread" if CLOCK is time.process_time else "second"
     print(f"tokens a {clock}, {args.dtype}, {'compiled' if args.compiled else 'eager'}: decode / prefill")
     print("| model | MB of experts | " + " | ".join(f"{n} requests" for n in args.requests) + " |")
@@ -131,6 +137,15 @@ def main() -> None:
             for n in args.requests
         ]
         print(f"| {name} | {sum(engine.apply_model(expert_bytes)) / 1e6:.0f} | " + " | ".join(cells) + " |")
+    for other in ("uniform", "unpruned"):
+        cells = [
+            " / ".join(
+                f"{statistics.median(v / o for v, o in zip(figures['variable', n][1:], figures[other, n][1:])):.2f}"
+                for figures in (decode, prefill)
+            )
+            for n in args.requests
+        ]
+        print(f"| variable : {other} | | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

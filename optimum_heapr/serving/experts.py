@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -29,6 +28,7 @@ from vllm.platforms import current_platform
 from ..modeling.atomic_experts import storage_order
 from .errors import ServingError
 from .families import UNIFORM
+from .on_cpu import sum_on_cpu
 from .pieces import Pieces, cut
 
 
@@ -109,37 +109,12 @@ class GroupsMethod(FusedMoEMethodBase):
             return _sum_of_groups(layer, x, topk_weights, topk_ids)
         if torch.compiler.is_compiling():
             return torch.ops.heapr.experts(x, topk_weights, topk_ids, layer.layer_name)
-        return _sum_on_cpu(layer, x, topk_weights, topk_ids)
+        return sum_on_cpu(layer, x, topk_weights, topk_ids)
 
 
 def _sum_of_groups(layer, x, topk_weights, topk_ids):
     """Every group is given all tokens: its kernel skips the experts that its map calls -1."""
     return sum(group.run(x, topk_weights, topk_ids) for group in layer.groups)
-
-
-def _sum_on_cpu(layer, x, topk_weights, topk_ids):
-    """Every group is given the tokens that need it, each as often as it has experts there: the CPU's kernel knows no map."""
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    for group in layer.groups:
-        slots = group._expert_map[topk_ids]
-        tokens, choices = torch.where(slots >= 0)
-        if tokens.numel():
-            weights = topk_weights[tokens, choices].unsqueeze(1)
-            part = group.run(x[tokens], weights, slots[tokens, choices].unsqueeze(1))
-            out.index_add_(0, tokens, part.float())
-    return out.to(x.dtype)
-
-
-@torch.library.custom_op("heapr::experts", mutates_args=())
-def _experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
-    """Hides from torch.compile that the number of tokens of a group is not known beforehand."""
-    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    return _sum_on_cpu(layer, x, topk_weights, topk_ids)
-
-
-@_experts.register_fake
-def _(x, topk_weights, topk_ids, layer_name):
-    return torch.empty_like(x)
 
 
 class VariableWidths:
@@ -176,6 +151,8 @@ class VariableWidths:
             )
             for group, width in enumerate(self.pieces.widths)
         )
+        maps = torch.stack([group._expert_map for group in self.groups])
+        self.register_buffer("slots", maps, persistent=False)  # by group and expert: its place there, or -1
 
     def _group_config(self, width: int, members: list[int]) -> FusedMoEConfig:
         backend = self.moe_config.moe_backend

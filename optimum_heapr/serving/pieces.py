@@ -15,13 +15,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 
 
 # More zeros than this share of the weights are worth another group ...
 MAX_PADDING = 0.08
 # ... up to this many: every group is a kernel call of its own.
 MAX_GROUPS = 5
+# Where memory allows, too, but for this share of the cost at least.
+WORTH_A_GROUP = 0.01
+# Reading a token for one more piece, and adding what that gives, takes as long as so many columns do (vLLM's CPU kernel).
+COLUMNS_A_PIECE = 32
 # Widths are chosen among multiples of the widest expert's part of this: finer ones save no more than they cost to try.
 MAX_UNITS = 48
 
@@ -57,10 +61,10 @@ class Pieces:
 
 
 def cut(widths: list[int], multiple: int, keep_empty: bool = False) -> Pieces:
-    """Cuts the experts of a layer so that few groups cost few zeros.
+    """Cuts the experts of a layer so that few groups cost few zeros, and experts have few pieces.
 
-    All ways to divide the widest expert over one, two, ... `MAX_GROUPS` groups are tried, until one pads the layer by no
-    more than `MAX_PADDING` or by no more than the multiple itself forces.
+    Groups are added, up to `MAX_GROUPS`, until they pad the layer by no more than `MAX_PADDING`, or by no more than the
+    multiple itself forces; and further where pieces become so few that it is worth a group.
 
     Args:
         widths (`list[int]`): atomic experts of each expert.
@@ -76,7 +80,7 @@ def cut(widths: list[int], multiple: int, keep_empty: bool = False) -> Pieces:
     unit = multiple * ceil(max(needed) / (multiple * MAX_UNITS))
     units = [ceil(width / unit) for width in needed]
     allowed = max(int((1 + MAX_PADDING) * sum(widths)) // unit, sum(units))
-    sizes = _fewest_groups(tuple(sorted(Counter(units).items())), allowed)
+    sizes = _groups(tuple(sorted(Counter(units).items())), allowed, COLUMNS_A_PIECE / unit)
     subsets = _subsets(sizes)
     sums = sorted(subsets)
     groups_of = tuple(subsets[sums[bisect_left(sums, count)]] for count in units)
@@ -84,38 +88,37 @@ def cut(widths: list[int], multiple: int, keep_empty: bool = False) -> Pieces:
 
 
 @lru_cache(maxsize=256)
-def _fewest_groups(histogram: tuple[tuple[int, int], ...], allowed: int) -> tuple[int, ...]:
-    """Sizes of the groups, in units, for experts of (units, how many): as few as cost no more than `allowed`, else the best."""
-    best_cost, best = None, ()
-    for groups in range(1, MAX_GROUPS + 1):
-        for sizes in _partitions(histogram[-1][0], groups):
-            cost = _cost(histogram, sizes)
-            if best_cost is None or cost < best_cost:
-                best_cost, best = cost, sizes
-        if best_cost <= allowed:
+def _groups(histogram: tuple[tuple[int, int], ...], allowed: int, piece: float) -> tuple[int, ...]:
+    """Sizes of the groups, from wide to narrow and in units, for experts of (units, how many)."""
+
+    def cost(sizes: tuple[int, ...]) -> tuple[float, float]:
+        """Units beyond what is allowed, and units with what pieces cost."""
+        subsets = _subsets(sizes)
+        sums = sorted(subsets)
+        if sums[-1] < widest:
+            return inf, inf
+        chosen = [(experts, sums[bisect_left(sums, count)]) for count, experts in histogram]
+        padded = sum(experts * total for experts, total in chosen)
+        pieces = sum(experts * len(subsets[total]) for experts, total in chosen)
+        return max(padded - allowed, 0), padded + piece * pieces
+
+    widest = histogram[-1][0]
+    every_size = range(1, widest + 1)
+    best = (widest,)
+    while len(best) < MAX_GROUPS:
+        more, before = min(((*best, size) for size in every_size), key=cost), None
+        while more != before:  # one size after the other becomes the best beside the others
+            before = more
+            for place in range(len(more)):
+                more = min((more, *((*more[:place], size, *more[place + 1 :]) for size in every_size)), key=cost)
+        (excess, total), (excess_before, total_before) = cost(more), cost(best)
+        if excess == excess_before and total > (1 - WORTH_A_GROUP) * total_before:
             break
-    return best
+        best = more
+    return tuple(sorted(best, reverse=True))
 
 
-def _cost(histogram: tuple[tuple[int, int], ...], sizes: tuple[int, ...]) -> int:
-    sums = sorted({sum(subset) for n in range(len(sizes) + 1) for subset in itertools.combinations(sizes, n)})
-    return sum(experts * sums[bisect_left(sums, count)] for count, experts in histogram)
-
-
-def _partitions(total: int, parts: int, largest: int | None = None) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as a sum of `parts` numbers, each no larger than the one before."""
-    largest = total if largest is None else min(total, largest)
-    if parts == 1:
-        if 0 < total <= largest:
-            yield (total,)
-        return
-    for first in range(largest, 0, -1):
-        if first * parts < total:
-            return
-        for rest in _partitions(total - first, parts - 1, first):
-            yield (first, *rest)
-
-
+@lru_cache(maxsize=4096)
 def _subsets(sizes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
     """The groups that make up each sum, as few as do."""
     found: dict[int, tuple[int, ...]] = {}
