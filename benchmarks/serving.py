@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 CLOCK = time.process_time if THREADS == 1 and not torch.cuda.is_available() else time.perf_counter
 
-PROMPT, NEW_TOKENS = 64, 32
+PROMPT, NEW_TOKENS = 64, 16
 
 
 def checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
@@ -83,6 +84,21 @@ def steps(engine, prompts: list[list[int]], name: str) -> tuple[float, list[floa
     return sum(taken[:-NEW_TOKENS]), taken[-NEW_TOKENS:]
 
 
+def loading_seconds() -> list[float]:
+    """Is appended to by each model that vLLM loads from now on."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load, taken = DefaultModelLoader.load_weights, []
+
+    def timed(*args):
+        start = CLOCK()
+        load(*args)
+        taken.append(CLOCK() - start)
+
+    DefaultModelLoader.load_weights = timed
+    return taken
+
+
 def expert_bytes(model) -> int:
     return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".routed_experts." in name)
 
@@ -105,6 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         from vllm import LLM
 
+        loading = loading_seconds()
         engines = {
             name: LLM(
                 str(path),
@@ -127,16 +144,26 @@ def main() -> None:
                 first, each = steps(engine, prompts, f"{round_}-{requests}")
                 prefill.setdefault((name, requests), []).append(requests * PROMPT / first)
                 decode.setdefault((name, requests), []).append(requests / statistics.median(each))
+                print(
+                    f"round {round_}, {requests} requests, {name}: {first:.2f} s, then {statistics.median(each):.4f} s a step",
+                    file=sys.stderr,
+                    flush=True,
+                )
     clock = "second of the processor, 1 thread" if CLOCK is time.process_time else "second"
     print(f"tokens a {clock}, {args.dtype}, {'compiled' if args.compiled else 'eager'}: decode / prefill")
-    print("| model | MB of experts | " + " | ".join(f"{n} requests" for n in args.requests) + " |")
-    print("|---|---|" + "---|" * len(args.requests))
-    for name, engine in engines.items():
+    print(
+        "| model | MB of experts | loading, s a GB of them | "
+        + " | ".join(f"{n} requests" for n in args.requests)
+        + " |"
+    )
+    print("|---|---|---|" + "---|" * len(args.requests))
+    for (name, engine), loaded in zip(engines.items(), loading):
+        size = sum(engine.apply_model(expert_bytes))
         cells = [
             " / ".join(f"{statistics.median(figures[name, n][1:]):.0f}" for figures in (decode, prefill))
             for n in args.requests
         ]
-        print(f"| {name} | {sum(engine.apply_model(expert_bytes)) / 1e6:.0f} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {size / 1e6:.0f} | {loaded / size * 1e9:.1f} | " + " | ".join(cells) + " |")
     for other in ("uniform", "unpruned"):
         cells = [
             " / ".join(
@@ -145,7 +172,7 @@ def main() -> None:
             )
             for n in args.requests
         ]
-        print(f"| variable : {other} | | " + " | ".join(cells) + " |")
+        print(f"| variable : {other} | | | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
