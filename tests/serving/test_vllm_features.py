@@ -23,7 +23,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
 from tests.serving.engine import largest_difference, log_probabilities, prompts, served  # noqa: E402
-from tests.serving.variable_models import variable_checkpoint  # noqa: E402
+from tests.serving.variable_models import padded_checkpoint, variable_checkpoint  # noqa: E402
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -35,8 +35,8 @@ from tests.serving.engine import log_probabilities, served
 
 if __name__ == "__main__":  # processes of vLLM import this file
     found = []
-    for folder in sys.argv[1:]:
-        engine = served(folder, tensor_parallel_size=2)
+    for folder in sys.argv[2:]:
+        engine = served(folder, **json.loads(sys.argv[1]))
         found.append([(ids, values.tolist()) for ids, values in log_probabilities(engine)])
         del engine
     for values in found:
@@ -94,6 +94,21 @@ def test_chunks_of_prompts_and_cached_prefixes(tmp_path):
     assert torch.allclose(*map(torch.tensor, scores), atol=1e-4)
 
 
+def test_as_draft_of_the_unpruned_model(tmp_path):
+    """Both compute the same, the unpruned one with zeros: so all that is drafted is accepted, and tokens are those without a draft."""
+    padded_checkpoint(tmp_path / "model", "qwen3_moe", variable_checkpoint(tmp_path / "draft", "qwen3_moe"))
+    expected = log_probabilities(served(tmp_path / "model"))
+    gc.collect()
+    drafting = {"model": str(tmp_path / "draft"), "num_speculative_tokens": 3}
+    engine = served(tmp_path / "model", speculative_config=drafting, disable_log_stats=False)
+    assert [ids for ids, _ in log_probabilities(engine)] == [ids for ids, _ in expected]
+    counted = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert drafted >= 3 * 8
+    # What is drafted beyond the last token that was asked for counts as not accepted.
+    assert accepted >= 0.8 * drafted
+
+
 def test_weights_are_not_loaded_a_second_time(tmp_path):
     """vLLM's CPU build computes something else then, of stock models as well, and says nothing."""
     variable_checkpoint(tmp_path, "qwen3_moe")
@@ -140,15 +155,23 @@ def test_adapters_of_attention(tmp_path):
         log_probabilities(engine, lora_request=LoRARequest("experts", 2, str(tmp_path / "adapter")))
 
 
-def test_two_ranks_share_every_expert(tmp_path):
-    """Tensor parallelism, as processes of their own: log-probabilities are those of one process."""
-    families = ["qwen3_moe", "gpt_oss"]  # the second has biases, and gate and up in turn
+@pytest.mark.parametrize(
+    "families, options",
+    [
+        (["qwen3_moe", "gpt_oss"], {"tensor_parallel_size": 2}),  # the second has biases, and gate and up in turn
+        # Eager, vLLM's CPU build ends at the first request, of stock models as well.
+        (["qwen3_moe"], {"pipeline_parallel_size": 2, "enforce_eager": False}),
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks(families, options, tmp_path):
+    """Halves of every expert, or of the layers, in processes of their own: log-probabilities are those of one process."""
     for family in families:
         variable_checkpoint(tmp_path / family, family)
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     environment = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, str(script), *(str(tmp_path / family) for family in families)]
+    command = [sys.executable, str(script), json.dumps(options), *(str(tmp_path / family) for family in families)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -159,5 +182,5 @@ def test_two_ranks_share_every_expert(tmp_path):
         gc.collect()
         assert [ids for ids, _ in found] == [ids for ids, _ in expected]
         difference = max((a - b).abs().max().item() for (_, a), (_, b) in zip(found, expected))
-        print(f"\n{family}, two ranks against one: {difference:.1e}")
+        print(f"\n{family}, two ranks against one, {options}: {difference:.1e}")
         assert difference < 1e-4
