@@ -198,20 +198,59 @@ def bare():
     return work
 
 
-PHASES = ("load", "calibrate", "order", "plan", "compensate, cut, measure before and after", "save", "load again")
+def pruner_in_memory():
+    """A random model of 1 GB in bfloat16, 20 layers of 32 experts x 256, hidden size 1,024, and a plan that halves it."""
+    from datasets import Dataset
+
+    from optimum_heapr import HeaprConfig, HeaprPruner
+
+    model = random_model(32, 256, 1024, 4, layers=20).bfloat16()
+    pruner = HeaprPruner(model, config=HeaprConfig(ratio=0.5, num_samples=1, seq_length=64))
+    pruner.calibrate(Dataset.from_dict({"input_ids": [torch.arange(64).tolist()]}))
+    return pruner, pruner.plan()
+
+
+def applying():
+    """Cutting that model, without measuring it."""
+    pruner, plan = pruner_in_memory()
+    return lambda: pruner.apply(plan) and None
+
+
+def saving():
+    """Writing it, once it is cut."""
+    pruner, plan = pruner_in_memory()
+    pruner.apply(plan)
+
+    def work():
+        with tempfile.TemporaryDirectory() as folder:
+            pruner.save_pretrained(Path(folder) / "pruned", max_shard_size="100MB")
+
+    return work
+
+
+PHASES = (
+    "import and load",
+    "calibrate",
+    "order",
+    "plan",
+    "compensate, cut, measure before and after",
+    "save",
+    "load again",
+)
 
 
 def whole_job(model: str, text: str):
     """`obs`, compensation over blocks, measured, saved, loaded again; gives the processor seconds of each phase."""
-    from transformers import AutoModelForCausalLM
-
-    from optimum_heapr import HeaprConfig, HeaprPruner
-    from optimum_heapr.criteria.obs import store_removal_curves
-
-    config = HeaprConfig(dataset=text, num_samples=128, seq_length=256, batch_size=8, criterion="obs", compensate=True)
 
     def work():
-        began = time.process_time()
+        began = time.process_time()  # what the package imports, and when, is part of it
+        from transformers import AutoModelForCausalLM
+
+        from optimum_heapr import HeaprConfig, HeaprPruner
+        from optimum_heapr.criteria.obs import store_removal_curves
+
+        options = {"num_samples": 128, "seq_length": 256, "batch_size": 8, "criterion": "obs", "compensate": True}
+        config = HeaprConfig(dataset=text, **options)
         with tempfile.TemporaryDirectory() as folder:
             pruner = HeaprPruner.from_pretrained(model, config)
             steps = (
@@ -247,8 +286,11 @@ CASES = {
     "elimination": ("removal curves, 16 experts x 768", elimination, 0.5),
     "compensation": ("compensation within experts, 16 x 768, hidden 2,048", compensation, 0.5),
     "fit": ("a block fitted as a whole, 64 x 128, hidden 512, 16,384 tokens", block_fit, None),
+    "apply": ("cutting a model of 1.0 GB in memory", applying, None),
+    "save": ("writing what is left of it, files of 100 MB", saving, None),
     "job": ("the whole recommended job", None, 0.5),
 }
+ONCE = ("apply", "save", "job")  # what is there afterwards is another thing, or it takes long
 
 
 M_MMAP_THRESHOLD = -3  # of glibc
@@ -266,9 +308,8 @@ def work(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     case = whole_job(args.model, args.text) if args.work == "job" else CASES[args.work][1]()
     for line in sys.stdin:
-        if (
-            line == "memory\n"
-        ):  # what is freed goes back to the system at once, or it would be there already for what comes next
+        # What is freed goes back to the system at once, or it would be there already for what comes next.
+        if line == "memory\n" or args.work in ("apply", "save"):
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
             ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -280,7 +321,7 @@ def work(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
     """Seconds of the processor and on the wall of each round, by side, and bytes; a first round does not count, and a last one is for
-    the bytes alone, save of the whole job, which is done once."""
+    the bytes alone, save of what is done once."""
     here = Path(__file__).resolve().parents[1]
     command = [sys.executable, __file__, str(args.old), "--work", case]
     for option in ("model", "text"):
@@ -297,7 +338,7 @@ def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]
         for name, folder in (("before", args.old.resolve()), ("now", here))
     }
     found: dict[str, list[list[float]]] = {name: [] for name in sides}
-    rounds = ["count"] if case == "job" else ["begin", *["count"] * args.rounds, "memory"]
+    rounds = ["count"] if case in ONCE else ["begin", *["count"] * args.rounds, "memory"]
     for kind in rounds:
         for name, process in sides.items():
             print(kind, file=process.stdin, flush=True)

@@ -59,8 +59,8 @@ class UnpackGateUp(ConversionOps):
         for expert, block in zip(order, _only(input_dict).split([2 * widths[expert] for expert in order])):
             half = block.shape[0] // 2
             gate, up = (block[::2], block[1::2]) if self.interleaved else (block[:half], block[half:])
-            unpacked[target_patterns[0].replace("*", str(expert))] = gate.contiguous()
-            unpacked[target_patterns[1].replace("*", str(expert))] = up.contiguous()
+            unpacked[target_patterns[0].replace("*", str(expert))] = _as_written(gate, model)
+            unpacked[target_patterns[1].replace("*", str(expert))] = _as_written(up, model)
         return unpacked
 
     @property
@@ -96,7 +96,7 @@ class UnpackDown(ConversionOps):
         widths = _widths(model, full_layer_name)
         order = storage_order(widths)
         rows = _only(input_dict).split([widths[expert] for expert in order])
-        return {target_patterns[0].replace("*", str(e)): block.T.contiguous() for e, block in zip(order, rows)}
+        return {target_patterns[0].replace("*", str(e)): _as_written(block.T, model) for e, block in zip(order, rows)}
 
     @property
     def reverse_op(self):
@@ -158,6 +158,13 @@ def _present(tensors: dict, patterns: list[str]) -> list[list[torch.Tensor]]:
     that out, or finds nothing: it quantized other layers alone."""
     found = [tensors[pattern] for pattern in patterns if pattern in tensors]
     return [part if isinstance(part, list) else list(part) for part in found]
+
+
+def _as_written(part: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """A view, as transformers unpacks a whole model before it writes the first file and makes the tensors of one file at a time
+    contiguous; of a model that is offloaded it unpacks one file at a time, and writes what it gets."""
+    devices = (getattr(model, "hf_device_map", None) or {}).values()
+    return part.contiguous() if {"cpu", "disk"} & set(devices) else part
 
 
 def _only(tensors: dict) -> torch.Tensor:
