@@ -42,8 +42,7 @@ class HeaprConfig(Options):
         ratio (`float`, *optional*):
             Share of the routed atomic experts that goes, above 0 and below 1; 0.25 if neither it nor a target is given.
         target_parameters (`int`, *optional*):
-            In place of `ratio`, parameters that the pruned model may have, all of them counted. What widths cannot hit
-            exactly stays below it.
+            In place of `ratio`, parameters that the pruned model may have, all of them counted. What widths cannot hit exactly stays below it.
         target_size (`str` or `int`, *optional*):
             In place of `ratio`, bytes that the weights of the pruned model may take, a number or e.g. `"12GB"` or
             `"11.5GiB"`. Weights count in the dtype that they had in calibration; the headers of the files, and the zeros
@@ -65,8 +64,7 @@ class HeaprConfig(Options):
             What makes up for a removed atomic expert: those that stay in the same `expert`, or all of the `block`, shared
             experts included, which takes the calibration text once more when the plan is applied.
         ridge (`float`, *optional*, defaults to 0.01):
-            Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few
-            tokens reached get more.
+            Least regularization of `obs` and of compensation, in units of the mean squared activation; experts that few tokens reached get more.
         reconstruction_steps (`int`, *optional*, defaults to 0):
             Steps that what stays of each block is trained for, after compensation over it, on the output of the unpruned
             block; held-out tokens decide how much of that is kept. Needs `compensation_scope="block"`.
@@ -179,6 +177,8 @@ class HeaprConfig(Options):
     eval_samples: int = option(16, "windows of text that prune measures on, before and after; 0 measures nothing")
     eval_dataset: str | None = option(None, "text to measure on (default: what calibration leaves over of its own)")
     seed: int = option(0, "seed of the choice of samples and of the random criterion")
+
+    NEEDS = {"reconstruction_learning_rate": "reconstruction_steps", "eval_dataset": "eval_samples"}
 
     def __post_init__(self) -> None:
         for name in ("target_size", "num_experts"):

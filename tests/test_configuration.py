@@ -22,6 +22,7 @@ from optimum_heapr.configuration import (
     REDUCTIONS,
     HeaprConfig,
 )
+from optimum_heapr.recovery.configuration import RecoveryConfig
 from optimum_heapr.utils.options import option_type
 
 
@@ -439,3 +440,28 @@ def test_numbers_in_yaml_are_written_as_people_write_them(tmp_path, written):
     (tmp_path / "recipe.yaml").write_text(f"ridge: {written}\ndataset: 1e-3.jsonl\n")
     config = HeaprConfig.from_file(tmp_path / "recipe.yaml")
     assert config.ridge == 0.001 and config.dataset == "1e-3.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "said"),
+    [
+        (HeaprConfig, {"reconstruction_learning_rate": 0.0123}, "reconstruction_steps=0"),
+        (HeaprConfig, {"eval_dataset": "of-no-use.jsonl", "eval_samples": 0}, "eval_samples=0"),
+        (RecoveryConfig, {"temperature": 1.23}, "distillation_weight=0.0"),
+        (RecoveryConfig, {"temperature": 1.24, "distillation_weight": 0.5}, None),
+        (HeaprConfig, {"eval_samples": 0}, None),
+    ],
+)
+def test_options_without_use_are_said_once(config_class, options, said, heapr_log):
+    config = config_class(**options)
+    for _ in range(2):
+        assert config_class.checked(config) is config
+    name, value = next(iter(options.items()))
+    expected = [f"{name}={value!r}: has no use with {said}"] if said else []
+    assert [record.getMessage() for record in heapr_log.records] == expected
+
+
+@pytest.mark.parametrize("config_class", [HeaprConfig, RecoveryConfig])
+def test_what_options_need_are_options(config_class):
+    names = {option.name for option in dataclasses.fields(config_class)}
+    assert config_class.NEEDS and names >= {*config_class.NEEDS, *config_class.NEEDS.values()}

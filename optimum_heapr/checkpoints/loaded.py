@@ -28,7 +28,7 @@ from ..surgery.fit_files import remove_fits
 from ..surgery.rectangles import best_rectangle
 from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, say_nothing_to_resume
 from ..utils.placement import place
 from ..utils.public import public_text
 from ..utils.sizes import parse_size
@@ -98,7 +98,10 @@ class LoadedModel:
             HeaprError: if none is, and it was asked for; or as the class of the state.
         """
         if path is not None:
-            return self.state_class(path, resume, save_every)
+            state = self.state_class(path, resume, save_every)
+            if resume and not state.path.exists():
+                say_nothing_to_resume("state", state.path)
+            return state
         if resume or save_every:
             raise HeaprError(f"state_path=None: resume={resume} and save_every={save_every} need a file; name one")
         return None

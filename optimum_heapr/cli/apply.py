@@ -10,7 +10,7 @@ from ..utils.errors import HeaprError
 from ..utils.files import check_output_is_not_input
 from .base import HeaprSubcommand
 from .options import TEXT_OPTIONS, add_config_options, add_model_options, changed_options, model_options_from
-from .running import end_processes, fits_from
+from .running import check_resume, end_processes, fits_from
 
 
 class ApplyCommand(HeaprSubcommand):
@@ -71,6 +71,7 @@ class ApplyCommand(HeaprSubcommand):
         if args.requantize:
             check_requantizing(plan.config, args.model, plan, **options)
         fits = fits_from(args) if plan.config.compensates_blocks else None
+        check_resume(args, False, fits)
         start_processes()  # under `accelerate launch` all fit blocks, one cuts and writes
         is_first = is_main_process()
         if is_first or plan.config.compensates_blocks:

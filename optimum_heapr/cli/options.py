@@ -96,7 +96,7 @@ def config_from(args: argparse.Namespace, config_class: type[Options] = HeaprCon
     """
     values: dict[str, Any] = read_mapping(args.config) if args.config else {}
     given = {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
-    return config_class.from_dict(config_class.changed(values, given))
+    return config_class.checked(config_class.from_dict(config_class.changed(values, given)))
 
 
 def changed_options(args: argparse.Namespace) -> dict[str, Any]:

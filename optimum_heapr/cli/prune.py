@@ -24,6 +24,7 @@ from .options import (
 from .running import (
     add_memory_options,
     add_state_options,
+    check_resume,
     chosen_memory,
     end_processes,
     fits_from,
@@ -138,6 +139,7 @@ class PruneCommand(HeaprSubcommand):
                 check_requantizing(config, self.args.model, model=pruner.model, **model_options_from(self.args))
             check_prompts(self.args.prompt, pruner.tokenizer)
             measures = pruner.statistics is None
+            check_resume(self.args, measures, fits)
             if measures and self.args.dry_run and not self.args.save_statistics and is_main_process():
                 print("A dry run keeps no statistics; --save-statistics FILE does", flush=True)
             if measures:

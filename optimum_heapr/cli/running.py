@@ -104,6 +104,26 @@ def fits_from(args: argparse.Namespace) -> Path:
     return path
 
 
+def check_resume(args: argparse.Namespace, calibrates: bool, fits: Path | None) -> None:
+    """Says where `--resume` or `--save-every` is about nothing; of a calibration, its state says that.
+
+    Args:
+        args (`argparse.Namespace`): the flags.
+        calibrates (`bool`): whether something is going to be measured.
+        fits (`Path`, *optional*): of [`fits_from`], if blocks are fitted.
+    """
+    from ..utils.logging import say_nothing_to_resume, say_once
+
+    if calibrates:
+        return
+    if getattr(args, "save_every", 0):
+        say_once(f"save_every={args.save_every}: has no use, as nothing is calibrated")
+    if args.resume and fits is None:
+        say_once("resume=True: has no use, as nothing is calibrated and no block is fitted")
+    elif args.resume and not fits.exists():
+        say_nothing_to_resume("fits", fits)
+
+
 @contextmanager
 def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dict[str, Any]]:
     """Prints what calibrating needs, and yields how to load the model, as keyword arguments of `from_pretrained`.

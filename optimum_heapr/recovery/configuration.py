@@ -124,6 +124,8 @@ class RecoveryConfig(Options):
     seq_length: int = option(2048, "tokens in a sample")
     seed: int = option(0, "seed of the samples, their order and the initial adapter")
 
+    NEEDS = dict.fromkeys(("temperature", "top_k_logits", "cache_teacher"), "distillation_weight")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rank", "top_k_logits", "max_steps", "batch_size", "micro_batch_size", "eval_steps", "patience"):

@@ -12,7 +12,7 @@ from typing import Any
 from ..calibration.processes import start_processes
 from ..utils.errors import HeaprError, reason_of
 from ..utils.files import write_json
-from ..utils.logging import get_logger, is_main_process
+from ..utils.logging import get_logger, is_main_process, say_nothing_to_resume
 
 
 logger = get_logger(__name__)
@@ -35,7 +35,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False):
-        self.path = Path(path)
+        self.path, self._resume = Path(path), resume
         if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in _OURS):
             raise HeaprError(f"state={str(path)!r}: holds something else than a run of recovery; name another folder")
         if self.path.exists() and not resume and is_main_process():
@@ -55,6 +55,8 @@ class RunFolder:
         about = self.path / "run.json"
         run = json.loads(json.dumps(run))
         if not about.is_file():
+            if self._resume:
+                say_nothing_to_resume("state", self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             if is_main_process():
                 write_json(about, run)

@@ -74,6 +74,26 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Warns of something that a run may come across many times, once, and on rank 0 alone."""
+    if is_main_process():
+        get_logger(__name__).warning("%s", line)
+
+
+def say_nothing_to_resume(what: str, path: os.PathLike | str) -> None:
+    """Warns, on rank 0 alone, that what `resume=True` is about is not there.
+
+    Args:
+        what (`str`): what is kept there, as errors call it.
+        path (`str`): the place.
+    """
+    if is_main_process():
+        get_logger(__name__).warning(
+            "%s=%r: resume=True finds nothing there to go on from; it begins anew", what, os.fspath(path)
+        )
+
+
 LINE_EVERY = 30.0
 """Seconds between two lines about the progress, where that goes to no terminal."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HeaprError, did_you_mean, reason_of
+from .logging import say_once
 from .public import public_name
 from .sizes import written_number
 from .summary import Summary
@@ -36,6 +37,8 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 @dataclass
 class Options(Summary):
     """Base of the configurations: types and choices are checked here, ranges by the subclass in `__post_init__`."""
+
+    NEEDS = {}  # by name of an option, another one without which, at zero or off, it changes nothing; no field, and so not annotated
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._summary().items())})"
@@ -65,7 +68,7 @@ class Options(Summary):
 
     @classmethod
     def checked(cls, config: Self | None) -> Self:
-        """The config that was passed, or the defaults.
+        """The config that was passed, or the defaults. Of its options, those that have no use are named in a warning.
 
         Raises:
             HeaprError: if it is something else, such as a mapping or the path of a recipe.
@@ -76,7 +79,12 @@ class Options(Summary):
                 f"config: is of type {type(config).__name__}; pass a {name}, such as {name}.from_file(path) or "
                 f"{name}.from_dict(mapping)"
             )
-        return config or cls()
+        config = config or cls()
+        for part in dataclasses.fields(config):
+            value, needed = getattr(config, part.name), cls.NEEDS.get(part.name)
+            if needed and value != part.default and not getattr(config, needed):
+                say_once(f"{part.name}={value!r}: has no use with {needed}={getattr(config, needed)!r}")
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -8,6 +8,7 @@ import pytest
 
 from optimum_heapr.calibration.statistics import AtomicStatistics
 from optimum_heapr.surgery import layer_by_layer
+from optimum_heapr.utils.logging import say_once
 from tests.cli.conftest import listing, weights_and_settings
 from tests.processes import start_python
 
@@ -132,3 +133,33 @@ def test_blocks_that_were_fitted_stay_until_the_model_is_written(run, inputs, tm
         assert (output / "config.json").is_file() and not fits.exists()
         shutil.rmtree(output)
         fitted.clear()
+
+
+def test_that_there_is_nothing_to_go_on_from_is_said(run, inputs, tmp_path, heapr_log):
+    """In the terms of the command line; what is done all the same is the whole of it."""
+    say_once.cache_clear()
+    over_blocks = ["--compensate", "--compensation-scope", "block"]
+    measured = ["-m", inputs.model, *inputs.calibration]
+    nothing = "--resume finds nothing there to go on from; it begins anew"
+    for name, command, said in [
+        ("a", ["calibrate", *measured], [f"state {tmp_path / 'a.state'}: {nothing}"]),
+        ("b", ["calibrate", *measured, "--memory", "streaming"], [f"state {tmp_path / 'b.state'}: {nothing}"]),
+        ("c", ["prune", *measured, "-s", inputs.statistics, *over_blocks], [f"fits {tmp_path / 'c.fits'}: {nothing}"]),
+        (
+            "d",
+            ["prune", "-m", inputs.model, "-s", inputs.statistics, "--save-every", 3],
+            [
+                "--save-every 3: has no use, as nothing is calibrated",
+                "--resume: has no use, as nothing is calibrated and no block is fitted",
+            ],
+        ),
+    ]:
+        heapr_log.clear()
+        result = run(*command, "-o", tmp_path / name, "--resume")
+        assert result.status == 0, result.error
+        found = [
+            record.getMessage()
+            for record in heapr_log.records
+            if "--resume" in record.getMessage() or "use" in record.getMessage()
+        ]
+        assert found == said
