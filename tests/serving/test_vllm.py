@@ -68,6 +68,17 @@ def test_packed_checkpoints_are_read(tmp_path):
     assert largest_difference(model, log_probabilities(served(tmp_path))) < 1e-4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have kernels that know where experts are")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_tokens_in_parts(family, tmp_path, monkeypatch):
+    """More tokens than are worked on at once, and a last one by itself."""
+    from optimum_heapr.serving import on_cpu
+
+    monkeypatch.setattr(on_cpu, "TOKENS_AT_ONCE", 3)
+    model = variable_checkpoint(tmp_path, family)
+    assert largest_difference(model, log_probabilities(served(tmp_path))) < 1e-4
+
+
 def test_compiled(tmp_path):
     """With torch.compile as vLLM uses it: how many tokens a group gets is hidden from the compiler."""
     model = variable_checkpoint(tmp_path, "qwen3_moe")
