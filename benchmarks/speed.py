@@ -199,7 +199,7 @@ def bare():
 
 
 def pruner_in_memory():
-    """A random model of 1 GB in bfloat16, 20 layers of 32 experts x 256, hidden size 1,024, and a plan that halves it."""
+    """A random model of 1.1 GB in bfloat16, 20 layers of 32 experts x 256, hidden size 1,024, and a plan that halves it."""
     from datasets import Dataset
 
     from optimum_heapr import HeaprConfig, HeaprPruner
@@ -286,7 +286,7 @@ CASES = {
     "elimination": ("removal curves, 16 experts x 768", elimination, 0.5),
     "compensation": ("compensation within experts, 16 x 768, hidden 2,048", compensation, 0.5),
     "fit": ("a block fitted as a whole, 64 x 128, hidden 512, 16,384 tokens", block_fit, None),
-    "apply": ("cutting a model of 1.0 GB in memory", applying, None),
+    "apply": ("cutting a model of 1.1 GB in memory", applying, None),
     "save": ("writing what is left of it, files of 100 MB", saving, None),
     "job": ("the whole recommended job", None, 0.5),
 }
