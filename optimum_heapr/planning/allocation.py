@@ -40,7 +40,7 @@ def allocate(
     goal: Goal | None = None,
     dropped: dict[str, list[int]] | None = None,
 ) -> Kept:
-    """Chooses what stays; arguments and errors as of [`choose`].
+    """Chooses what stays; arguments and errors as of `choose`.
 
     Returns:
         `dict[str, list[torch.Tensor]]`: for each block and expert the kept indices, ascending, int64.
