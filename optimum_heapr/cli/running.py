@@ -75,6 +75,11 @@ def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | State
     from ..utils.files import beside
 
     if not (args.resume or args.save_every):
+        path = beside(args.output, ".state") if args.output else None
+        if path is not None and path.exists():
+            raise HeaprError(
+                f"state={str(path)!r}: a calibration was interrupted here; pass --resume to go on, or delete it to begin anew"
+            )
         return None, {}
     if args.output is None:
         raise HeaprError("output=None: --save-every and --resume use OUTPUT.state; name the output with -o")

@@ -47,6 +47,8 @@ def test_the_command_line_killed_and_resumed(number, run, inputs, tmp_path):
     if number == signal.SIGKILL:
         refused = run(*command, "--save-every", 2)
         assert refused.status == 2 and "pass --resume" in refused.error
+        refused = run(*command)
+        assert refused.status == 2 and f"{state}: a calibration was interrupted here; pass --resume" in refused.error
         changed = run(*command, "--resume", "--seed", 5)
         assert changed.status == 2 and "seed was 0, is 5" in changed.error and state.exists()
     result = run(*command, "--resume")
