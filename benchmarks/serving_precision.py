@@ -34,7 +34,7 @@ class Outcome:
     Attributes:
         log_probabilities (`torch.Tensor`): of each token but the first of each text.
         likeliest (`torch.Tensor`): the token that has the largest one there.
-        routed (`torch.Tensor`): `[layers, tokens, top_k]`, experts of each token in ascending order.
+        routed (`torch.Tensor`): `[layers, tokens, top_k]`, experts of each token in ascending order; empty where kernels choose them.
     """
 
     log_probabilities: torch.Tensor
@@ -75,7 +75,7 @@ def _record_routing(model) -> None:
 
 
 def _routing(model) -> torch.Tensor:
-    found = torch.stack([torch.cat(kept) for kept in model.routed])
+    found = torch.stack([torch.cat(kept) for kept in model.routed]) if all(model.routed) else torch.empty(0)
     for kept in model.routed:
         kept.clear()
     return found

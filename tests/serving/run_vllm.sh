@@ -29,4 +29,10 @@ in_vllm() {
     "$folder/bin/python" -m pytest --noconftest -p no:cacheprovider -q -n0 "$@"
 }
 in_vllm "$@" tests/serving/test_vllm.py tests/serving/test_vllm_features.py tests/docs/test_serving_with_vllm.py
+# What llm-compressor itself writes, where LLM_COMPRESSOR is the environment of tests/surgery/run_llm_compressor.sh.
+if [ -n "$LLM_COMPRESSOR" ]; then
+    LLM_COMPRESSOR_WROTE=$(mktemp -d)
+    export LLM_COMPRESSOR_WROTE
+    "$LLM_COMPRESSOR/bin/python" -m tests.serving.quantized_models "$LLM_COMPRESSOR_WROTE"
+fi
 PYTHONPATH=$folder/zentorch in_vllm "$@" tests/serving/test_vllm_quantized.py

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 
 if importlib.util.find_spec("vllm") is None:
@@ -22,11 +24,13 @@ if importlib.util.find_spec("vllm") is None:
 
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
 from tests.serving.engine import log_probabilities, served  # noqa: E402
+from tests.serving.quantized_models import FORMS, SHAPE  # noqa: E402
 from tests.serving.variable_models import padded_checkpoint, variable_checkpoint  # noqa: E402
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
+WRITTEN = os.environ.get("LLM_COMPRESSOR_WROTE")
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 W8A8 = {
     "quant_method": "compressed-tensors",
@@ -74,18 +78,32 @@ def median_error(model: torch.nn.Module, folder: Path) -> float:
     return torch.cat(errors).median().item()
 
 
-def test_int8_experts_lose_what_stock_ones_do(tmp_path):
-    """The stock model of the full width, with zeros where atomic experts were removed, in the same INT8."""
+def needs_kernels() -> None:
     from vllm.platforms import current_platform
 
     if not (torch.cpu._is_amx_tile_supported() or current_platform.is_zen_cpu()):
         pytest.skip("vLLM has no kernel for quantized experts on this CPU: it takes AMX, or one of AMD and zentorch")
-    shape = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
-    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", **shape)
+
+
+def test_int8_experts_lose_what_stock_ones_do(tmp_path):
+    """The stock model of the full width, with zeros where atomic experts were removed, in the same INT8."""
+    needs_kernels()
+    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", **SHAPE)
     padded_checkpoint(tmp_path / "padded", "qwen3_moe", model)
     ours, stock = (median_error(model, quantized(tmp_path / name)) for name in ("pruned", "padded"))
     print(f"\nmedian error of a log-probability: {ours:.4f}, stock {stock:.4f}")
     assert 0 < ours < 1.5 * stock
+
+
+@pytest.mark.skipif(WRITTEN is None, reason="LLM_COMPRESSOR names no environment of llm-compressor, see run_vllm.sh")
+@pytest.mark.parametrize("name", FORMS)
+def test_what_llm_compressor_writes_is_served(name):
+    needs_kernels()
+    # The stock model computes what the pruned one does, and loads where an engine has started.
+    model = AutoModelForCausalLM.from_pretrained(Path(WRITTEN) / "padded", dtype=torch.float32).eval()
+    found = median_error(model, Path(WRITTEN) / f"{name}-W8A8")
+    print(f"\nmedian error of a log-probability, {name}: {found:.4f}")
+    assert 0 < found < 0.1
 
 
 def test_other_schemes_are_refused(tmp_path):
