@@ -51,6 +51,7 @@ def row(name: str, where: str, found, full) -> str:
     loss = -found.log_probabilities.mean().item()
     if found is full:
         return f"| {name} | {where} | {loss:.4f} | | | |"
+    found.routed = full.routed  # kernels for 4 bits choose experts themselves, and this is not about routing
     values = compared(found, full)
     return f"| {name} | {where} | {loss:.4f} | {values['mean']:.4f} | {values['largest']:.2f} | {values['likeliest']:.1f} % |"
 
