@@ -52,13 +52,20 @@ def fields_with_value(config: PreTrainedConfig, value: int) -> list[str]:
 
 
 def with_other_names(config: PreTrainedConfig, name: str) -> list[str]:
-    """A field that sets the width of experts, and keys with its value that speak of experts and that transformers keeps but never reads.
+    """A field that sets the width of experts, and keys with its value that speak of a size of experts and that transformers keeps but
+    never reads.
 
     Engines do: vLLM sizes experts of `hy_v3` by `expert_hidden_dim`, which its checkpoints have beside `moe_intermediate_size`. What
-    speaks of shared experts is their size.
+    speaks of shared experts is their size, and what counts experts, such as `num_local_experts`, may have the same value by chance.
     """
-    unread = [key for key in fields_with_value(config, getattr(config, name)) if not hasattr(type(config), key)]
-    return [name, *(key for key in unread if ("expert" in key or "moe" in key) and "shared" not in key)]
+    read = set(config.attribute_map.values())  # under another name
+    alike = [key for key in fields_with_value(config, getattr(config, name)) if not hasattr(type(config), key)]
+    return [name, *(key for key in alike if key not in read and _is_size_of_experts(key))]
+
+
+def _is_size_of_experts(key: str) -> bool:
+    of_experts = ("expert" in key or "moe" in key) and "shared" not in key
+    return of_experts and any(word in key for word in ("size", "dim", "width", "hidden", "intermediate"))
 
 
 def has_expert_shapes(

@@ -11,6 +11,7 @@ from optimum_heapr.families import TESTED
 from optimum_heapr.pruner import HeaprPruner
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.utils.errors import HeaprError
+from tests.helpers import tiny_model
 from tests.processes import run_python
 
 from .stock_models import layout_plan, logits_of, masked_model, random_plan, token_ids, wide_model
@@ -129,10 +130,19 @@ def test_dense_layers_keep_their_width():
 def test_keys_that_engines_alone_read_follow_the_width():
     """vLLM sizes the experts of `hy_v3` by `expert_hidden_dim`, which transformers keeps and does not read."""
     model = wide_model("qwen3_moe")
-    model.config.expert_hidden_dim = model.config.moe_shared_expert_intermediate_size = model.config.other_size = 32
+    others = ("moe_shared_expert_intermediate_size", "other_size", "num_physical_experts")
+    for key in ("expert_hidden_dim", *others):
+        setattr(model.config, key, 32)
     apply_plan(model, random_plan(model, layout="uniform", ratio=0.25))
     assert (model.config.moe_intermediate_size, model.config.expert_hidden_dim) == (24, 24)
-    assert model.config.moe_shared_expert_intermediate_size == model.config.other_size == 32
+    assert [getattr(model.config, key) for key in others] == [32] * 3
+
+
+def test_as_many_experts_as_they_are_wide():
+    """Their number has the same value, and `qwen3_moe` keeps it under a name that its class does not have."""
+    model = tiny_model("qwen3_moe", num_experts=16, moe_intermediate_size=16)
+    apply_plan(model, random_plan(model, layout="uniform", ratio=0.5))
+    assert (model.config.moe_intermediate_size, model.config.num_experts) == (8, 16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
