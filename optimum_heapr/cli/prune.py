@@ -132,7 +132,9 @@ class PruneCommand(HeaprSubcommand):
                     f"strict=True: looks at what is measured with the model in memory of one process, and this is {way}; leave "
                     f"--strict out and use 'evaluate', or {otherwise}"
                 )
-            state, saving = state_from(self.args, options["memory"])
+            # Without a dataset there are statistics beside the model, or nothing to calibrate on.
+            will_measure = self.args.statistics is None and config.dataset is not None
+            state, saving = state_from(self.args, options["memory"], will_measure)
             pruner = HeaprPruner.from_pretrained(self.args.model, config, self.args.statistics, **options)
             pruner.check()
             if self.args.requantize and pruner.statistics is None:  # else the plan says at once
@@ -175,9 +177,8 @@ class PruneCommand(HeaprSubcommand):
                     return {"output": None, **plan_document(plan, self.args.model)}
                 if self.args.requantize:
                     check_requantizing(plan.config, self.args.model, plan, **model_options_from(self.args))
-                pruner.apply(
-                    plan, measure=True, prompts=self.args.prompt, fits_path=fits if state is not None else None
-                )
+                keeps_fits = self.args.save_every or self.args.resume
+                pruner.apply(plan, measure=True, prompts=self.args.prompt, fits_path=fits if keeps_fits else None)
                 if shares and done is None:
                     end_processes()
                 if self.args.strict:

@@ -61,10 +61,12 @@ def add_state_options(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
-def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | StateFolder | None, dict[str, Any]]:
-    """Where a calibration is saved, if that was asked for, and the options of [`HeaprPruner.calibrate`] that say so.
+def state_from(
+    args: argparse.Namespace, memory: str, calibrates: bool = True
+) -> tuple[StateFile | StateFolder | None, dict[str, Any]]:
+    """Where a calibration is saved, if there is one and that was asked for, and the options of [`HeaprPruner.calibrate`] that say so.
 
-    The command removes it once its output is safe.
+    The command removes it once its output is safe. What an earlier run left stays where nothing is calibrated.
 
     Raises:
         HeaprError: if there is one and `--resume` was not passed, it is of another mode of `--memory`, or the command has no
@@ -74,18 +76,17 @@ def state_from(args: argparse.Namespace, memory: str) -> tuple[StateFile | State
     from ..calibration.state import StateFile
     from ..utils.files import beside
 
+    if not calibrates:
+        return None, {}
+    state_class = StateFolder if memory == "streaming" else StateFile
     if not (args.resume or args.save_every):
-        path = beside(args.output, ".state") if args.output else None
-        if path is not None and path.exists():
-            raise HeaprError(
-                f"state={str(path)!r}: a calibration was interrupted here; pass --resume to go on, or delete it to begin anew"
-            )
+        if args.output is not None:
+            state_class(beside(args.output, ".state"))  # refuses to begin anew what was interrupted
         return None, {}
     if args.output is None:
         raise HeaprError("output=None: --save-every and --resume use OUTPUT.state; name the output with -o")
     path, saving = beside(args.output, ".state"), {"resume": args.resume, "save_every": args.save_every}
-    state = (StateFolder if memory == "streaming" else StateFile)(path, **saving)
-    return state, {"state_path": path, "keep_state": True, **saving}
+    return state_class(path, **saving), {"state_path": path, "keep_state": True, **saving}
 
 
 def fits_from(args: argparse.Namespace) -> Path:

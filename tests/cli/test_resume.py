@@ -165,3 +165,24 @@ def test_that_there_is_nothing_to_go_on_from_is_said(run, inputs, tmp_path, heap
             if "--resume" in record.getMessage() or "use" in record.getMessage()
         ]
         assert found == said
+
+
+def test_a_state_that_a_run_has_no_use_for_is_left_alone(run, inputs, tmp_path):
+    """Nothing is calibrated with statistics at hand, so nothing is begun anew, gone on from, or done with."""
+    state = tmp_path / "out.state"
+    state.write_bytes(b"of hours")
+    command = ["prune", "-m", inputs.model, "-o", tmp_path / "out"]
+    refused = run(*command, *inputs.calibration)
+    assert refused.status == 2 and f"{state}: a calibration was interrupted here; pass --resume" in refused.error
+    for flags in ([], ["--resume", "--overwrite"]):
+        result = run(*command, "-s", inputs.statistics, *flags)
+        assert result.status == 0, result.error
+        assert state.read_bytes() == b"of hours"
+
+
+def test_a_folder_that_no_calibration_wrote_is_not_called_one(run, inputs, tmp_path):
+    state = tmp_path / "out.state"
+    state.mkdir()
+    (state / "run.json").write_text("{}")  # as `recover` does
+    refused = run("prune", "-m", inputs.model, "-o", tmp_path / "out", *inputs.calibration, "--memory", "streaming")
+    assert refused.status == 2 and f"{state}: is a folder that no calibration wrote" in refused.error
