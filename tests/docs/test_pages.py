@@ -12,6 +12,7 @@ from optimum_heapr.cli.options import RECOMMENDED
 from tests.docs.pages import ENVIRONMENTS, PAGES, ROOT, RUN, SHOWN, has_to_run, page_name, snippets
 
 
+STOCK = {"pruned-uniform"}
 MODULES = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")}
 
 
@@ -44,6 +45,16 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http://", "https://", "mailto:")):
             assert os.path.exists(page.parent / target), f"{page_name(page)} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_what_only_this_package_knows_is_not_loaded_without_it(page):
+    """A snippet that begins with its imports may be the first of a process, where transformers would ask to run remote code."""
+    for snippet in snippets(page):
+        if snippet.kind == "python" and "import AutoModelForCausalLM" in snippet.code:
+            loaded = set(re.findall(r'CausalLM\.from_pretrained\(\s*"(\S*pruned\S*)"', snippet.code)) - STOCK
+            if (page_name(page), *loaded) != ("docs/source/guides/one_gpu.md", "pruned"):  # which is uniform there
+                assert not loaded or re.search(r"\b(import|from) optimum_heapr", snippet.code), loaded
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
