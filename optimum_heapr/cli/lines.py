@@ -59,11 +59,13 @@ def group_lines(plan: PruningPlan) -> list[str]:
         return []
     first, *others = fitting
     found = "".join(f", of {group} {fitting[group]}" for group in others)
-    keeps = "--align-for quantization" if groups[-1] == GROUPS[-1] else f"--width-multiple {groups[-1]}"
-    return [
-        f"widths that are multiples of {first}: {fitting[first]} of {len(widths)}{found}; quantizers share a scale among so many, "
-        f"and {keeps} keeps to that"
-    ]
+    line = f"widths that are multiples of {first}: {fitting[first]} of {len(widths)}{found}; quantizers share a scale among so many"
+    # What is as wide as an expert leaves nothing to choose within it, and stock layouts refuse that.
+    below = [group for group in groups if group < min(plan.original_width.values())]
+    if not below or fitting[below[-1]] == len(widths):
+        return [line]
+    keeps = "--align-for quantization" if below[-1] == GROUPS[-1] else f"--width-multiple {below[-1]}"
+    return [f"{line}, and {keeps} keeps to {below[-1]}"]
 
 
 def rectangle_lines(plan: PruningPlan) -> list[str]:

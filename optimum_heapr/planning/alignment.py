@@ -56,8 +56,8 @@ def effective_multiple(config: HeaprConfig, widths: list[int]) -> int:
     multiple = math.lcm(multiple * config.tensor_parallel, config.width_multiple)
     if is_aligned_for_runtime(config) and multiple > min(widths):
         raise HeaprError(
-            f"align_for={config.align_for!r}, tensor_parallel={config.tensor_parallel}: asks for multiples of {multiple}, "
-            f"experts of this model have {min(widths)} atomic experts; lower tensor_parallel or use align_for='none'"
+            f"{_asked(config)}: asks for multiples of {multiple}, experts of this model have {min(widths)} atomic experts; "
+            f"{_ask_for_less(config)}"
         )
     return multiple
 
@@ -82,7 +82,7 @@ def uniform_width(config: HeaprConfig, width: int, share: float = 1.0) -> int:
     hint = " or ".join(f"{candidate} ({1 - share * candidate / width:.3f})" for candidate in nearest)
     raise UnreachableRatio(
         f"ratio={config.ratio} gives width {kept}, not a multiple of {multiple} ({_asked(config)}); "
-        + (f"nearest: {hint}" if hint else f"there is none below the width {width}; lower tensor_parallel"),
+        + (f"nearest: {hint}" if hint else f"there is none below the width {width}; {_ask_for_less(config)}"),
         *(1 - share * candidate / width for candidate in nearest),
     )
 
@@ -91,6 +91,14 @@ def _asked(config: HeaprConfig) -> str:
     """The options of a runtime's rule, as they were given."""
     given = {"align_for": "none", "tensor_parallel": 1}
     return ", ".join(f"{name}={value!r}" for name in given if (value := getattr(config, name)) != given[name])
+
+
+def _ask_for_less(config: HeaprConfig) -> str:
+    """What to change where a runtime's multiple is too large for the experts."""
+    ways = ["lower tensor_parallel"] if config.tensor_parallel > 1 else []
+    if config.align_for != "none":
+        ways.append("use align_for='none', and a width_multiple")
+    return " or ".join(ways)
 
 
 def warn_of_stock_widths(config: HeaprConfig, kept: list[int], widths: list[int], itemsize: int) -> None:

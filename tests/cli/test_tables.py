@@ -44,8 +44,11 @@ def test_damage_is_refused_by_either(statistics, tmp_path):
 @pytest.mark.parametrize(
     ("width", "options", "keeps"),
     [
-        (256, {}, "--align-for quantization keeps to that"),
-        (96, {}, "--width-multiple 32 keeps to that"),
+        (256, {}, ", and --align-for quantization keeps to 128"),
+        (128, {}, ", and --width-multiple 64 keeps to 64"),  # 128 is a whole expert
+        (96, {}, ", and --width-multiple 32 keeps to 32"),
+        (64, {}, ", and --width-multiple 32 keeps to 32"),
+        (64, {"width_multiple": 32}, "among so many"),  # nothing is left to ask for
         (256, {"align_for": "quantization"}, None),
         (96, {"width_multiple": 32}, None),
         (24, {}, None),  # nor were the unpruned experts
@@ -58,9 +61,8 @@ def test_widths_that_no_group_of_a_quantizer_fits_are_counted(width, options, ke
     if keeps:
         widths = [width for block in plan.widths.values() for width in block if width]
         fitting = sum(width % 32 == 0 for width in widths)
-        assert (
-            lines[0].startswith(f"widths that are multiples of 32: {fitting} of {len(widths)}") and keeps in lines[0]
-        )
+        assert lines[0].startswith(f"widths that are multiples of 32: {fitting} of {len(widths)}")
+        assert lines[0].endswith(keeps)
 
 
 def test_what_fits_did_for_whole_experts_that_went_is_said():

@@ -67,7 +67,12 @@ def test_ratio_that_breaks_the_rule_names_the_nearest():
         (
             768,
             {"align_for": "quantization", "tensor_parallel": 6, "ratio": 0.5},
-            r"none below the width 768; lower tensor_",
+            r"none below the width 768; lower tensor_parallel or use align_for='none'",
+        ),
+        (
+            32,
+            {"align_for": "vllm", "ratio": 0.5},
+            r"none below the width 32; use align_for='none', and a width_multiple$",
         ),
     ],
 )
@@ -81,8 +86,13 @@ def test_nearest_ratio_is_accepted():
 
 
 def test_width_below_the_multiple_is_refused():
-    with pytest.raises(HeaprError, match="asks for multiples of 512, experts of this model have 384 atomic experts"):
+    found = "asks for multiples of 512, experts of this model have 384 atomic experts; lower tensor_parallel or use align_for"
+    with pytest.raises(HeaprError, match=f"^align_for='gguf', tensor_parallel=2: {found}"):
         widths_of(384, align_for="gguf", tensor_parallel=2)
+    with pytest.raises(
+        HeaprError, match="^align_for='fp8': asks for multiples of 128, .*experts; use align_for='none'"
+    ):
+        widths_of(64, align_for="fp8")  # no word of ranks that were not asked for
 
 
 def test_without_a_preset_widths_are_rounded_up():
