@@ -35,13 +35,15 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False):
-        self.path, self._resume = Path(path), resume
+        self.path = Path(path)
         if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in _OURS):
             raise HeaprError(f"state={str(path)!r}: holds something else than a run of recovery; name another folder")
         if self.path.exists() and not resume and is_main_process():
             raise HeaprError(
                 f"state={str(path)!r}: a run that was interrupted; pass resume=True to go on, or remove it"
             )
+        if resume and not self.path.exists():  # a temporary one is there and empty, and nobody asked to go on from it
+            say_nothing_to_resume("state", self.path)
 
     def begin(self, run: dict[str, Any]) -> None:
         """Records what the run depends on, or compares it with what is recorded.
@@ -55,8 +57,6 @@ class RunFolder:
         about = self.path / "run.json"
         run = json.loads(json.dumps(run))
         if not about.is_file():
-            if self._resume:
-                say_nothing_to_resume("state", self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             if is_main_process():
                 write_json(about, run)

@@ -336,6 +336,15 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run_and_deleted(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["paper.tex"]
 
 
+def test_that_there_is_nothing_to_go_on_from_is_said_where_there_is_nothing(tmp_path, heapr_log):
+    (tmp_path / "by_the_teacher" / "teacher").mkdir(parents=True)  # it is written down before the student's run begins
+    (tmp_path / "temporary").mkdir()
+    for name in ("by_the_teacher", "temporary", "none"):
+        RunFolder(tmp_path / name, resume=True).begin({})
+    expected = f"state='{tmp_path / 'none'}': resume=True finds nothing there to go on from; it begins anew"
+    assert [record.getMessage() for record in heapr_log.records] == [expected]
+
+
 def test_models_that_were_not_pruned_are_refused(tmp_path):
     with pytest.raises(HeaprError, match="has no heapr_config; name a model that was pruned"):
         run(tiny_model("qwen3_moe"), tmp_path / "state")
