@@ -57,7 +57,7 @@ def check_requantizing(
     if config.layout == "variable":
         raise HeaprError(
             "requantize=True: is for experts of one width, and layout='variable' gives each its own; plan with layout='uniform' "
-            "and align_for='fp8', or leave it out"
+            "and align_for='fp8', or width_multiple for blocks of less than 128, or leave it out"
         )
     found = load_configuration(name, **model_options)
     parts = (found, found.get_text_config())
