@@ -53,12 +53,13 @@ class LinearExperts(nn.ModuleList):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """For programs, which do not know how many tokens an expert gets: every expert computes all of them, and those that did not
-        choose it weigh 0. Ordinary operations alone, for runtimes that have no others."""
+        choose it weigh 0. What it overflows for among these is left out. Ordinary operations alone, for runtimes that have no others."""
         output = torch.zeros_like(hidden_states)
         for number, (expert, width) in enumerate(zip(self, self.packed.widths)):
             if width:
                 weight = torch.where(top_k_index == number, top_k_weights, 0).sum(-1, keepdim=True)
-                output = output + self._of_one(expert, hidden_states, weight).to(output.dtype)
+                given = self._of_one(expert, hidden_states, weight).to(output.dtype)
+                output = output + torch.where(weight != 0, given, 0)
         return output
 
     def _of_one(self, expert: nn.ModuleDict, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

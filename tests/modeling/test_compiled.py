@@ -268,6 +268,20 @@ def test_programs_of_linear_experts_are_of_ordinary_operations():
     assert {call.namespace for call in calls if isinstance(call, torch._ops.OpOverload)} == {"aten"}
 
 
+def test_a_program_has_no_nans_of_experts_that_a_token_did_not_choose():
+    """Where every expert computes all tokens, one may overflow for tokens that it never gets: infinite times 0."""
+    experts = to_linear_experts(tiny_pruned("qwen3_moe", (5, 7), num_hidden_layers=1)).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in experts[3].values():
+            layer.weight.mul_(1e30)
+        hidden = torch.randn(6, experts.hidden_size, generator=generator)
+        given = hidden, torch.tensor([[1, 2]] * 6), torch.rand(6, 2, generator=generator)
+        found = torch.export.export(experts, given).module()(*given)
+        assert experts[3]["up_proj"](hidden).abs().max() > 1e20
+        torch.testing.assert_close(found, experts(*given), atol=1e-6, rtol=1e-5)
+
+
 def tiny_pruned(model_type: str, widths: tuple[int, int] = (5, 7), **changes):
     """A model whose first experts are empty, and others of these widths."""
     model = tiny_model(model_type, **changes)
