@@ -6,7 +6,7 @@
 
 Each side is a process of its own on one thread; they take turns, and each works while the other waits. Times are processor
 seconds, the median over rounds, and seconds on the wall in brackets; memory is what the process has at most beyond what it
-had before, in MB. Every side makes the same random numbers. `--model` and `--text` are for the whole job.
+had before, in MB. Every side makes the same random numbers. `--model` and `--text` are for whole jobs.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ PHASES = (
 )
 
 
-def whole_job(model: str, text: str):
-    """`obs`, compensation over blocks, measured, saved, loaded again; gives the processor seconds of each phase."""
+def whole_job(model: str, text: str, scope: str):
+    """`obs`, compensation, measured before and after, saved, loaded again; gives the processor seconds of each phase."""
 
     def work():
         began = time.process_time()  # what the package imports, and when, is part of it
@@ -250,6 +250,7 @@ def whole_job(model: str, text: str):
         from optimum_heapr.criteria.obs import store_removal_curves
 
         options = {"num_samples": 128, "seq_length": 256, "batch_size": 8, "criterion": "obs", "compensate": True}
+        options["compensation_scope"] = scope
         config = HeaprConfig(dataset=text, **options)
         with tempfile.TemporaryDirectory() as folder:
             pruner = HeaprPruner.from_pretrained(model, config)
@@ -288,9 +289,11 @@ CASES = {
     "fit": ("a block fitted as a whole, 64 x 128, hidden 512, 16,384 tokens", block_fit, None),
     "apply": ("cutting a model of 1.1 GB in memory", applying, None),
     "save": ("writing what is left of it, files of 100 MB", saving, None),
-    "job": ("the whole recommended job", None, 0.5),
+    "job": ("the whole job, compensation within experts", None, 0.5),
+    "block-job": ("the whole recommended job, compensation over blocks", None, 0.5),
 }
-ONCE = ("apply", "save", "job")  # what is there afterwards is another thing, or it takes long
+SCOPES = {"job": "expert", "block-job": "block"}
+ONCE = ("apply", "save", *SCOPES)  # what is there afterwards is another thing, or it takes long
 
 
 M_MMAP_THRESHOLD = -3  # of glibc
@@ -306,7 +309,8 @@ def work(args: argparse.Namespace) -> None:
     """One side: does a case once for each line that it is given, and says what that took."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    case = whole_job(args.model, args.text) if args.work == "job" else CASES[args.work][1]()
+    is_job = args.work in SCOPES
+    case = whole_job(args.model, args.text, SCOPES[args.work]) if is_job else CASES[args.work][1]()
     for line in sys.stdin:
         # What is freed goes back to the system at once, or it would be there already for what comes next.
         if line == "memory\n" or args.work in ("apply", "save"):
@@ -316,7 +320,7 @@ def work(args: argparse.Namespace) -> None:
         before, wall, processor = status("VmRSS"), time.perf_counter(), time.process_time()
         phases = case()
         found = [time.process_time() - processor, time.perf_counter() - wall, status("VmHWM") - before]
-        print("took", json.dumps(found + list((phases or {}).values() if args.work == "job" else [])), flush=True)
+        print("took", json.dumps(found + list(phases.values() if is_job else [])), flush=True)
 
 
 def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]:
@@ -360,7 +364,7 @@ def measure(args: argparse.Namespace, case: str) -> dict[str, list[list[float]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="the other checkout")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if name != "job"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[name for name in CASES if name not in SCOPES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", help="trained model for the whole job")
     parser.add_argument("--text", help="its calibration text")
