@@ -10,22 +10,32 @@ def register() -> None:
 
     from .families import FAMILIES, refusal
 
-    for family in FAMILIES:
-        if refusal(family, vllm.__version__) is None:
-            _register_architecture(family)
+    served = [family for family in FAMILIES if refusal(family, vllm.__version__) is None]
+    if not served:  # a vLLM that this was not run with: nothing of it is imported or changed
+        return _refuse_all(vllm.__version__)
+    for family in served:
+        _register_architecture(family)
     _read_configurations()
+
+
+def _refuse_all(vllm_version: str) -> None:
+    """Where a configuration of a pruned model is read, in this process, it is said why it is not served."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    from .families import FAMILIES
+    from .refused import refused_config_class
+
+    for family in {*CONFIG_MAPPING_NAMES, *FAMILIES}:
+        CONFIG_MAPPING.register(f"heapr_{family}", refused_config_class(vllm_version), exist_ok=True)
 
 
 def _read_configurations() -> None:
     """Puts our reader in the place of vLLM's: its own way to add one (`register_config_parser`) warns of that each time."""
-    from vllm.transformers_utils import config as reading
+    from vllm.transformers_utils.config import _CONFIG_FORMAT_TO_CONFIG_PARSER as readers
 
     from .configuration import ReadsPrunedModels
 
-    readers = getattr(
-        reading, "_CONFIG_FORMAT_TO_CONFIG_PARSER", {}
-    )  # versions without it do not know our architectures
-    if "hf" in readers and not issubclass(readers["hf"], ReadsPrunedModels):
+    if not issubclass(readers["hf"], ReadsPrunedModels):
         readers["hf"] = type("PrunedConfigParser", (ReadsPrunedModels, readers["hf"]), {})
 
 
