@@ -58,7 +58,9 @@ def _checks(stock: type) -> type:
         @classmethod
         def verify_and_update_model_config(cls, model_config) -> None:
             from .checkpoint import check_folder
+            from .settings import check_quantization
 
+            check_quantization(model_config)
             check_folder(model_config.model, model_config.hf_config.expert_widths)
             stock.verify_and_update_model_config(model_config)
 

@@ -23,8 +23,8 @@ def check_settings(vllm_config) -> None:
         "expert parallelism (--enable-expert-parallel)": parallel.enable_expert_parallel,
         "data parallelism (--data-parallel-size)": parallel.data_parallel_size > 1,
         "load balancing of experts (--enable-eplb)": parallel.enable_eplb,
-        f"quantization other than INT8 with a scale for each row ({vllm_config.model_config.quantization})": not _is_served(
-            vllm_config.model_config
+        _quantized(vllm_config.model_config.quantization): not _is_served(
+            vllm_config.model_config.quantization, _settings(vllm_config.model_config)
         ),
         "adapters of experts (--lora-target-modules experts)": "experts"
         in (getattr(vllm_config.lora_config, "target_modules", None) or ()),
@@ -35,11 +35,29 @@ def check_settings(vllm_config) -> None:
         raise ServingError(f"variable widths are not served with {refused[0]}: leave it out, or {UNIFORM}")
 
 
-def _is_served(model_config) -> bool:
+def check_quantization(model_config) -> None:
+    """Refuses a checkpoint by how its `config.json` says that it is quantized, before shapes in its files are taken for widths.
+
+    Raises:
+        [`ServingError`]: for other quantization than W8A8 in INT8.
+    """
+    method = _settings(model_config).get("quant_method")
+    if not _is_served(method, _settings(model_config)):
+        raise ServingError(f"variable widths are not served with {_quantized(method)}: leave it out, or {UNIFORM}")
+
+
+def _settings(model_config) -> dict:
+    return getattr(model_config.hf_config, "quantization_config", None) or {}
+
+
+def _quantized(method: str | None) -> str:
+    return f"quantization other than INT8 with a scale for each row ({method})"
+
+
+def _is_served(method: str | None, settings: dict) -> bool:
     """Whether a model is not quantized, or as llm-compressor does with `W8A8`: of what was run, experts have a scale for each row."""
-    if model_config.quantization is None:
+    if method is None:
         return True
-    settings = getattr(model_config.hf_config, "quantization_config", None) or {}
     weights = [group.get("weights") or {} for group in settings.get("config_groups", {}).values()]
     kinds = {(found.get("type"), found.get("num_bits"), found.get("strategy")) for found in weights}
-    return model_config.quantization == "compressed-tensors" and kinds == {("int", 8, "channel")}
+    return method == "compressed-tensors" and kinds == {("int", 8, "channel")}

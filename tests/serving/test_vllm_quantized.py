@@ -106,6 +106,16 @@ def test_what_llm_compressor_writes_is_served(name):
     assert 0 < found < 0.1
 
 
+def test_what_other_tools_store_is_not_taken_for_damage(tmp_path):
+    """bitsandbytes stores rows of bytes, whose shapes are no widths."""
+    variable_checkpoint(tmp_path, "qwen3_moe")
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.view(-1, 1) for name, tensor in load_file(file).items()}, file)
+    configure(tmp_path, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ServingError, match=r"a scale for each row \(bitsandbytes\)"):
+        served(tmp_path, dtype="bfloat16")
+
+
 def test_other_schemes_are_refused(tmp_path):
     variable_checkpoint(tmp_path, "qwen3_moe")
     settings = json.loads(json.dumps(W8A8))
