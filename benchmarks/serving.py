@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Tokens a second in vLLM: variable widths against one width of the same size and against the unpruned model.
 
-    PYTHONPATH=. python benchmarks/serving.py --kept 0.5          in an environment with vLLM (tests/serving/run_vllm.sh)
+    python benchmarks/serving.py --kept 0.5          in an environment with vLLM (tests/serving/run_vllm.sh)
 
 Prints one table. The models are random Qwen3-MoEs of a realistic shape; all three are in one process and take turns, and each
 figure, also each ratio, is the median over rounds; decoding is the median step of a round. On a CPU with one thread it counts
