@@ -42,7 +42,7 @@ def make_checkpoint(folder: Path, args: argparse.Namespace) -> int:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     dtype = getattr(torch, args.dtype)
-    one = 16 * 3 * args.hidden * args.width + 2 * args.hidden * args.hidden * 3 // 2
+    one = args.experts * 3 * args.hidden * args.width + 2 * args.hidden * args.hidden * 3 // 2
     layers = args.layers or max(24, round(args.gigabytes * 1e9 / dtype.itemsize / one))
     config = Qwen3MoeConfig(
         vocab_size=8192,
@@ -52,8 +52,8 @@ def make_checkpoint(folder: Path, args: argparse.Namespace) -> int:
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=args.hidden // 128,
         head_dim=64,
-        num_experts=16,
-        num_experts_per_tok=4,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
     )
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config).to(dtype)
@@ -231,6 +231,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--experts", type=int, default=16, help="of a layer")
+    parser.add_argument("--top-k", type=int, default=4, help="experts of a token")
     parser.add_argument("--layers", type=int, help="in place of --gigabytes")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--samples", type=int, default=16)
