@@ -114,9 +114,7 @@ class _RankedBlock:
     """
 
     order: torch.Tensor | None  # [E, I]: indices of atomic experts, best first
-    value: (
-        torch.Tensor | None
-    )  # [E, G]: mean importance of each group, falling along an order; none for uniform widths
+    value: torch.Tensor | None  # [E, G]: mean importance of each group, falling along an order; None if uniform
     size: torch.Tensor  # [G]: atomic experts in a group; the last may be smaller
     fixed: torch.Tensor  # [E, G]: groups that must stay
     stays: torch.Tensor  # [E, G]: groups that do

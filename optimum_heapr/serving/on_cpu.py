@@ -5,10 +5,14 @@ Each group is given a row for each of its pieces that a token needs. What is aro
 layer takes a millisecond, and an operation of torch up to 20 µs.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+from ..utils.scratch import Scratch
 
 
 # Bounds the memory of what experts give, and is enough for their weights not to be read much more often.
@@ -55,8 +59,8 @@ def _sum_of_some(layer, x, topk_weights, topk_ids):
     tokens, choices = needed.nonzero().T[1:]  # in the order of the groups
     weights, slots = topk_weights[tokens, choices, None], slots[needed].unsqueeze(1)
     counts = needed.sum((1, 2)).tolist()
-    rows = _rows(x, len(tokens) + max(counts))
-    made, given, start = rows[: len(tokens)], rows[len(tokens) :], 0
+    scratch, start = _scratch(x.dtype), 0
+    made, given = scratch("made", len(tokens), x.shape[1]), scratch("given", max(counts), x.shape[1])
     for group, count in zip(layer.groups, counts):
         if count:
             piece = slice(start, start := start + count)
@@ -68,15 +72,10 @@ def _sum_of_some(layer, x, topk_weights, topk_ids):
     return F.embedding_bag(tokens.argsort(stable=True), made, starts, mode="sum", include_last_offset=True)
 
 
-_scratch: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-
-
-def _rows(x: torch.Tensor, count: int) -> torch.Tensor:
-    """So many rows like those of `x`, in memory that is used again: fresh pages would take as long as the sums."""
-    like = x.dtype, x.shape[1]
-    if like not in _scratch or len(_scratch[like]) < count:
-        _scratch[like] = x.new_empty(count, x.shape[1])
-    return _scratch[like][:count]
+@cache
+def _scratch(dtype: torch.dtype) -> Scratch:
+    """Rows of all layers: fresh pages would take as long as the sums."""
+    return Scratch(dtype, torch.device("cpu"))
 
 
 def _run(group, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor) -> None:
