@@ -8,6 +8,7 @@ import tempfile
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from ..utils.errors import HeaprError
 from .adapter import check_pruned
 from .configuration import RecoveryConfig
 from .data import RecoveryData
@@ -46,14 +47,16 @@ def recover_in_memory(
         plan (`PruningPlan`, *optional*): what the model was pruned by.
 
     Raises:
-        HeaprError: as [`~optimum_heapr.recovery.runner.recover`].
+        HeaprError: if `resume` is on without a `state_path`, or as [`~optimum_heapr.recovery.runner.recover`].
     """
     check_pruned(model)
+    if resume and state_path is None:
+        raise HeaprError("state_path=None: resume=True needs a folder; name one")
     config = RecoveryConfig.checked(config)
     check_reporting(config)
     data = RecoveryData.load(config, tokenizer, dataset)
     with ExitStack() as stack:
-        # A folder that is there is gone on from; a temporary one is empty.
+        # A temporary folder is there already, and empty.
         path = state_path or stack.enter_context(tempfile.TemporaryDirectory())
         folder = stack.enter_context(RunFolder(path, resume or state_path is None))
         taught = None if teacher is None else Teacher.prepare(teacher, model, config, data, folder, plan)

@@ -380,6 +380,8 @@ def test_the_pruner_recovers_what_it_pruned(tmp_path):
     with pytest.raises(HeaprError, match="state"):
         (tmp_path / "state").mkdir()
         pruner.recover(ROWS, quick(), state_path=tmp_path / "state")
+    with pytest.raises(HeaprError, match="state_path=None: resume=True needs a folder; name one"):
+        pruner.recover(ROWS, quick(), resume=True)
     pruner.model.name_or_path = "unpruned"  # as of a model that was loaded and pruned in memory
     report = pruner.recover(ROWS, quick(**DISTILLATION), tiny_model("qwen3_moe"), adapter_folder=tmp_path / "adapter")
     assert report.improved and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
