@@ -14,7 +14,7 @@ from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
 from ..utils.files import write_json
 from ..utils.logging import get_logger
-from .state import differences, state_path
+from .state import check_save_every, differences, state_path
 from .statistics import BlockStatistics
 
 
@@ -57,10 +57,12 @@ class StateFolder:
         save_every (`int`): not used: it is written after each layer.
 
     Raises:
-        HeaprError: if the folder exists and `resume` is off, or it is the file of a calibration of another kind.
+        HeaprError: if the folder exists and `resume` is off, it is the file of a calibration of another kind, or `save_every` is
+            negative.
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False, save_every: int = 0):
+        check_save_every(save_every)
         self.path = state_path(path)
         if self.path.is_file():
             raise HeaprError(

@@ -60,8 +60,7 @@ class StateFile:
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool = False, save_every: int = 0):
-        if save_every < 0:
-            raise HeaprError(f"save_every={save_every}: must be at least 0, where 0 saves only when interrupted")
+        check_save_every(save_every)
         self.path = state_path(path)
         self.save_every = save_every
         self.run: dict[str, Any] = {}
@@ -120,6 +119,12 @@ class StateFile:
     def remove(self) -> None:
         """Deletes the file, once the statistics are safe."""
         self.path.unlink(missing_ok=True)
+
+
+def check_save_every(save_every: int) -> None:
+    """Refuses a negative number of micro-batches between two savings with a `HeaprError`."""
+    if save_every < 0:
+        raise HeaprError(f"save_every={save_every}: must be at least 0, where 0 saves only when interrupted")
 
 
 def state_path(path: str | os.PathLike) -> Path:

@@ -143,7 +143,10 @@ class PruneCommand(HeaprSubcommand):
             measures = pruner.statistics is None
             check_resume(self.args, measures, fits)
             if measures and self.args.dry_run and not self.args.save_statistics and is_main_process():
-                print("A dry run keeps no statistics; --save-statistics FILE does", flush=True)
+                left = "keeps no statistics; --save-statistics FILE does"
+                if state is not None:
+                    left = f"leaves what it measures in {state.path}, and --resume goes on from there"
+                print(f"A dry run {left}", flush=True)
             if measures:
                 pruner.calibrate(keep_grams=config.compensates_experts, **saving)
             if self.args.save_statistics and is_main_process():

@@ -52,7 +52,7 @@ def add_state_options(parser: argparse.ArgumentParser, more: str = "") -> None:
         type=int,
         default=0,
         metavar="K",
-        help="save the calibration to OUTPUT.state every K micro-batches",
+        help="save the calibration to OUTPUT.state every K micro-batches, or with --memory streaming, whatever K, after each layer",
     )
     parser.add_argument(
         "--resume",
@@ -69,13 +69,14 @@ def state_from(
     The command removes it once its output is safe. What an earlier run left stays where nothing is calibrated.
 
     Raises:
-        HeaprError: if there is one and `--resume` was not passed, it is of another mode of `--memory`, or the command has no
-            output.
+        HeaprError: if there is one and `--resume` was not passed, it is of another mode of `--memory`, the command has no output, or
+            `--save-every` is negative.
     """
     from ..calibration.layer_state import StateFolder
-    from ..calibration.state import StateFile
+    from ..calibration.state import StateFile, check_save_every
     from ..utils.files import beside
 
+    check_save_every(args.save_every)
     if not calibrates:
         return None, {}
     state_class = StateFolder if memory == "streaming" else StateFile
@@ -122,10 +123,10 @@ def check_resume(args: argparse.Namespace, calibrates: bool, fits: Path | None) 
 
     if calibrates:
         return
-    if getattr(args, "save_every", 0):
-        say_once(f"save_every={args.save_every}: has no use, as nothing is calibrated")
-    if args.resume and fits is None:
-        say_once("resume=True: has no use, as nothing is calibrated and no block is fitted")
+    if fits is None:
+        for name in ("save_every", "resume"):
+            if value := getattr(args, name, None):
+                say_once(f"{name}={value}: has no use, as nothing is calibrated and no block is fitted")
     elif args.resume and not fits.exists():
         say_nothing_to_resume("fits", fits)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
+from optimum_heapr.calibration.layer_state import StateFolder
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.state import Progress, StateFile
 from optimum_heapr.calibration.statistics import AtomicStatistics
@@ -196,8 +197,9 @@ def test_a_state_is_no_statistics_file(tmp_path):
 
 
 def test_wrong_options_are_refused(tmp_path):
-    with pytest.raises(HeaprError, match="save_every=-1: must be at least 0"):
-        StateFile(tmp_path / "state", save_every=-1)
+    for state_class in (StateFile, StateFolder):
+        with pytest.raises(HeaprError, match="save_every=-1: must be at least 0"):
+            state_class(tmp_path / "state", save_every=-1)
     pruner = HeaprPruner(tiny_model())
     for options in ({"resume": True}, {"save_every": 3}):
         with pytest.raises(HeaprError, match="state_path=None: .* need a file; name one"):

@@ -88,6 +88,7 @@ def test_prune_goes_on_with_what_was_measured(memory, run, inputs, tmp_path, mon
     # Another ratio is another plan of the same statistics.
     planned = run(*command, "--resume", "--ratio", 0.5, "--dry-run")
     assert planned.status == 0 and "asked 50.00%" in planned.output and state.exists()
+    assert f"A dry run leaves what it measures in {state}, and --resume goes on from there\n" in planned.output
     result = run(*command, "--resume")
     assert result.status == 0, result.error
     assert weights_and_settings(output) == weights_and_settings(inputs.pruned)
@@ -97,6 +98,14 @@ def test_prune_goes_on_with_what_was_measured(memory, run, inputs, tmp_path, mon
 def test_prune_without_an_output_has_nowhere_to_save(run, inputs):
     result = run("prune", "-m", inputs.model, *inputs.calibration, "--dry-run", "--save-every", 4)
     assert result.status == 2 and "name the output with -o" in result.error
+
+
+@pytest.mark.parametrize("more", [["--memory", "plain"], ["--memory", "streaming"], ["-s", "STATISTICS"]])
+def test_nothing_is_saved_every_minus_one_micro_batches(more, run, inputs, tmp_path):
+    more = [inputs.statistics if word == "STATISTICS" else word for word in more]
+    result = run("prune", "-m", inputs.model, *inputs.calibration, "-o", tmp_path / "out", *more, "--save-every", -1)
+    assert result.status == 2 and "--save-every -1: must be at least 0" in result.error
+    assert not list(tmp_path.iterdir())
 
 
 def test_blocks_that_were_fitted_stay_until_the_model_is_written(run, inputs, tmp_path, monkeypatch):
@@ -146,12 +155,24 @@ def test_that_there_is_nothing_to_go_on_from_is_said(run, inputs, tmp_path, heap
     for name, command, said in [
         ("a", ["calibrate", *measured], [f"state {tmp_path / 'a.state'}: {nothing}"]),
         ("b", ["calibrate", *measured, "--memory", "streaming"], [f"state {tmp_path / 'b.state'}: {nothing}"]),
-        ("c", ["prune", *measured, "-s", inputs.statistics, *over_blocks], [f"fits {tmp_path / 'c.fits'}: {nothing}"]),
+        (
+            "c",
+            [
+                "prune",
+                *measured,
+                "-s",
+                inputs.statistics,
+                *over_blocks,
+                "--save-every",
+                3,
+            ],  # of use: the fits are kept
+            [f"fits {tmp_path / 'c.fits'}: {nothing}"],
+        ),
         (
             "d",
             ["prune", "-m", inputs.model, "-s", inputs.statistics, "--save-every", 3],
             [
-                "--save-every 3: has no use, as nothing is calibrated",
+                "--save-every 3: has no use, as nothing is calibrated and no block is fitted",
                 "--resume: has no use, as nothing is calibrated and no block is fitted",
             ],
         ),
