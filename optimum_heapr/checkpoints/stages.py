@@ -12,7 +12,7 @@ from ..calibration.sharing import check_sharding
 from ..configuration import HeaprConfig
 from ..hub.base_model import BaseModel
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, say_once
 from ..utils.sharded import is_sharded
 from ..utils.sizes import parse_size
 from .loaded import LoadedModel
@@ -85,6 +85,8 @@ def load_stages(
     if memory not in ("plain", "offload", "streaming"):
         memory, estimate = choose_memory(name, config, memory, budget, **model_options)
         logger.info("%s", estimate or memory)
+    if budget is not None and memory != "streaming" and not (memory == "offload" and config.compensates_blocks):
+        say_once(f"activation_memory={activation_memory!r}: has no use with memory={memory!r}")
     spread = is_spread(model_options)
     check_in_memory(config, memory == "plain" and not spread)
     options = options_for_memory(memory, model_options)

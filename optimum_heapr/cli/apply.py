@@ -52,13 +52,20 @@ class ApplyCommand(HeaprSubcommand):
         from ..checkpoints.saving import apply_streaming, check_form
         from ..planning.plan import PruningPlan
         from ..pruner import HeaprPruner
-        from ..utils.logging import is_main_process, without_warnings
+        from ..utils.logging import is_main_process, say_once, without_warnings
         from .documents import plan_document
         from .lines import compensation_lines
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)
-        plan.config = plan.config.replace(**changed_options(args))
+        changed = {name: value for name, value in changed_options(args).items() if value != getattr(plan.config, name)}
+        if plan.config.compensates_blocks:
+            plan.config = plan.config.replace(**changed)
+        else:  # what was calibrated on is recorded, and stays so
+            for name, value in changed.items():
+                say_once(f"{name}={value!r}: has no use, as the plan does not compensate over blocks")
+        if args.statistics is not None and not plan.config.compensates_experts:
+            say_once(f"statistics={args.statistics!r}: has no use, as the plan does not compensate within experts")
         if plan.config.compensates_blocks and plan.config.dataset is None:
             measured = {"num_samples": 0, "num_tokens": 0, "source": "text that is not known", **plan.data}
             raise HeaprError(

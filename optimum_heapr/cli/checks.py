@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from ..configuration import HeaprConfig
 from ..utils.errors import HeaprError
+from ..utils.logging import say_once
 from ..utils.options import Options
 
 
@@ -38,6 +40,20 @@ def check_texts(config: HeaprConfig, calibrates: bool = True, evaluates: bool = 
         check_calibration_text(config)
     if evaluates and config.eval_samples and config.eval_dataset is not None:
         open_evaluation_text(config.eval_dataset)
+
+
+def say_unused(args: argparse.Namespace, parser: argparse.ArgumentParser, needs: dict[str, tuple[str, ...]]) -> None:
+    """Says which flags were given that change nothing.
+
+    Args:
+        args (`argparse.Namespace`): the flags.
+        parser (`argparse.ArgumentParser`): knows their defaults.
+        needs (`dict[str, tuple[str, ...]]`): by name of a flag, those of which it takes one to have a use.
+    """
+    for name, others in needs.items():
+        value = getattr(args, name)
+        if value != parser.get_default(name) and not any(getattr(args, other) for other in others):
+            say_once(f"{name}={value!r}: has no use without {' or '.join(f'--{other}' for other in others)}")
 
 
 def check_serves(statistics: AtomicStatistics, config: HeaprConfig) -> None:

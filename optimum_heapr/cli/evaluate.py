@@ -7,7 +7,16 @@ from typing import Any
 
 from ..utils.errors import HeaprError
 from .base import HeaprSubcommand
+from .checks import say_unused
 from .options import add_model_options, model_options_from
+
+
+_NEEDS = {
+    **dict.fromkeys(("dataset_config", "split", "text_column", "num_samples", "seq_length"), ("dataset",)),
+    **dict.fromkeys(("include_path", "num_fewshot", "limit", "chat_template"), ("tasks",)),
+    **dict.fromkeys(("prompt_length", "new_tokens", "repetitions"), ("speed",)),
+    "batch_size": ("tasks", "speed"),
+}
 
 
 class EvaluateCommand(HeaprSubcommand):
@@ -61,6 +70,7 @@ class EvaluateCommand(HeaprSubcommand):
             raise HeaprError("dataset=[]: nothing to evaluate; name text with --dataset, --tasks, or --speed")
         if args.num_samples is not None and args.num_samples < 1:
             raise HeaprError(f"num_samples={args.num_samples}: must be at least 1; leave it out for all windows")
+        say_unused(args, self.parser, _NEEDS)
         from ..checkpoints.loading import load_model
         from ..checkpoints.origins import load_configuration
         from ..evaluation.comparison import Comparison

@@ -151,7 +151,7 @@ def chosen_memory(args: argparse.Namespace, config: HeaprConfig) -> Iterator[dic
     memory, estimate = choose_memory(args.model, config, args.memory, budget, **options)
     if estimate is not None and is_main_process():
         print(estimate, flush=True)
-    loading = {"memory": memory, "activation_memory": budget, **options}
+    loading = {"memory": memory, "activation_memory": args.activation_memory, **options}
     if memory == "plain":
         yield loading
         return
