@@ -21,6 +21,7 @@ from .utils.sizes import parse_size
 
 CRITERIA = ("heapr", "fisher", "obs", "magnitude", "activation", "reap", "frequency", "random")
 REDUCTIONS = ("mean", "total")
+REDUCED = ("heapr", "fisher")  # costs a token, which weigh experts as the reduction says
 SOURCE_REDUCTIONS = ("mean", "max")
 BY_SOURCE = ("heapr", "fisher", "activation", "reap")  # means over tokens, of which each source has its own
 STATISTICS = ("auto", "vector", "gram")
@@ -147,9 +148,7 @@ class HeaprConfig(Options):
     ridge: float = option(0.01, "least regularization of obs and compensation, relative to mean squared activation")
     reconstruction_steps: int = option(0, "steps of training each block, once it is compensated, on the unpruned one")
     reconstruction_learning_rate: float = option(0.015, "its learning rate, times the root mean square of each weight")
-    allocation: str = option(
-        "global", "rank over the whole model, each layer alone, or one width for all", ALLOCATIONS
-    )
+    allocation: str = option("global", "rank the whole model, each layer alone, or one width for all", ALLOCATIONS)
     num_experts: str | None = option(None, "layout uniform: experts kept in each router, wider at one size; or auto")
     width_multiple: int = option(1, "widths are multiples of this, chosen by importance")
     min_width: int = option(0, "atomic experts that every expert keeps at least")
@@ -178,7 +177,8 @@ class HeaprConfig(Options):
     eval_dataset: str | None = option(None, "text to measure on (default: what calibration leaves over of its own)")
     seed: int = option(0, "seed of the choice of samples and of the random criterion")
 
-    NEEDS = {"reconstruction_learning_rate": "reconstruction_steps", "eval_dataset": "eval_samples"}
+    NEEDS = {"reduction": {"criterion": REDUCED}, "ridge": {"criterion": ("obs",), "compensate": (True,)}}
+    NEEDS |= {"reconstruction_learning_rate": {"reconstruction_steps": ()}, "eval_dataset": {"eval_samples": ()}}
 
     def __post_init__(self) -> None:
         for name in ("target_size", "num_experts"):
@@ -224,10 +224,9 @@ class HeaprConfig(Options):
         self.check_least("seq_length", 2)
         for name in ("width_multiple", "num_samples", "batch_size", "tensor_parallel"):
             self.check_least(name, 1)
-        for name in ("ridge", "min_width", "seed", "eval_samples"):
+        for name in ("ridge", "min_width", "seed", "eval_samples", "reconstruction_steps"):
             self.check_least(name, 0)
-        for name in ("reconstruction_steps", "reconstruction_learning_rate"):
-            self.check_least(name, 0)
+        self.check_least("reconstruction_learning_rate", 0)
         if self.seed >= 2**32:
             raise HeaprError(f"seed={self.seed}: must be below 2**32, what random generators take; name a smaller one")
         if self.layout == "uniform":  # the stock architecture has one width

@@ -165,8 +165,8 @@ class HeaprPruner(PrunerSummary):
         Raises:
             HeaprError: if there are no statistics, they are of another model, or the ratio cannot be reached.
         """
-        statistics, config = self._stages.measured(statistics, self.statistics), self.config.replace(**changes)
-        return self._stages.plan(statistics, config, self.calibration_data, self.tokenizer)
+        given = self._stages.measured(statistics, self.statistics), HeaprConfig.checked(self.config.replace(**changes))
+        return self._stages.plan(*given, self.calibration_data, self.tokenizer)
 
     def frontier(self, measure: Dataset | str | None = None, **options: Any) -> list[FrontierPoint]:
         """Size and loss of many plans, as [`~optimum_heapr.frontier.frontier`] with these `options`; nothing is cut.
@@ -217,7 +217,7 @@ class HeaprPruner(PrunerSummary):
             changes: options of `HeaprConfig` that differ from `self.config`.
         """
         check_prompts(prompts, self.tokenizer)
-        self.check(config := self.config.replace(**changes))
+        self.check(config := HeaprConfig.checked(self.config.replace(**changes)))
         if self.statistics is None:
             self.calibrate(config, keep_grams=self._stages.needs_matrices(config))
         return self.apply(self.plan(**changes), measure=True, prompts=prompts)

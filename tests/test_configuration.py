@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optimum_heapr import HeaprError
+from optimum_heapr import HeaprError, HeaprPruner
 from optimum_heapr.configuration import (
     ALIGNMENTS,
     ALLOCATIONS,
@@ -24,6 +24,7 @@ from optimum_heapr.configuration import (
 )
 from optimum_heapr.recovery.configuration import RecoveryConfig
 from optimum_heapr.utils.options import option_type
+from tests.helpers import tiny_model
 
 
 FIELDS = {option.name: option for option in dataclasses.fields(HeaprConfig)}
@@ -445,8 +446,15 @@ def test_numbers_in_yaml_are_written_as_people_write_them(tmp_path, written):
 @pytest.mark.parametrize(
     ("config_class", "options", "said"),
     [
+        (HeaprConfig, {"reduction": "total", "criterion": "obs"}, "criterion='obs'"),
+        (HeaprConfig, {"reduction": "total", "criterion": "fisher"}, None),
+        (HeaprConfig, {"ridge": 0.0123}, "criterion='heapr' and compensate=False"),
+        (HeaprConfig, {"ridge": 0.0124, "criterion": "obs"}, None),
+        (HeaprConfig, {"ridge": 0.0124, "compensate": True}, None),
         (HeaprConfig, {"reconstruction_learning_rate": 0.0123}, "reconstruction_steps=0"),
         (HeaprConfig, {"eval_dataset": "of-no-use.jsonl", "eval_samples": 0}, "eval_samples=0"),
+        (RecoveryConfig, {"rank": 5, "targets": "router"}, "targets='router'"),
+        (RecoveryConfig, {"alpha": 5.0, "targets": "experts"}, None),
         (RecoveryConfig, {"temperature": 1.23}, "distillation_weight=0.0"),
         (RecoveryConfig, {"temperature": 1.24, "distillation_weight": 0.5}, None),
         (HeaprConfig, {"eval_samples": 0}, None),
@@ -463,5 +471,31 @@ def test_options_without_use_are_said_once(config_class, options, said, heapr_lo
 
 @pytest.mark.parametrize("config_class", [HeaprConfig, RecoveryConfig])
 def test_what_options_need_are_options(config_class):
-    names = {option.name for option in dataclasses.fields(config_class)}
-    assert config_class.NEEDS and names >= {*config_class.NEEDS, *config_class.NEEDS.values()}
+    options = {option.name: option for option in dataclasses.fields(config_class)}
+    needs = [*config_class.NEEDS.items()]
+    assert needs and options.keys() >= {name for option, others in needs for name in (option, *others)}
+    for others in config_class.NEEDS.values():
+        for name, values in others.items():
+            assert {*values} <= {*(options[name].metadata["choices"] or (True,))}
+
+
+def test_an_option_that_one_of_several_values_needs_has_a_use(heapr_log):
+    config = HeaprConfig(ridge=0.0125, criterion="obs")
+    HeaprConfig.checked(config, varied={"criterion": ["heapr", "obs"]})
+    assert not heapr_log.records
+    HeaprConfig.checked(config, varied={"criterion": ["heapr", "fisher"]})
+    expected = "ridge=0.0125: has no use with criterion='heapr' and criterion='fisher' and compensate=False"
+    assert [record.getMessage() for record in heapr_log.records] == [expected]
+
+
+def test_changes_without_use_are_said_before_anything_is_measured(heapr_log):
+    pruner = HeaprPruner(tiny_model())
+    with pytest.raises(HeaprError, match="dataset"):
+        pruner.prune(ridge=0.0126)
+    line = "ridge=0.0126: has no use with criterion='heapr' and compensate=False"
+    assert line in [record.getMessage() for record in heapr_log.records]
+
+
+def test_a_saved_config_with_an_option_without_use_is_read(heapr_log):
+    values = {"ridge": 0.0127, "reduction": "total", "criterion": "magnitude"}
+    assert HeaprConfig.from_artefact(values).ridge == 0.0127 and not heapr_log.records

@@ -86,7 +86,7 @@ class FrontierCommand(HeaprSubcommand):
         from ..utils.files import check_output_folder, replace_folder, write_json
 
         args = self.args
-        config = config_from(args)
+        config = config_from(args, varied={"criterion": args.criteria})
         if (args.measure is None) != (args.model is None):
             raise HeaprError(
                 f"measure={args.measure!r}, model={args.model!r}: --measure and --model go together; give both, or neither"

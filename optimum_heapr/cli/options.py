@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..configuration import HeaprConfig
@@ -88,15 +88,19 @@ def add_config_options(
             )
 
 
-def config_from(args: argparse.Namespace, config_class: type[Options] = HeaprConfig) -> Any:
-    """The recipe file, if any, with the flags that were given on top.
+def config_from(
+    args: argparse.Namespace,
+    config_class: type[Options] = HeaprConfig,
+    varied: Mapping[str, Sequence[Any] | None] | None = None,
+) -> Any:
+    """The recipe file, if any, with the flags that were given on top; `varied` as for [`Options.checked`].
 
     Raises:
         HeaprError: if the file cannot be read or an option is wrong.
     """
     values: dict[str, Any] = read_mapping(args.config) if args.config else {}
     given = {name: getattr(args, name) for name in args.config_options if hasattr(args, name)}
-    return config_class.checked(config_class.from_dict(config_class.changed(values, given)))
+    return config_class.checked(config_class.from_dict(config_class.changed(values, given)), varied)
 
 
 def changed_options(args: argparse.Namespace) -> dict[str, Any]:

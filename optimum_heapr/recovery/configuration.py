@@ -124,7 +124,10 @@ class RecoveryConfig(Options):
     seq_length: int = option(2048, "tokens in a sample")
     seed: int = option(0, "seed of the samples, their order and the initial adapter")
 
-    NEEDS = dict.fromkeys(("temperature", "top_k_logits", "cache_teacher"), "distillation_weight")
+    NEEDS = {
+        **dict.fromkeys(("rank", "alpha"), {"targets": ("attention", "experts", "all")}),  # LoRA's
+        **dict.fromkeys(("temperature", "top_k_logits", "cache_teacher"), {"distillation_weight": ()}),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

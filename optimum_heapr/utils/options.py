@@ -38,7 +38,9 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 class Options(Summary):
     """Base of the configurations: types and choices are checked here, ranges by the subclass in `__post_init__`."""
 
-    NEEDS = {}  # by name of an option, another one without which, at zero or off, it changes nothing; no field, and so not annotated
+    # By name of an option, others of which it takes one to change anything, and of each the values that will do: () for all but
+    # zero and off. No field, and so not annotated.
+    NEEDS = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in self._summary().items())})"
@@ -67,8 +69,12 @@ class Options(Summary):
             raise HeaprError(f"{name}={value}: must be at least {least}; leave it out for the default")
 
     @classmethod
-    def checked(cls, config: Self | None) -> Self:
+    def checked(cls, config: Self | None, varied: Mapping[str, Sequence[Any] | None] | None = None) -> Self:
         """The config that was passed, or the defaults. Of its options, those that have no use are named in a warning.
+
+        Args:
+            config (`Options`, *optional*): of this class.
+            varied (`Mapping[str, Sequence]`, *optional*): by name of an option, the values that it will have in place of the config's.
 
         Raises:
             HeaprError: if it is something else, such as a mapping or the path of a recipe.
@@ -80,10 +86,15 @@ class Options(Summary):
                 f"{name}.from_dict(mapping)"
             )
         config = config or cls()
-        for part in dataclasses.fields(config):
-            value, needed = getattr(config, part.name), cls.NEEDS.get(part.name)
-            if needed and value != part.default and not getattr(config, needed):
-                say_once(f"{part.name}={value!r}: has no use with {needed}={getattr(config, needed)!r}")
+        default = {part.name: part.default for part in dataclasses.fields(config)}
+        for name, needed in cls.NEEDS.items():
+            value = getattr(config, name)
+            others = {key: (varied or {}).get(key) or [getattr(config, key)] for key in needed}
+            found = [(key, other) for key, values in others.items() for other in values]
+            uses = (other in needed[key] if needed[key] else other for key, other in found)
+            if value != default[name] and not any(uses):
+                words = " and ".join(f"{key}={other!r}" for key, other in found)
+                say_once(f"{name}={value!r}: has no use with {words}")
         return config
 
     @classmethod

@@ -47,3 +47,16 @@ def test_memory_for_activations_where_layers_are_not_gone_through(memory, is_use
     given = [*inputs.calibration, "--memory", memory, "--activation-memory", "8MB"]
     found = said("calibrate", "-m", inputs.model, "-o", tmp_path / "out", *given)
     assert found == ([] if is_used else [f"--activation-memory 8MB: has no use with --memory {memory}"])
+
+
+@pytest.mark.parametrize(
+    ("criteria", "expected"),
+    [
+        ([], ["--reduction total: has no use with --criterion magnitude"]),
+        (["random", "magnitude"], ["--reduction total: has no use with --criterion random and --criterion magnitude"]),
+        (["random", "fisher"], []),
+    ],
+)
+def test_of_frontier_what_no_criterion_takes(criteria, expected, said, inputs):
+    given = ["--criterion", "magnitude", "--reduction", "total", *(["--criteria", *criteria] if criteria else [])]
+    assert said("frontier", "-s", inputs.statistics, "--ratios", "0.25", *given) == expected

@@ -9,7 +9,7 @@ import torch
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.statistics import AtomicStatistics, BlockStatistics
 from optimum_heapr.configuration import CRITERIA as NAMES
-from optimum_heapr.configuration import HeaprConfig
+from optimum_heapr.configuration import REDUCED, HeaprConfig
 from optimum_heapr.criteria import CRITERIA, importance
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.utils.errors import HeaprError
@@ -21,6 +21,7 @@ MEASURED = ["heapr", "fisher", "activation"]
 
 def test_the_registry_is_the_list_of_the_configuration():
     assert tuple(CRITERIA) == NAMES
+    assert tuple(name for name, criterion in CRITERIA.items() if criterion.has_reduction) == REDUCED
     for name, criterion in CRITERIA.items():
         assert criterion.name == name and criterion.__doc__
     assert [name for name, criterion in CRITERIA.items() if criterion.needs_tokens] == [
