@@ -21,6 +21,7 @@ from ..text.sources import open_dataset
 from ..utils.errors import HeaprError
 from ..utils.logging import progress, show_throughput
 from ..utils.positions import warn_of_positions
+from .four_bits import layers_of_any_shape
 from .losses import perplexity
 
 
@@ -144,11 +145,12 @@ def window_losses(model: PreTrainedModel, windows: Sequence[torch.Tensor], sourc
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout until the block ends, and experts run whatever their width; then every module is in the mode that it was in."""
+    """No dropout until the block ends, and experts run whatever their width, in 4 bits as well; then every module is in the mode
+    that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with experts_of_any_width(model):
+        with experts_of_any_width(model), layers_of_any_shape(model):
             yield
     finally:
         for module, mode in training.items():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from optimum_heapr import HeaprConfig, HeaprError, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
+from optimum_heapr.evaluation.perplexity import window_losses
 from optimum_heapr.evaluation.storage import StoredWeights
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.surgery.linear import from_linear_experts
@@ -88,6 +89,23 @@ def test_experts_are_quantized_and_load_again(name, checkpoint, tmp_path):
     done = processes.run_python(RELOAD, tmp_path / "out", tmp_path / "ids", tmp_path / "logits")
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(tmp_path / "logits").float(), quantized, rtol=0.02, atol=0.02)
+
+
+def test_any_widths_are_evaluated_where_the_kernel_for_4_bits_takes_few(tmp_path, monkeypatch, heapr_log):
+    """As on a CPU with AVX512-BF16: weights are packed for its kernel by code that runs on any, and stops at these shapes."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = tiny_model("qwen3_moe", hidden_size=80, moe_intermediate_size=96)  # no layer has columns in 64s
+    plan = PruningPlan.build(calibrate(model, calibration_data(24, 24)), HeaprConfig())
+    apply_plan(model, plan).save_pretrained(tmp_path)
+    options = {"experts_as": "linear", "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    with torch.no_grad(), pytest.raises((AssertionError, RuntimeError), match=r"block_n|is invalid for input of size"):
+        model(input_ids=random_ids())
+    found = window_losses(model, [random_ids()[0]])
+    assert "layers in 4 bits have shapes" in heapr_log.text
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    exec(ANY_ROWS, {"model": model})
+    assert found == window_losses(model, [random_ids()[0]])
 
 
 # Put on the model in 4 bits again, and merged.
