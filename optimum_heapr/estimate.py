@@ -15,6 +15,7 @@ from .evaluation.size import ModelSize
 from .experts import experts_per_token, find_expert_blocks
 from .planning.alignment import effective_multiple
 from .utils.errors import HeaprError
+from .utils.quantized import quantization_of
 
 
 if TYPE_CHECKING:
@@ -219,10 +220,7 @@ def _modes(
     plain = MemoryEstimate.of(model, config)
     streaming = MemoryEstimate.of(model, config, "streaming")
     # A quantized checkpoint is read as it is stored; offloading brings in what was dequantized before.
-    quantized = any(
-        getattr(part, "quantization_config", None) for part in (model.config, model.config.get_text_config())
-    )
-    share = stored / plain.weights if quantized and stored else 1
+    share = stored / plain.weights if quantization_of(model.config) and stored else 1
     found = []
     for mode in MODES:
         needs = plain if mode == "plain" else streaming

@@ -15,8 +15,8 @@ from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean, reason_of
 from ..utils.logging import get_logger, without_warnings
-from ..utils.quantized import is_dequantizing, set_dequantizing
-from .origins import base_of_adapter, hub_options_in, load_configuration, place_of
+from ..utils.quantized import is_dequantizing, quantization_of, set_dequantizing
+from .origins import base_of_adapter, hub_options_in, load_configuration, not_installed, place_of
 from .tensor_parallel import check_spreading, is_spread, spreading_options
 
 
@@ -85,8 +85,8 @@ def load_model(
             into floating-point numbers, and `tp_plan`, `auto` or `experts`: how to split it over processes.
 
     Raises:
-        HeaprError: if there is no such model, its type is unknown, it has no head, or its weights cannot be read or are
-            quantized, or its devices are not there.
+        HeaprError: if there is no such model, its type is unknown, it has no head, its weights cannot be read or are
+            quantized, or its devices or what it needs to be installed are not there.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -102,7 +102,7 @@ def load_model(
         raise HeaprError(
             "quantization_config: quantized weights cannot be cut; leave it out, prune, and quantize what is saved"
         )
-    hub_options = hub_options_in(model_options)
+    hub_options, as_stored = hub_options_in(model_options), {}
     if "trust_remote_code" in model_options:
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
@@ -115,13 +115,14 @@ def load_model(
         config = load_configuration(name, **hub_options)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         dequantize, tp_plan = model_options.pop("dequantize", False), model_options.pop("tp_plan", None)
+        as_stored = {} if dequantize else quantization_of(config)
         if tp_plan is not None:
             trust = {key: value for key, value in hub_options.items() if key == "trust_remote_code"}
             model_options |= spreading_options(auto_class, config, str(name), tp_plan, **trust)
         options = {"dtype": "auto", **model_options}
         if (dequantize or not allow_quantized) and set_dequantizing(config, str(name), dequantize):
             check_scales(str(name), *empty_model(auto_class, config, base or path, **hub_options))
-        elif dequantize and not allow_quantized:  # which several models are loaded with, of which some are quantized
+        elif dequantize and not allow_quantized:  # of several to evaluate some may be quantized
             logger.warning(f"model={str(name)!r}: dequantize=True changes nothing, as its weights are not quantized")
         if skeleton:
             model = load_skeleton(auto_class, config, path, str(name), **options)
@@ -134,12 +135,20 @@ def load_model(
             f"model={str(name)!r}: cannot be loaded ({reason_of(error)}); name a folder or a repository on the Hub that holds a "
             "causal language model"
         ) from error
-    except (AssertionError, RuntimeError) as error:  # of PyTorch, about devices that are not there or are full
+    except ImportError as error:
+        raise not_installed(name, error) from error
+    except (AssertionError, RuntimeError, NameError) as error:
         if "negative dimension" in str(error):
             raise HeaprError(
                 f"model={str(name)!r}: config.json names a size below 0 ({reason_of(error)}); copy the model again"
             ) from error
-        if model_options.get("device_map") is None:
+        if as_stored:  # what reads such weights may want a GPU, or transformers miss a package without looking for it
+            raise HeaprError(
+                f"model={str(name)!r}: its weights are quantized ({as_stored['quant_method']}), and cannot be loaded here "
+                f"({reason_of(error)}); install what reads them, or go where they can be loaded"
+            ) from error
+        # Of PyTorch, about devices that are not there or are full.
+        if isinstance(error, NameError) or model_options.get("device_map") is None:
             raise
         raise HeaprError(
             f"device_map={model_options['device_map']!r}: the model cannot go there ({reason_of(error)}); name devices that are there "
@@ -147,6 +156,8 @@ def load_model(
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_options)
+    except ImportError as error:
+        raise not_installed(name, error) from error
     except (OSError, ValueError):
         tokenizer = None  # a model alone can still be calibrated on input_ids
     except (LookupError, TypeError, AttributeError) as error:

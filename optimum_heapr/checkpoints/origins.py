@@ -69,6 +69,13 @@ def base_of_adapter(path: str, hub_options: dict[str, Any]) -> str | None:
     return base
 
 
+def not_installed(name: str | os.PathLike, error: ImportError) -> HeaprError:
+    """What is said where a model, its code or its weights need a package that is not here."""
+    return HeaprError(
+        f"model={str(name)!r}: cannot be loaded ({reason_of(error)}); install what that names, or go where it is"
+    )
+
+
 def load_configuration(name: str | os.PathLike, **model_options: Any) -> PreTrainedConfig:
     """The configuration of a model, of an adapter that of its base model: what tells whether there is one at all.
 
@@ -83,6 +90,8 @@ def load_configuration(name: str | os.PathLike, **model_options: Any) -> PreTrai
         hub_options["trust_remote_code"] = model_options["trust_remote_code"]
     try:
         return AutoConfig.from_pretrained(base_of_adapter(path, hub_options) or path, **hub_options)
+    except ImportError as error:
+        raise not_installed(name, error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HeaprError(
             f"model={str(name)!r}: cannot be loaded ({reason_of(error)}); name a folder or a repository on the Hub that holds a "

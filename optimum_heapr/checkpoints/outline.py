@@ -11,7 +11,7 @@ import torch
 
 from ..utils.errors import HeaprError, reason_of
 from ..utils.placement import without_storage
-from .origins import place_of
+from .origins import not_installed, place_of
 
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def load_outline(name: str | os.PathLike, dtype: str = "auto", **hub_options: An
         chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         auto_class = getattr(transformers, auto_class_name(type(config)))
         return without_storage(lambda: auto_class.from_config(config, dtype=chosen, **trust))
+    except ImportError as error:
+        raise not_installed(name, error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HeaprError(
             f"model={str(name)!r}: its configuration cannot be read ({reason_of(error)}); name a folder with a config.json, or a "

@@ -21,6 +21,7 @@ from ..surgery.stock import stock_width
 from ..utils.errors import HeaprError
 from ..utils.files import write_json
 from ..utils.logging import progress
+from ..utils.quantized import quantization_of
 from ..utils.tensor_files import TensorReader, checkpoint_files, write_tensors
 from .origins import hub_options_in, load_configuration
 
@@ -59,9 +60,7 @@ def check_requantizing(
             "requantize=True: is for experts of one width, and layout='variable' gives each its own; plan with layout='uniform' "
             "and align_for='fp8', or width_multiple for blocks of less than 128, or leave it out"
         )
-    found = load_configuration(name, **model_options)
-    parts = (found, found.get_text_config())
-    saved = next((value for part in parts if (value := getattr(part, "quantization_config", None))), {})
+    saved = quantization_of(load_configuration(name, **model_options))
     if saved.get("quant_method") != "fp8" or not saved.get("weight_block_size"):
         kind = saved.get("quant_method", "unquantized")
         raise HeaprError(

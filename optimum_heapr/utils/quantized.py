@@ -18,6 +18,17 @@ COMPRESSED = (("float", 8, "channel"), ("float", 8, "tensor"), ("int", 4, "group
 """Of compressed-tensors: type, bits, and what shares a scale."""
 
 
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a configuration says that its weights are quantized, with `quant_method` as text; empty if they are not."""
+    # The two places where checkpoints have it: the top, and the part that describes the text model.
+    for part in (config, config.get_text_config()):
+        if saved := getattr(part, "quantization_config", None):
+            saved = saved if isinstance(saved, dict) else saved.to_dict()
+            method = saved.get("quant_method")
+            return {**saved, "quant_method": str(getattr(method, "value", method))}
+    return {}
+
+
 def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> bool:
     """Has a configuration say that its checkpoint is loaded in floating point.
 
@@ -32,13 +43,10 @@ def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> 
     Raises:
         HeaprError: if the checkpoint is quantized and conversion was not asked for, or is not possible.
     """
-    # The two places where checkpoints have it: the top, and the part that describes the text model.
-    parts = list({id(part): part for part in (config, config.get_text_config())}.values())
-    saved = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    saved = quantization_of(config)
     if not saved:
         return False
-    saved = saved if isinstance(saved, dict) else saved.to_dict()
-    method = str(getattr(saved.get("quant_method"), "value", saved.get("quant_method")))
+    method = saved["quant_method"]
     if method not in DEQUANTIZABLE:
         raise HeaprError(
             f"model={model!r}: its weights are quantized ({method}), which cannot be cut; name the checkpoint in bfloat16 "
@@ -53,8 +61,7 @@ def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> 
         from .fp8 import METHOD as method
     elif method == "compressed-tensors":
         _check_compressed_tensors(model, saved)
-    for part in parts[1:]:
-        vars(part).pop("quantization_config", None)
+    vars(config.get_text_config()).pop("quantization_config", None)
     config.quantization_config = {**saved, "quant_method": method, "dequantize": True}
     return True
 

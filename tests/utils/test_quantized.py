@@ -52,6 +52,18 @@ def test_what_is_not_quantized_is_said_not_to_be(fp8, tmp_path, heapr_log):
     )
 
 
+@pytest.mark.parametrize("reason", [RuntimeError("GPU is required"), NameError("name 'Reader' is not defined")])
+def test_what_reads_quantized_weights_and_cannot_is_one_line(reason, tmp_path, monkeypatch):
+    def cannot(*arguments, **options):
+        raise reason
+
+    monkeypatch.setattr("transformers.quantizers.quantizer_spqr.SpQRHfQuantizer.validate_environment", cannot)
+    wide_model("qwen3_moe").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda name, tensor: {name: tensor}, {"quant_method": "spqr"})
+    with pytest.raises(HeaprError, match=rf"are quantized \(spqr\), and cannot be loaded here \({reason}\); install"):
+        load_model(tmp_path, allow_quantized=True)
+
+
 def test_fp8_is_dequantized_exactly(fp8):
     block = find_expert_blocks(HeaprPruner.from_pretrained(fp8, dequantize=True, dtype="float32").model)[1]
     expected = dequantized(tensors_of(fp8), f"{block.path}.3.down_proj.weight")

@@ -41,6 +41,14 @@ def an_unknown_quantizer(inputs, here):
     return ["calibrate", "-m", model, *flags], named
 
 
+@mistake
+def weights_whose_package_is_not_installed(inputs, here):
+    model = copied_model(inputs, here / "model")
+    rewrite(model, lambda name, tensor: {name: tensor}, {"quant_method": "vptq"})
+    named = [str(model), "cannot be loaded", "pip install -U vptq", "install what that names"]
+    return ["evaluate", "-m", model, "--dataset", inputs.text], named
+
+
 def _without_scale(stored):
     return {DOWN: stored[DOWN]}
 
