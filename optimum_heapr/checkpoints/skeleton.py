@@ -19,6 +19,7 @@ from ..utils.placement import without_storage
 from ..utils.quantized import is_dequantizing
 from ..utils.tensor_files import TensorReader, checkpoint_files
 from .completeness import load_complete
+from .origins import hub_options_in
 
 
 if TYPE_CHECKING:
@@ -42,11 +43,10 @@ def load_skeleton(auto_class: type, config: PreTrainedConfig, path: str, name: s
     """
     empty, reader = _empty_model(auto_class, config, path, **options)
     tensors = reader.tensors
-    names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
-    hub_options = {name: options.pop(name) for name in names if name in options}
-    hub_options.pop("trust_remote_code", None)
+    hub_options = hub_options_in(options)
     stored = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
-    options = {**options, "config": config, "state_dict": stored, "device_map": "meta"}
+    others = {key: value for key, value in options.items() if key not in (*hub_options, "trust_remote_code")}
+    options = {**others, "config": config, "state_dict": stored, "device_map": "meta"}
     with _without_bar():
         model = load_complete(name, partial(type(empty).from_pretrained, None, **options), lambda: (empty, tensors))
     # transformers 5.24 leaves them out of what it loads dequantized, which is not saved as it was stored.
@@ -92,8 +92,7 @@ def empty_model(
 def _empty_model(
     auto_class: type, config: PreTrainedConfig, path: str, **options: Any
 ) -> tuple[PreTrainedModel, TensorReader]:
-    hub_options = {name: options[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in options}
-    reader = TensorReader(checkpoint_files(path, **hub_options))
+    reader = TensorReader(checkpoint_files(path, **hub_options_in(options)))
     trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
     model, quantizer = without_storage(lambda: auto_class.from_config(config, **trust)), None
     if is_dequantizing(config):
