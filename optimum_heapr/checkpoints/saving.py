@@ -131,8 +131,6 @@ def write_streaming(
     results: Sequence[EvalResult] = (),
     max_shard_size: int | str = "5GB",
     experts_as: str = "packed",
-    data: CalibrationData | None = None,
-    activation_memory: int | None = None,
     fits_path: Path | None = None,
     requantize: bool = False,
     fitted: FittedFiles | None = None,
@@ -154,7 +152,7 @@ def write_streaming(
     with ExitStack() as until_written:
         if plan.config.compensates_blocks and fitted is None:
             work = until_written.enter_context(tempfile.TemporaryDirectory(prefix=".compensation-", dir=folder))
-            fitted = fit_checkpoint(model, plan, Path(work), data, activation_memory, fits_path, model_options)
+            fitted = fit_checkpoint(model, plan, Path(work), fits_path=fits_path, model_options=model_options)
         stream_plan(skeleton, files, plan, folder, max_shard_size, statistics, fitted)
     report = build_report(plan, base.name, before, observe(skeleton, plan.routed_tokens))
     save_companions(folder, skeleton, tokenizer, plan, base, report, results)
