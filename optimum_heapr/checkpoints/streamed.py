@@ -61,10 +61,8 @@ class OffloadedModel(LoadedModel):
         model_options: dict[str, Any],
         activation_memory: int | None = None,
     ):
-        super().__init__(model, base)
-        self._activation_memory = activation_memory
-        self._options = {key: value for key, value in model_options.items() if key != "device_map"}
-        self._folder = self._options.pop("offload_folder", None)
+        super().__init__(model, base, model_options)
+        self._activation_memory, self._folder = activation_memory, model_options.get("offload_folder")
         self._statistics: AtomicStatistics | None = None
         self._fitted: FittedFiles | None = None
         self._work: TemporaryFolder | None = None
