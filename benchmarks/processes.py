@@ -3,9 +3,11 @@
 
     python benchmarks/processes.py --model MODEL --text calibration.jsonl
 
-One process and two of one thread each, in turns; each run starts its processes, which load, wait for one another and then do one
-stage. Times are by the clock on the wall, so nothing else should run, and those of the processor, of the busier process; the best of
-the rounds of either. What both make is compared: the largest difference of an error of a block on held-out tokens.
+One process, two of one thread each, and two runs of one process each at the same time, in turns; each run starts its processes,
+which load, wait for one another and then do one stage. Two runs do twice the work and have nothing to say to one another: what they
+take is what the machine's caches and memory leave to two processes, and so the most that two can save. Times are by the clock on the
+wall, so nothing else should run, and those of the processor, of the busier process; the best of the rounds of each. What one and two
+make is compared: the largest difference of an error of a block on held-out tokens.
 """
 
 from __future__ import annotations
@@ -57,29 +59,41 @@ def main() -> None:
         pruner.calibrate()
         pruner.statistics.save(Path(folder) / "statistics")
         for stage in args.stages:
-            found = {1: [], 2: []}
+            ways = {"one": (1, 1), "two": (2, 1), "two runs": (1, 2)}
+            found = {way: [] for way in ways}
             for _ in range(args.rounds):
-                for processes, runs in found.items():
-                    runs.append(run_processes(stage, processes, Path(folder)))
+                for way, (processes, runs) in ways.items():
+                    found[way].append(run_processes(stage, processes, runs, Path(folder)))
             best = {
-                clock: [min(run[clock] for run in runs) for runs in found.values()] for clock in ("wall", "processor")
+                clock: {way: min(run[clock] for run in runs) for way, runs in found.items()}
+                for clock in ("wall", "processor")
             }
-            one, two = (found[processes][0]["errors"] for processes in found)
+            one, two = (found[way][0]["errors"] for way in ("one", "two"))
             apart = max((abs(a - b) / a for a, b in zip(one, two, strict=True)), default=0.0)
-            ratios = [f"{times[0] / times[1]:.2f}" for times in best.values()]
-            rows.append([stage, *(f"{seconds:.1f}" for seconds in best["wall"]), *ratios, f"{apart:.0e}"])
+            ratios = [times["one"] / times["two"] for times in best.values()]
+            possible = [2 * times["one"] / times["two runs"] for times in best.values()]
+            seconds = (f"{best['wall'][way]:.1f}" for way in ("one", "two"))
+            rows.append([stage, *seconds, *(f"{ratio:.2f}" for ratio in (*ratios, *possible)), f"{apart:.0e}"])
             print(rows[-1], flush=True)
-    print(table(["stage", "one process, s", "two, s", "ratio", "ratio, processor", "difference"], rows))
+    header = ["stage", "one process, s", "two, s", "ratio", "processor", "two runs at once", "processor", "difference"]
+    print(table(header, rows))
 
 
-def run_processes(stage: str, processes: int, folder: Path) -> dict:
-    """The longest times of one run, in seconds, and the errors that the first process found."""
+def run_processes(stage: str, processes: int, runs: int, folder: Path) -> dict:
+    """The longest times of some runs at once, in seconds, and the errors that the first process found."""
+    running = [process for _ in range(runs) for process in started(stage, processes, folder)]
+    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    return {**found[0], **{clock: max(part[clock] for part in found) for clock in ("wall", "processor")}}
+
+
+def started(stage: str, processes: int, folder: Path) -> list[subprocess.Popen]:
+    """The processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    running = [
+    return [
         subprocess.Popen(
             [sys.executable, *sys.argv, "--worker", stage, str(folder)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -88,8 +102,6 @@ def run_processes(stage: str, processes: int, folder: Path) -> dict:
         )
         for rank in range(processes)
     ]
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
-    return {**found[0], **{clock: max(part[clock] for part in found) for clock in ("wall", "processor")}}
 
 
 def work(args: argparse.Namespace, stage: str, folder: str) -> None:

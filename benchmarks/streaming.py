@@ -3,7 +3,8 @@
 
 A random Qwen3-MoE of `--gigabytes` is written to a temporary folder. Each row of the table is a process of its own, from
 loading to statistics, so that its peak memory is its own; what a process takes that has imported everything and loaded
-nothing is the first row. Times are of the processor, loading included. Prints one Markdown table.
+nothing is the first row. Times are of the processor and by the clock on the wall, loading included; one thread, or as many as
+`OMP_NUM_THREADS` says. Prints one Markdown table.
 
 With `--fits` the table is about what comes after: the peak of compensation over blocks and of reconstruction from the checkpoint, beside
 what is stated before they begin.
@@ -197,8 +198,11 @@ def cold_table(folder: Path, size: int, common: list[str]) -> None:
 
 
 def run_row(arguments: list[str], worker: str = "--worker") -> dict:
-    # What is freed goes back to the system at once, in place of waiting in the process for the next of its size.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)} if worker == "--fits-worker" else None
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    if worker == "--fits-worker":
+        env["MALLOC_MMAP_THRESHOLD_"] = str(
+            2**20
+        )  # what is freed goes back to the system at once, and waits for no other use
     output = subprocess.run([sys.executable, __file__, worker, *arguments], capture_output=True, text=True, env=env)
     if output.returncode:
         raise SystemExit(output.stderr)
@@ -254,25 +258,27 @@ def main() -> None:
         )
         if args.fits:
             return fits_table(place, common)
-        print(
-            "| run | peak, MB | without libraries, share of the weights | processor s | ratio | difference | same kept |"
+        header = (
+            "run",
+            "peak, MB",
+            "without libraries, share of the weights",
+            "processor s",
+            "ratio",
+            "wall s",
+            "ratio",
         )
-        print("|---|---|---|---|---|---|---|")
-        print(f"| nothing loaded | {base / 1e6:.0f} | | | | | |")
+        print(f"| {' | '.join(header)} | difference | same kept |\n|{'---|' * 9}")
+        print(f"| nothing loaded | {base / 1e6:.0f} | | | | | | | |")
         results, files = {}, {}
         for name, memory, criterion in ROWS:
             files[memory, criterion] = place / f"{memory}-{criterion}.safetensors"
             found = run_row([str(place / "model"), memory, criterion, str(files[memory, criterion]), *common])
             results[memory, criterion] = found
-            ratio, same = "1.00", "|"
-            if memory == "streaming":
-                ratio = f"{found['cpu'] / results['plain', criterion]['cpu']:.2f}"
-                same = agreement(files["plain", criterion], files[memory, criterion])
+            plain = results["plain", criterion]
+            times = (f"{found[clock]:.0f} | {found[clock] / plain[clock]:.2f}" for clock in ("cpu", "wall"))
+            same = agreement(files["plain", criterion], files[memory, criterion]) if memory == "streaming" else "|"
             share = (found["peak"] - base) / size
-            print(
-                f"| {name} | {found['peak'] / 1e6:.0f} | {share:.2f} | {found['cpu']:.0f} | {ratio} | {same} |",
-                flush=True,
-            )
+            print(f"| {name} | {found['peak'] / 1e6:.0f} | {share:.2f} | {' | '.join(times)} | {same} |", flush=True)
 
 
 if __name__ == "__main__":
