@@ -200,9 +200,8 @@ def cold_table(folder: Path, size: int, common: list[str]) -> None:
 def run_row(arguments: list[str], worker: str = "--worker") -> dict:
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     if worker == "--fits-worker":
-        env["MALLOC_MMAP_THRESHOLD_"] = str(
-            2**20
-        )  # what is freed goes back to the system at once, and waits for no other use
+        # What is freed goes back to the system at once, in place of waiting in the process for the next of its size.
+        env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     output = subprocess.run([sys.executable, __file__, worker, *arguments], capture_output=True, text=True, env=env)
     if output.returncode:
         raise SystemExit(output.stderr)
@@ -258,16 +257,8 @@ def main() -> None:
         )
         if args.fits:
             return fits_table(place, common)
-        header = (
-            "run",
-            "peak, MB",
-            "without libraries, share of the weights",
-            "processor s",
-            "ratio",
-            "wall s",
-            "ratio",
-        )
-        print(f"| {' | '.join(header)} | difference | same kept |\n|{'---|' * 9}")
+        columns = "run | peak, MB | without libraries, share of the weights | processor s | ratio | wall s | ratio"
+        print(f"| {columns} | difference | same kept |\n|{'---|' * 9}")
         print(f"| nothing loaded | {base / 1e6:.0f} | | | | | | | |")
         results, files = {}, {}
         for name, memory, criterion in ROWS:
