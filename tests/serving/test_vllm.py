@@ -30,7 +30,7 @@ from tests.serving.variable_models import (  # noqa: E402
 )
 
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(autouse=True)
