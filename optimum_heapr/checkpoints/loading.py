@@ -137,18 +137,19 @@ def load_model(
         ) from error
     except ImportError as error:
         raise not_installed(name, error) from error
-    except (AssertionError, RuntimeError, NameError) as error:
+    except (AssertionError, RuntimeError, NameError, TypeError) as error:
         if "negative dimension" in str(error):
             raise HeaprError(
                 f"model={str(name)!r}: config.json names a size below 0 ({reason_of(error)}); copy the model again"
             ) from error
-        if as_stored:  # what reads such weights may want a GPU, or transformers miss a package without looking for it
+        # What reads such weights may want a GPU, or transformers miss a package without looking for it, or not know the method.
+        if as_stored:
             raise HeaprError(
                 f"model={str(name)!r}: its weights are quantized ({as_stored['quant_method']}), and cannot be loaded here "
                 f"({reason_of(error)}); install what reads them, or go where they can be loaded"
             ) from error
         # Of PyTorch, about devices that are not there or are full.
-        if isinstance(error, NameError) or model_options.get("device_map") is None:
+        if isinstance(error, (NameError, TypeError)) or model_options.get("device_map") is None:
             raise
         raise HeaprError(
             f"device_map={model_options['device_map']!r}: the model cannot go there ({reason_of(error)}); name devices that are there "
