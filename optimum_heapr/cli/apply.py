@@ -54,7 +54,6 @@ class ApplyCommand(HeaprSubcommand):
         from ..pruner import HeaprPruner
         from ..utils.logging import is_main_process, say_once, without_warnings
         from .documents import plan_document
-        from .lines import compensation_lines
         from .tables import plan_table
 
         plan = PruningPlan.load(args.plan)
@@ -102,7 +101,7 @@ class ApplyCommand(HeaprSubcommand):
         end_processes()
         if not is_first:
             return None
-        self.show(plan_table(plan), *compensation_lines(plan))
+        self.show(plan_table(plan))
         print(f"Pruned model written to {args.output}")
         return {"output": args.output, "pushed": push(args), **plan_document(plan, args.model)}
 
