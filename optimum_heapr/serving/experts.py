@@ -13,6 +13,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil, lcm
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,22 @@ from .errors import ServingError
 from .families import UNIFORM
 from .on_cpu import sum_on_cpu
 from .pieces import Pieces, cut
+from .quantized import Scheme
 
 
 # Kernels want widths that are multiples of this: the CPU's pads to it, and the blocks of the others are no narrower.
 WIDTH_MULTIPLE = 32
 
-_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|weight_scale|bias)")
+_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|weight_packed|weight_scale|weight_shape|bias)")
 
 
 @contextmanager
-def variable_widths(widths: dict[int, list[int]], all_layers: bool) -> Iterator[None]:
+def variable_widths(widths: dict[int, list[int]], scheme: Scheme | None, all_layers: bool) -> Iterator[None]:
     """While this is open, experts that vLLM makes have the widths of the layer that they belong to.
 
     Args:
         widths (`dict[int, list[int]]`): by layer, atomic experts of each expert.
+        scheme ([`Scheme`], *optional*): how they are quantized, if they are.
         all_layers (`bool`): whether all of them are made here; with pipeline parallelism a process has a part.
 
     Raises:
@@ -56,7 +59,8 @@ def variable_widths(widths: dict[int, list[int]], all_layers: bool) -> Iterator[
     if taken:
         raise ServingError(f"another plugin of vLLM replaces {taken[0]}: variable widths cannot; {UNIFORM}")
     for stock in stock_classes:
-        ours = type("Variable" + stock.__name__, (VariableWidths, stock), {"widths_by_layer": widths, "made": made})
+        given = {"widths_by_layer": widths, "scheme": scheme, "made": made}
+        ours = type("Variable" + stock.__name__, (VariableWidths, stock), given)
         op_registry_oot[stock.__name__] = ours
     try:
         yield
@@ -121,6 +125,7 @@ class VariableWidths:
     """Mixed into `RoutedExperts`: the experts of a layer, each of a width of its own, as groups of pieces."""
 
     widths_by_layer: dict[int, list[int]]
+    scheme: Scheme | None
     made: set[int]
 
     def __init__(self, layer_name, params_dtype, moe_config: FusedMoEConfig, quant_config, **options):
@@ -129,7 +134,10 @@ class VariableWidths:
         if self.widths is None or len(self.widths) != moe_config.num_experts:
             found = "no widths" if self.widths is None else f"widths of {len(self.widths)} experts"
             raise ServingError(f"{layer_name}: {found} in config.json, vLLM makes {moe_config.num_experts}; {UNIFORM}")
-        multiple = WIDTH_MULTIPLE * moe_config.moe_parallel_config.tp_size
+        if self.scheme and moe_config.has_bias:
+            raise ServingError(f"{layer_name}: experts with biases are not served in {self.scheme}; {UNIFORM}")
+        group = self.scheme and self.scheme.group or 1
+        multiple = lcm(WIDTH_MULTIPLE, group) * moe_config.moe_parallel_config.tp_size
         self.pieces: Pieces = cut(self.widths, multiple, keep_empty=moe_config.has_bias)
         self._group_options = options
         self.loaded: set[tuple[int, str]] = set()
@@ -140,19 +148,23 @@ class VariableWidths:
         return GroupsMethod(moe_config)
 
     def make_groups(self) -> None:
-        self.groups = nn.ModuleList(
-            RoutedExpertsGroup(
-                self.layer_name,
-                self.params_dtype,
-                self._group_config(width, members := self.pieces.experts_of(group)),
-                self.quant_config,
-                members=members,
-                **self._group_options,
-            )
-            for group, width in enumerate(self.pieces.widths)
-        )
+        try:
+            self.groups = nn.ModuleList(self._group(*group) for group in enumerate(self.pieces.widths))
+        except (ValueError, NotImplementedError) as error:
+            if self.scheme is None:
+                raise
+            raise ServingError(
+                f"vLLM has no kernel here for experts in {self.scheme} and {self.params_dtype} ({_first_line(error)}): serve "
+                "them on another device or, if they are not there yet, in bfloat16, or leave them unquantized"
+            ) from error
         maps = torch.stack([group._expert_map for group in self.groups])
         self.register_buffer("slots", maps, persistent=False)  # by group and expert: its place there, or -1
+
+    def _group(self, group: int, width: int) -> RoutedExpertsGroup:
+        members = self.pieces.experts_of(group)
+        config = self._group_config(width, members)
+        options = {"members": members, **self._group_options}
+        return RoutedExpertsGroup(self.layer_name, self.params_dtype, config, self.quant_config, **options)
 
     def _group_config(self, width: int, members: list[int]) -> FusedMoEConfig:
         backend = self.moe_config.moe_backend
@@ -206,22 +218,26 @@ class VariableWidths:
     def _load_part(self, expert: int, part: str, kind: str, tensor: torch.Tensor) -> list[str]:
         width, hidden = self.widths[expert], self.moe_config.hidden_dim_unpadded
         rows, columns = (hidden, width) if part == "w2" else (width, hidden)
-        expected = {"bias": (width,), "weight": (rows, columns), "weight_scale": (rows, 1)}[kind]
-        if tuple(tensor.shape) != expected:
+        each = self.scheme.columns_of(kind) if self.scheme else 1
+        expected = (rows, ceil(columns / each) if each else 1)
+        expected = {"bias": (width,), "weight_shape": (2,)}.get(kind, expected)
+        if tuple(tensor.shape) != expected or (kind == "weight_shape" and tensor.tolist() != [rows, columns]):
+            found, given = (tensor.tolist(), [rows, columns]) if kind == "weight_shape" else (tensor.shape, expected)
             raise ServingError(
-                f"{self.layer_name}: expert {expert} has a tensor of shape {list(tensor.shape)}, and config.json gives it "
-                f"{list(expected)}; the files belong to different models: copy or prune it again"
+                f"{self.layer_name}: expert {expert} has a tensor of shape {list(found)}, and config.json gives it "
+                f"{list(given)}; the files belong to different models: copy or prune it again"
             )
-        dim, parameter = (1, "w2_") if part == "w2" else (0, "w13_")
-        written = []
+        parameter, written = ("w2_" if part == "w2" else "w13_") + kind, []
         for group, start in self.pieces.starts(expert):
+            written.append(f"groups.{group}.{parameter}")
+            if kind == "weight_shape":
+                continue
             piece = tensor
-            if part != "w2" or kind == "weight":  # scales of rows of a down projection are those of all its pieces
-                piece = tensor.narrow(dim, start, min(self.pieces.widths[group], width - start))
-                padding = self.pieces.widths[group] - piece.shape[dim]
-                piece = F.pad(piece, (0, padding) if dim == piece.ndim - 1 else (0, 0, 0, padding))
-            self._write(self.groups[group], parameter + kind, part, expert, piece)
-            written.append(f"groups.{group}.{parameter}{kind}")
+            if part != "w2":
+                piece = _part_of(tensor, 0, start, self.pieces.widths[group])
+            elif each:  # a scale of a whole row of a down projection is that of all its pieces
+                piece = _part_of(tensor, 1, start // each, self.pieces.widths[group] // each)
+            self._write(self.groups[group], parameter, part, expert, piece)
         self.loaded.add((expert, f"{part}.{kind}"))
         return written
 
@@ -262,15 +278,27 @@ class VariableWidths:
 
     def missing(self) -> list[str]:
         """Projections of experts that no tensor was loaded for."""
-        parts = ["w1.weight", "w2.weight", "w3.weight"]
+        kinds = ["weight_packed" if hasattr(self.groups[0], "w2_weight_packed") else "weight"]
+        kinds += ["weight_scale"] if hasattr(self.groups[0], "w2_weight_scale") else []
+        parts = [f"{part}.{kind}" for kind in kinds for part in ("w1", "w2", "w3")]
         parts += ["w1.bias", "w3.bias"] if self.moe_config.has_bias else []
-        parts += [f"{part}_scale" for part in parts[:3]] if hasattr(self.groups[0], "w2_weight_scale") else []
         return [
             f"expert {expert} {part}"
             for expert, width in enumerate(self.widths)
             for part in parts
             if width and (expert, part) not in self.loaded
         ]
+
+
+def _part_of(tensor: torch.Tensor, dim: int, start: int, size: int) -> torch.Tensor:
+    """So many rows or columns from a first one on; behind the last one zeros."""
+    part = tensor.narrow(dim, start, min(size, tensor.shape[dim] - start))
+    padding = (0, size - part.shape[dim])
+    return F.pad(part, padding if dim == tensor.ndim - 1 else (0, 0, *padding))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
 
 
 _OURS = (VariableWidths, RoutedExpertsGroup)

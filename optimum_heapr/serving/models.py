@@ -16,6 +16,7 @@ from .checkpoint import expert_tensor, widths_by_layer
 from .errors import ServingError
 from .experts import VariableWidths, variable_widths
 from .families import ARCHITECTURES, PREFIX
+from .quantized import scheme_of
 
 
 class PrunedModel:
@@ -26,7 +27,8 @@ class PrunedModel:
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         widths = widths_by_layer(vllm_config.model_config.hf_config.expert_widths)
-        with variable_widths(widths, all_layers=get_pp_group().world_size == 1):
+        scheme = scheme_of(vllm_config.model_config)
+        with variable_widths(widths, scheme, all_layers=get_pp_group().world_size == 1):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         lora = vllm_config.lora_config
         if lora is not None and lora.target_modules is None:

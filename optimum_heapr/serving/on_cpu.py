@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts.zentorch_moe import ZentorchExpertsInt4
 
 from ..utils.scratch import Scratch
 
@@ -82,18 +83,39 @@ def _run(group, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, slots
     """One expert for each row. Straight to the kernel, as what vLLM does around it takes longer than a few tokens do."""
     kernel = getattr(group.quant_method, "moe_kernel", None)
     experts = kernel and kernel.fused_experts
-    if not isinstance(experts, CPUUnquantizedExperts) or group.apply_router_weight_on_input:
+    if isinstance(
+        experts, ZentorchExpertsInt4
+    ):  # vLLM's class around the kernel finds the experts of a token by itself
+        _in_four_bits(group, experts, out, x, weights, slots)
+    elif isinstance(experts, CPUUnquantizedExperts) and not group.apply_router_weight_on_input:
+        experts.apply(
+            output=out,
+            hidden_states=x,
+            w1=group.w13_weight,
+            w2=group.w2_weight,
+            topk_weights=weights,
+            topk_ids=slots,
+            activation=group.activation,
+            global_num_experts=len(group.members),
+            apply_router_weight_on_input=False,
+            **_UNUSED,
+        )
+    else:
         out.copy_(group.run(x, weights, slots))
-        return
-    experts.apply(
-        output=out,
-        hidden_states=x,
-        w1=group.w13_weight,
-        w2=group.w2_weight,
-        topk_weights=weights,
-        topk_ids=slots,
-        activation=group.activation,
-        global_num_experts=len(group.members),
-        apply_router_weight_on_input=False,
-        **_UNUSED,
+
+
+def _in_four_bits(group, experts: ZentorchExpertsInt4, out, x, weights, slots) -> None:
+    torch.ops.zentorch.zentorch_fused_moe(
+        out,
+        x,
+        group.w13_weight,
+        group.w2_weight,
+        None,  # biases
+        None,
+        weights,
+        slots,
+        False,  # router weights are applied to what experts give
+        group.activation.value,
+        experts.w1_scale,
+        experts.w2_scale,
     )

@@ -58,9 +58,9 @@ def _checks(stock: type) -> type:
         @classmethod
         def verify_and_update_model_config(cls, model_config) -> None:
             from .checkpoint import check_folder
-            from .settings import check_quantization
+            from .quantized import scheme_of
 
-            check_quantization(model_config)
+            scheme_of(model_config)  # or the shapes of what is quantized would be taken for widths
             check_folder(model_config.model, model_config.hf_config.expert_widths)
             stock.verify_and_update_model_config(model_config)
 

@@ -57,6 +57,16 @@ def test_widths_that_do_not_match_are_refused(folder):
     assert "config.json says no such expert" in refused(folder, fewer)
 
 
+def test_packed_experts_are_as_wide_as_their_rows(folder):
+    """Eight columns are in one of a down projection."""
+    tensors = load_file(folder / "model.safetensors")
+    packed = {f"{name}_packed" if ".experts." in name else name: tensor[:, :1] for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in packed.items()}, folder / "model.safetensors")
+    check_folder(folder, WIDTHS)
+    wider = WIDTHS | {"model.layers.1.mlp.experts": [2, 5]}
+    assert "_proj.weight_packed is 4 wide, config.json says 5" in refused(folder, wider)
+
+
 def test_a_missing_expert_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(

@@ -1,5 +1,6 @@
 # Licensed under the Apache License, Version 2.0
-"""Quantized experts of variable widths in vLLM: INT8 with a scale for each row, as llm-compressor writes `W8A8`.
+"""Quantized experts of variable widths in vLLM: in INT8 with a scale for each row and in INT4 in groups, as llm-compressor writes
+`W8A8` and `W4A16`.
 
 Of x86 CPUs vLLM has kernels for those with AMX, and through zentorch for AMD's; `tests/serving/run_vllm.sh` runs this with zentorch.
 """
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
 from tests.serving.engine import log_probabilities, served  # noqa: E402
-from tests.serving.quantized_models import FORMS, SHAPE  # noqa: E402
+from tests.serving.quantized_models import FORMS, GROUP, SHAPE  # noqa: E402
 from tests.serving.variable_models import padded_checkpoint, variable_checkpoint  # noqa: E402
 
 
@@ -48,17 +50,58 @@ W8A8 = {
 }
 
 
-def quantized(folder: Path) -> Path:
-    """Puts the experts of a checkpoint into INT8."""
-    found = {}
+W4A16 = {
+    **W8A8,
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**INT8, "num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False},
+            "input_activations": None,
+            "output_activations": None,
+        }
+    },
+}
+
+
+def in_int8(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = tensor.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+    numbers = (tensor / scale).round()
+    return {name: numbers.to(torch.int8), f"{name}_scale": scale}, numbers * scale
+
+
+def in_int4(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Eight weights in an integer of 32 bits, the first in the lowest four, each with 8 added."""
+    rows, columns = tensor.shape
+    groups = tensor.view(rows, -1, GROUP)
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-8) / 7
+    numbers = (groups / scale).round()
+    packed = ((numbers.view(rows, -1, 8) + 8).long() << torch.arange(0, 32, 4)).sum(2)
+    stored = {
+        f"{name}_packed": torch.where(packed >= 2**31, packed - 2**32, packed).int(),
+        f"{name}_scale": scale.squeeze(2),
+        f"{name}_shape": torch.tensor([rows, columns]),
+    }
+    return stored, (numbers * scale).view(rows, columns)
+
+
+SCHEMES = {"W8A8": (W8A8, in_int8, 1), "W4A16": (W4A16, in_int4, GROUP)}
+"""Settings, what a weight is stored as and stands for then, and what widths are multiples of."""
+
+
+def quantized(folder: Path, scheme: str) -> Path:
+    """Puts the experts of a checkpoint into INT8 or INT4; what they stand for then is in the folder `rounded` beside it."""
+    settings, store, _ = SCHEMES[scheme]
+    found, rounded = {}, {}
     for name, tensor in load_file(folder / "model.safetensors").items():
+        stored, rounded[name] = {name: tensor}, tensor
         if re.search(r"\.experts\.\d+\.\w+\.weight$", name) and tensor.numel():
-            scale = tensor.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-            found[name], found[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
-        else:
-            found[name] = tensor
+            stored, rounded[name] = store(name, tensor)
+        found |= stored
+    shutil.copytree(folder, folder.parent / "rounded", dirs_exist_ok=True)
+    save_file(rounded, folder.parent / "rounded" / "model.safetensors", metadata={"format": "pt"})
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-    configure(folder, W8A8)
+    configure(folder, settings)
     return folder
 
 
@@ -85,25 +128,32 @@ def needs_kernels() -> None:
         pytest.skip("vLLM has no kernel for quantized experts on this CPU: it takes AMX, or one of AMD and zentorch")
 
 
-def test_int8_experts_lose_what_stock_ones_do(tmp_path):
-    """The stock model of the full width, with zeros where atomic experts were removed, in the same INT8."""
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_experts_lose_what_stock_ones_do(scheme, tmp_path):
+    """The stock model of the full width, with zeros where atomic experts were removed, in the same scheme."""
     needs_kernels()
-    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", **SHAPE)
+    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=SCHEMES[scheme][2], **SHAPE)
     padded_checkpoint(tmp_path / "padded", "qwen3_moe", model)
-    ours, stock = (median_error(model, quantized(tmp_path / name)) for name in ("pruned", "padded"))
-    print(f"\nmedian error of a log-probability: {ours:.4f}, stock {stock:.4f}")
-    assert 0 < ours < 1.5 * stock
+    folders = [quantized(tmp_path / name, scheme) for name in ("pruned", "padded")]
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32).eval()
+    ours, stock = (median_error(rounded, folder) for folder in folders)
+    unrounded = median_error(model, folders[0])
+    print(
+        f"\nmedian error of a log-probability: {ours:.4f}, stock {stock:.4f}; with what rounding weights loses {unrounded:.4f}"
+    )
+    assert 0 < ours < min(1.5 * stock, 0.06)
 
 
 @pytest.mark.skipif(WRITTEN is None, reason="LLM_COMPRESSOR names no environment of llm-compressor, see run_vllm.sh")
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FORMS)
-def test_what_llm_compressor_writes_is_served(name):
+def test_what_llm_compressor_writes_is_served(name, scheme):
     needs_kernels()
     # The stock model computes what the pruned one does, and loads where an engine has started.
     model = AutoModelForCausalLM.from_pretrained(Path(WRITTEN) / "padded", dtype=torch.float32).eval()
-    found = median_error(model, Path(WRITTEN) / f"{name}-W8A8")
-    print(f"\nmedian error of a log-probability, {name}: {found:.4f}")
-    assert 0 < found < 0.1
+    found = median_error(model, Path(WRITTEN) / f"{name}-{scheme}")
+    print(f"\nmedian error of a log-probability, {name}, {scheme}: {found:.4f}")
+    assert 0 < found < {"W8A8": 0.1, "W4A16": 0.6}[scheme]
 
 
 def test_what_other_tools_store_is_not_taken_for_damage(tmp_path):
@@ -112,15 +162,29 @@ def test_what_other_tools_store_is_not_taken_for_damage(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.view(-1, 1) for name, tensor in load_file(file).items()}, file)
     configure(tmp_path, {"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ServingError, match=r"a scale for each row \(bitsandbytes\)"):
+    with pytest.raises(ServingError, match=r"with quantization \(bitsandbytes\) other than INT8"):
         served(tmp_path, dtype="bfloat16")
 
 
-def test_other_schemes_are_refused(tmp_path):
-    variable_checkpoint(tmp_path, "qwen3_moe")
-    settings = json.loads(json.dumps(W8A8))
-    settings["config_groups"]["group_0"]["weights"]["num_bits"] = 4
-    configure(tmp_path, settings)
-    with pytest.raises(ServingError, match="quantization other than INT8 with a scale for each row") as error:
-        served(tmp_path, dtype="bfloat16")
+def test_a_kernel_that_is_not_there_is_said_in_one_line(tmp_path):
+    """None takes experts in four bits and activations in float32."""
+    variable_checkpoint(tmp_path, "qwen3_moe", multiple=GROUP, **SHAPE)
+    quantized(tmp_path, "W4A16")
+    with pytest.raises(
+        ServingError, match="no kernel here for experts in INT4 in groups of 32 and torch.float32"
+    ) as error:
+        served(tmp_path, dtype="float32")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["packed", "scale", "shape"])
+def test_packed_experts_of_other_shapes_are_refused(kind, tmp_path):
+    needs_kernels()
+    variable_checkpoint(tmp_path, "qwen3_moe", multiple=GROUP, **SHAPE)
+    file = quantized(tmp_path, "W4A16") / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(f"down_proj.weight_{kind}"))
+    tensors[name] = tensors[name] + 1 if kind == "shape" else tensors[name][:, :-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ServingError, match="the files belong to different models"):
+        served(tmp_path, dtype="bfloat16")

@@ -62,15 +62,15 @@ def pruned_class(family: str, stock: type) -> type:
     return pruned_model_class(stock)
 
 
-def variable_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
-    """A tiny random model of a family with experts of 0 to all of their width, in float32."""
+def variable_model(family: str, seed: int = 0, multiple: int = 1, **overrides) -> torch.nn.Module:
+    """A tiny random model of a family with experts of 0 to all of their width, in multiples, in float32."""
     torch.manual_seed(seed)
     generator = random.Random(seed)
     config = AutoConfig.for_model(family, **SMALL | CONFIGS[family] | overrides)
     stock = AutoModelForCausalLM.from_config(config)
     widths = {}
     for block in find_expert_blocks(stock):
-        drawn = [generator.randrange(1, block.width) for _ in range(block.num_experts - 2)]
+        drawn = [generator.randrange(multiple, block.width, multiple) for _ in range(block.num_experts - 2)]
         widths[block.path] = [0, *drawn, block.width]
     model_class = pruned_class(family, type(stock))
     fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}

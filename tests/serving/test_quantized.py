@@ -1,0 +1,68 @@
+# Licensed under the Apache License, Version 2.0
+"""Which quantized checkpoints are served with variable widths; vLLM is not needed to say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from optimum_heapr.serving.errors import ServingError
+from optimum_heapr.serving.quantized import Scheme, scheme_of
+
+
+CHANNEL = {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True}
+DYNAMIC = {"type": "int", "num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
+GROUP = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": True}
+
+
+def found(*groups: tuple[dict, dict | None], method: str = "compressed-tensors") -> Scheme | None:
+    settings = {
+        "quant_method": method,
+        "config_groups": {
+            f"group_{number}": {"weights": weights, "input_activations": activations}
+            for number, (weights, activations) in enumerate(groups)
+        },
+    }
+    return scheme_of(SimpleNamespace(quantization=None, hf_config=SimpleNamespace(quantization_config=settings)))
+
+
+def test_what_is_served():
+    assert scheme_of(SimpleNamespace(quantization=None, hf_config=SimpleNamespace())) is None
+    assert found((CHANNEL, DYNAMIC)) == Scheme(bits=8, group=None)
+    assert found((GROUP, None)) == found(({**GROUP, "actorder": "static"}, None)) == Scheme(bits=4, group=128)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [(CHANNEL, None)],  # W8A16, which is packed
+        [({**CHANNEL, "symmetric": False}, DYNAMIC)],
+        [({**CHANNEL, "type": "float"}, {**DYNAMIC, "type": "float"})],
+        [({**GROUP, "symmetric": False}, None)],
+        [({**GROUP, "actorder": "group"}, None)],
+        [({**GROUP, "strategy": "channel", "group_size": None}, None)],
+        [(GROUP, DYNAMIC)],
+        [(GROUP, None), ({**GROUP, "group_size": 32}, None)],
+        [],
+    ],
+)
+def test_other_schemes_are_refused(groups):
+    with pytest.raises(ServingError, match=r"with quantization \(compressed-tensors\) other than INT8") as error:
+        found(*groups)
+    assert "\n" not in str(error.value)
+
+
+def test_other_quantizers_are_refused():
+    with pytest.raises(ServingError, match=r"\(gptq\) other than"):
+        found((GROUP, None), method="gptq")
+    # Asked for by a flag of vLLM, whatever the file says.
+    with pytest.raises(ServingError, match=r"\(fp8\) other than"):
+        scheme_of(SimpleNamespace(quantization="fp8", hf_config=SimpleNamespace()))
+
+
+def test_columns_that_a_stored_column_stands_for():
+    scheme = Scheme(bits=4, group=128)
+    assert [scheme.columns_of(kind) for kind in ("weight_packed", "weight_scale", "weight")] == [8, 128, 1]
+    assert Scheme(bits=8, group=None).columns_of("weight_scale") is None
+    assert (str(scheme), str(Scheme(8, None))) == ("INT4 in groups of 128", "INT8")
