@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0
 """Threads in the place of processes: what one process of several does, without the seconds in which one starts.
 
-What connects processes, the collectives of accelerate that this package uses, works among the threads. One that ends with
+What connects processes, the collectives of accelerate and torch that this package uses, works among the threads. One that ends with
 an error ends the others where they wait for it, as a process that dies does.
 """
 
@@ -33,6 +33,8 @@ class Ranks:
         self._held: list[Any] = [None] * number
         monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values, rank=0: self._all(values)[rank])
         monkeypatch.setattr("accelerate.utils.gather_object", lambda values: sum(self._all(values), []))
+        monkeypatch.setattr("torch.distributed.all_reduce", self._sum)
+        monkeypatch.setattr("torch.distributed.reduce", self._sum)
         for module in ("runner", "streaming"):
             monkeypatch.setattr(f"optimum_heapr.calibration.{module}.start_processes", lambda *_: self)
         for module in (
@@ -56,9 +58,10 @@ class Ranks:
     is_main_process = property(lambda self: self._here.rank == 0)
     device = torch.device("cpu")
 
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        assert reduction == "sum"
-        return torch.stack(self._all(tensor.clone())).sum(0)  # processes share no memory, which one goes on to change
+    def _sum(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+        """In place, on one rank or on all; elsewhere nothing is left that could be used."""
+        total = torch.stack(self._all(tensor.clone())).sum(0)  # processes share no memory, which one goes on to change
+        tensor.copy_(total) if dst in (None, self.process_index) else tensor.zero_()
 
     def _all(self, value: Any) -> list[Any]:
         self._held[self._here.rank] = value

@@ -173,8 +173,9 @@ def finished_blocks(
     number, rank = accelerator.num_processes, accelerator.process_index
     found = {}
     for turn, (path, block) in enumerate(blocks):
-        total = add_block(accelerator, block)
-        found[path] = total if rank in (0, turn % number) else total.without_grams()
+        finisher = 0 if finish is None else turn % number
+        total = add_block(accelerator, block, first_only=finisher == 0)
+        found[path] = total if rank in (0, finisher) else total.without_grams()
     if finish is None:
         return {path: block if rank == 0 else block.without_grams() for path, block in found.items()}
     for path in progress(list(found)[rank::number], desc="Ordering", unit="layer", leave=False):
@@ -186,8 +187,13 @@ def finished_blocks(
     return found
 
 
-def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatistics:
-    """The sums of one expert block over all processes, on each of them.
+def add_block(accelerator: Accelerator, block: BlockStatistics, first_only: bool) -> BlockStatistics:
+    """The sums of one expert block over all processes, on each of them, in the memory of what this one measured where it can be.
+
+    Args:
+        accelerator (`Accelerator`): connects the processes.
+        block (`BlockStatistics`): what this process measured; not to be used any more.
+        first_only (`bool`): whether matrices are needed on the first process alone; those of the others are then no sums.
 
     Raises:
         HeaprError: if another process ended before.
@@ -195,7 +201,11 @@ def add_block(accelerator: Accelerator, block: BlockStatistics) -> BlockStatisti
     if accelerator.num_processes == 1:
         return block
     with peers_needed():
-        return replace(block, **{name: _added(accelerator, tensor) for name, tensor in block.sums.items()})
+        sums = {
+            name: added(accelerator, tensor, first_only=first_only and "_gram_" in name)
+            for name, tensor in block.sums.items()
+        }
+        return replace(block, **sums)
 
 
 def add_numbers(accelerator: Accelerator, numbers: list[int]) -> list[int]:
@@ -205,7 +215,7 @@ def add_numbers(accelerator: Accelerator, numbers: list[int]) -> list[int]:
         HeaprError: if another process ended before.
     """
     with peers_needed():
-        return _added(accelerator, torch.tensor(numbers, dtype=torch.int64)).tolist()
+        return added(accelerator, torch.tensor(numbers, dtype=torch.int64)).tolist()
 
 
 def from_process(accelerator: Accelerator, value: Any, rank: int = 0) -> Any:
@@ -233,12 +243,26 @@ def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, 
     if accelerator.num_processes == 1:
         return done.loss, done.targets, done.skipped
     with peers_needed():
-        loss, targets = _added(accelerator, torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
+        loss, targets = added(accelerator, torch.tensor([done.loss, done.targets], dtype=torch.float64)).tolist()
         return loss, int(targets), sorted(gather_object(done.skipped))
 
 
-def _added(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
-    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+def added(accelerator: Accelerator, tensor: torch.Tensor, first_only: bool = False) -> torch.Tensor:
+    """The sum over all processes, on each of them the same bits, on the device of the tensor.
+
+    Not by accelerate, which copies the tensor first: here the sum takes its place, unless it is on another device.
+
+    Args:
+        accelerator (`Accelerator`): connects the processes.
+        tensor (`torch.Tensor`): of this process; overwritten.
+        first_only (`bool`): whether the first process alone needs the sum; the others then have no use for what they are given.
+    """
+    here = tensor.to(accelerator.device)
+    if first_only:
+        torch.distributed.reduce(here, dst=0)
+    else:
+        torch.distributed.all_reduce(here)
+    return here.to(tensor.device)
 
 
 @contextmanager

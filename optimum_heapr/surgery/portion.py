@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration.processes import check_same_run, from_process, peers_needed
+from ..calibration.processes import added, check_same_run, from_process, peers_needed
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 Added = Callable[[torch.Tensor], torch.Tensor]
-"""Gives the sum of a tensor over all processes, on each of them."""
+"""Gives the sum of a tensor, which may be overwritten, over all processes, on each of them."""
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class Portion:
         return tokens[(tokens >= 0) & (tokens < self.here)]
 
     def added(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, on each of them the same bits.
+        """The sum over all processes, on each of them the same bits; the tensor may be overwritten.
 
         Raises:
             HeaprError: if another process ended before.
@@ -82,7 +82,7 @@ class Portion:
         if self._accelerator is None:
             return tensor
         with peers_needed():
-            return self._accelerator.reduce(tensor.to(self._accelerator.device), "sum").to(tensor.device)
+            return added(self._accelerator, tensor)
 
     def of_first(self, value: Any) -> Any:
         """What the first process has, on each of them.
