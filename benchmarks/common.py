@@ -278,7 +278,7 @@ class Evaluation:
         return cls(domains, windows, window_losses(model, windows, args.batch_size), args.batch_size)
 
     def measure(self, model) -> dict[str, dict]:
-        """`increase` by domain (fields of `Increase`) and `by_set`, for a record of the results."""
+        """`increase` by domain (fields of `Increase`), `by_set`, and the loss of each window, for a record of the results."""
         losses = window_losses(model, self.windows, self.batch_size)
         return {
             "increase": {
@@ -286,6 +286,7 @@ class Evaluation:
                 for domain, sets in self.domains.items()
             },
             "by_set": {name: float((losses[name] - self.base[name]).mean()) for name in losses},
+            "losses": {name: loss.tolist() for name, loss in losses.items()},
         }
 
     def measured_on(self) -> dict[str, dict]:

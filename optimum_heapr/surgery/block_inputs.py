@@ -10,8 +10,9 @@ does not hold then, the MLP is something else and is left alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +28,31 @@ if TYPE_CHECKING:
 ROUNDING = 1e-5
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What a block is called with, all of its calls one after another.
+
+    Attributes:
+        hidden (`torch.Tensor`): hidden states, [tokens, d].
+        index (`torch.Tensor`): experts of each token, [tokens, K].
+        weight (`torch.Tensor`): their router weights, [tokens, K].
+        shared (`dict[str, tuple]`): by path of a shared expert, what it is given, [tokens, d], and the scale of what it gives,
+            [tokens, 1].
+    """
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+    shared: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
 class BlockInputs:
     """The calls of one block.
 
     Args:
         shared (`dict[str, torch.nn.Module]`): by path, the MLPs that may be shared experts; those that turn out to be none
             are taken out.
+        keeps (`Collection[str]`): of shared experts, `"activations"` of their neurons, their `"inputs"`, or both.
 
     Attributes:
         counts (`torch.Tensor`): which tokens of the next call count, bool [tokens].
@@ -40,13 +60,15 @@ class BlockInputs:
             before but for how tokens are routed in a pruned model.
     """
 
-    def __init__(self, shared: dict[str, torch.nn.Module]):
+    def __init__(self, shared: dict[str, torch.nn.Module], keeps: Collection[str] = ("activations",)):
         self.shared = shared
         self.counts: torch.Tensor
         self.rerouted: Hashable | None = None
         self._routing: list[tuple[torch.Tensor, ...]] = []
         self._reroutings: dict[Hashable, list[tuple[torch.Tensor, ...]]] = {}
+        self._keeps = keeps
         self._activations: dict[str, list[torch.Tensor]] = {name: [] for name in shared}
+        self._inputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in shared}
         self._call: dict[str, torch.Tensor] = {}
 
     def routing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,6 +91,13 @@ class BlockInputs:
             self._activations[name] = [joined]
             yield name, joined
 
+    def calls(self, rerouting: tuple[torch.Tensor, torch.Tensor] | None = None) -> Calls:
+        """All that was collected, with these experts and weights in the place of its own, where given: as of [`rerouting`]."""
+        hidden, index, weight = self.routing()
+        for name in self.shared:
+            self._inputs[name] = [tuple(_joined(parts) for parts in zip(*self._inputs[name]))]
+        return Calls(hidden, *(rerouting or (index, weight)), {name: self._inputs[name][0] for name in self.shared})
+
     def forget(self) -> None:
         """Drops hidden states and routing: of a layer of many tokens they are much, and a fit needs them once."""
         self._routing, self._reroutings = [], {}
@@ -89,12 +118,12 @@ class BlockInputs:
         """Hooks that collect each call of the block."""
         handles = [block.module.register_forward_pre_hook(self._routed, with_kwargs=True)]
         if self.shared:
-            handles.append(block.module.register_forward_hook(self._keeps("routed")))
+            handles.append(block.module.register_forward_hook(self._holds("routed")))
             handles.append(model.get_submodule(_parent(block.path)).register_forward_hook(self._added_up))
         for name, mlp in self.shared.items():
-            handles.append(mlp.register_forward_hook(self._keeps(name)))
+            handles.append(mlp.register_forward_hook(self._holds(name)))
             for part in ("gate_proj", "down_proj"):
-                handles.append(getattr(mlp, part).register_forward_pre_hook(self._keeps(f"{name}.{part}")))
+                handles.append(getattr(mlp, part).register_forward_pre_hook(self._holds(f"{name}.{part}")))
         return handles
 
     def _routed(self, module: torch.nn.Module, inputs: tuple, named: dict) -> None:
@@ -109,7 +138,7 @@ class BlockInputs:
         else:
             self._reroutings.setdefault(self.rerouted, []).append(tuple(routing))
 
-    def _keeps(self, name: str):
+    def _holds(self, name: str):
         """A hook on what a module returns, or before it on what it is given."""
 
         def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | None = None) -> None:
@@ -128,32 +157,18 @@ class BlockInputs:
         self._call.clear()
 
     def _keep_shared(self, name: str, scale: torch.Tensor) -> None:
-        self._activations[name].append((self._call[f"{name}.down_proj"] * scale)[self.counts])
-
-
-class TrainingInputs(BlockInputs):
-    """The calls of one block, with what goes into its shared experts in place of what their neurons do."""
-
-    def __init__(self, shared: dict[str, torch.nn.Module]):
-        super().__init__(shared)
-        self._inputs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in shared}
-
-    def shared_inputs(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a shared expert, by its path: what it is given, [tokens, d], and the scale of what it gives, [tokens, 1]."""
-        hidden, scale = (_joined(parts) for parts in zip(*self._inputs[name]))
-        self._inputs[name] = [(hidden, scale)]
-        return hidden, scale
-
-    def _keep_shared(self, name: str, scale: torch.Tensor) -> None:
-        self._inputs[name].append((self._call[f"{name}.gate_proj"][self.counts], scale[self.counts]))
+        if "activations" in self._keeps:
+            self._activations[name].append((self._call[f"{name}.down_proj"] * scale)[self.counts])
+        if "inputs" in self._keeps:
+            self._inputs[name].append((self._call[f"{name}.gate_proj"][self.counts], scale[self.counts]))
 
 
 @contextmanager
 def watched_blocks(
-    model: torch.nn.Module, blocks: list[ExpertBlock], kind: type[BlockInputs] = BlockInputs
+    model: torch.nn.Module, blocks: list[ExpertBlock], keeps: Collection[str] = ("activations",)
 ) -> Iterator[dict[str, BlockInputs]]:
-    """Collects the calls of blocks until it ends; by block path."""
-    watched = {block.path: kind(_gated_mlps_beside(model, block)) for block in blocks}
+    """Collects the calls of blocks until it ends, of shared experts what it is to keep; by block path."""
+    watched = {block.path: BlockInputs(_gated_mlps_beside(model, block), keeps) for block in blocks}
     handles = [handle for block in blocks for handle in watched[block.path].hooks(model, block)]
     try:
         yield watched

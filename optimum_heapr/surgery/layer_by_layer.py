@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .block_compensation import fit_block
-from .block_inputs import BlockInputs, TrainingInputs, watched_blocks
+from .block_inputs import BlockInputs, watched_blocks
 from .fit_files import FitFiles, description_of_fits, packed, unpacked
 from .fitted import FittedBlock, in_place_of
 from .portion import Portion
@@ -89,6 +89,7 @@ def compensate_together(
     fits = FitFiles(Path(fits_path), plan, data, dtype) if fits_path is not None and portion.is_first else None
     walk = walk_through(decoder, portion, folder, activation_memory)
     rerouting = Rerouting.of(decoder.model, decoder.blocks, plan)
+    keeps = ("activations", "inputs") if plan.config.reconstruction_steps else ("activations",)
     last = max(number for number in range(len(decoder.layers)) if decoder.blocks_of(number))
     pruned: LayerWalk | None = None
     for number in progress(range(last + 1), desc="Compensating", unit="layer"):
@@ -96,16 +97,16 @@ def compensate_together(
         if plan.config.reconstruction_steps and number == decoder.first:
             pruned = walk.branch("pruned", number)
         with decoder.layer(number, then=number + 1 if number < last else None) as layer:
-            called = calls_of(walk, number, layer, {_PLAN: rerouting}, portion)
+            called = calls_of(walk, number, layer, {_PLAN: rerouting}, portion, keeps)
             if portion.of_first(fits is not None and all(map(fits.has, blocks))):
                 fitted = {block.path: fits.read(block, decoder.model) for block in blocks if fits is not None}
             else:
-                trained_on = {}
+                in_pruned = {}
                 if pruned and blocks:
-                    trained_on = pruned_calls_of(pruned, number, layer, blocks, rerouting, portion)
+                    in_pruned = pruned_calls_of(pruned, number, layer, blocks, rerouting, portion)
                 fitted = {
                     block.path: _fitted(
-                        decoder.model, block, called.pop(block.path), trained_on.pop(block.path, None), plan, portion
+                        decoder.model, block, called.pop(block.path), in_pruned.pop(block.path, None), plan, portion
                     )
                     for block in blocks
                 }
@@ -136,6 +137,7 @@ def calls_of(
     layer: torch.nn.Module,
     reroutings: Mapping[Hashable, Rerouting | None],
     portion: Portion,
+    keeps: Collection[str] = ("activations",),
 ) -> dict[str, BlockInputs]:
     """Takes all micro-batches of the unpruned model through a layer, and collects what its blocks are called with, by path.
 
@@ -145,10 +147,11 @@ def calls_of(
         layer (`torch.nn.Module`): with its weights in memory.
         reroutings (`Mapping[Hashable, Rerouting]`): pruned models whose routing of the same tokens is collected, too.
         portion (`Portion`): of the text, that is walked.
+        keeps (`Collection[str]`): of shared experts, as for [`BlockInputs`].
     """
     model, blocks = walk.decoder.model, walk.decoder.blocks_of(number)
     # The experts of calibration take any width and type.
-    with switched_experts(model, blocks), watched_blocks(model, blocks) as watched:
+    with switched_experts(model, blocks), watched_blocks(model, blocks, keeps) as watched:
         for index, batch in walk.batches.items():
             for inputs in watched.values():
                 inputs.counts = batch["counts"].flatten()
@@ -169,12 +172,12 @@ def pruned_calls_of(
     blocks: list[ExpertBlock],
     rerouting: Rerouting | None,
     portion: Portion,
-) -> dict[str, TrainingInputs]:
+) -> dict[str, BlockInputs]:
     """What the blocks of a layer are called with in the pruned model, by path: all below is pruned, they are not yet."""
     model = pruned.decoder.model
     with (
         switched_experts(model, blocks),
-        watched_blocks(model, blocks, TrainingInputs) as watched,
+        watched_blocks(model, blocks, ("inputs",)) as watched,
         routed_anew(rerouting, blocks),
     ):
         for index, batch in pruned.batches.items():
@@ -195,7 +198,7 @@ def _fitted(
     model: torch.nn.Module,
     block: ExpertBlock,
     inputs: BlockInputs,
-    trained_on: TrainingInputs | None,
+    in_pruned: BlockInputs | None,
     plan: PruningPlan,
     portion: Portion,
 ) -> FittedBlock:
@@ -208,13 +211,14 @@ def _fitted(
         chosen = None if rerouting is None else (rerouting[0][tokens], rerouting[1][tokens])
         return fit_block(block, inputs.only(tokens), kept, config.ridge, chosen, portion.added)
 
-    if trained_on is None:
+    if in_pruned is None:
         fitted = fit(None)
     else:
-        trained_on.shared = {path: mlp for path, mlp in trained_on.shared.items() if path in inputs.shared}
+        shared = {path: mlp for path, mlp in in_pruned.shared.items() if path in inputs.shared}
         with switched_experts(model, [block]):
-            target = block_output(block, inputs, trained_on.shared)
-        fitted, errors = reconstruct_block(block, kept, fit, trained_on, target, config, portion)
+            target = block_output(block, inputs, shared)
+        called = inputs.calls(rerouting), in_pruned.calls()
+        fitted, errors = reconstruct_block(block, kept, fit, called, shared, target, config, portion)
         plan.reconstruction |= {block.path: errors} if errors else {}
     plan.compensation[block.path] = [(fitted.error_before, fitted.error_after)] * block.num_experts
     return fitted

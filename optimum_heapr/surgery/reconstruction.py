@@ -7,9 +7,11 @@ included, from the fit on, to
 
     minimize  sum_t |y_t - y'_t|^2,
 
-`y_t` the output of the unpruned block for token t in the unpruned model, `y'_t` that of the pruned block for the same token in
-the pruned model: for what the pruned layers below make of it. So a layer makes up for what was lost below it, too. The
-router stays as it is, and where it sends a token is known before a block is trained.
+`y_t` the output of the unpruned block for token t in the unpruned model, `y'_t` that of the pruned block for the same token. Of
+each step half of the tokens are given as they are in the pruned model, which is what the pruned layers below make of them: so a
+layer makes up for what was lost below it, too. The other half are given as they are in the unpruned model: what was lost below
+depends on the text, and making up for it alone costs more on other text than it gains. The router stays as it is, and where it
+sends a token is known before a block is trained.
 
 A part of the tokens is held out of the fit and of training, and decides for each block how far it goes from what was fitted to what
 was trained; if not at all, the block is as it is without: fitted to all tokens.
@@ -21,6 +23,7 @@ import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +32,7 @@ from torch.func import functional_call
 
 from ..modeling.atomic_experts import eager_atomic_experts_forward
 from ..utils.logging import get_logger, progress
-from .block_inputs import TrainingInputs
+from .block_inputs import Calls
 from .fitted import FittedBlock
 from .portion import numbers
 from .selection import cut_block, load_rows, rows_of
@@ -77,7 +80,8 @@ def reconstruct_block(
     block: ExpertBlock,
     kept: list[torch.Tensor],
     fit: Callable[[torch.Tensor | None], FittedBlock],
-    inputs: TrainingInputs,
+    called: tuple[Calls, Calls],
+    shared: dict[str, torch.nn.Module],
     target: torch.Tensor,
     config: HeaprConfig,
     portion: Portion,
@@ -91,8 +95,10 @@ def reconstruct_block(
         kept (`list[torch.Tensor]`): kept indices of each expert.
         fit (`Callable`): what compensation makes of it, fitted to the tokens of these numbers, or to all; here and in other
             processes.
-        inputs (`TrainingInputs`): what it is called with in the pruned model.
-        target (`torch.Tensor`): what it is to give for the same tokens, [tokens, d].
+        called (`tuple[Calls, Calls]`): what it is called with in the unpruned model, routed as in the pruned one, and what in the
+            pruned one; of the same tokens.
+        shared (`dict[str, torch.nn.Module]`): by path, the shared experts whose output is part of the target.
+        target (`torch.Tensor`): what it is to give for these tokens, [tokens, d].
         config (`HeaprConfig`): `reconstruction_steps`, `reconstruction_learning_rate` and `seed` are used.
         portion (`Portion`): says which tokens these are.
 
@@ -114,7 +120,7 @@ def reconstruct_block(
     fitted = fit(portion.own(tokens))  # or it would know those that decide
     if fitted.error_before == 0:  # nothing is removed
         return fitted, {}
-    student = Student(block, kept, inputs, portion)
+    student = Student(block, kept, called, shared, portion)
     if not _groups(student.parameters, config):
         logger.warning("%s: nothing stays of it that could be trained", block.path)
         return fit(None), {}
@@ -145,19 +151,19 @@ def reconstruct_block(
 def inputs_bytes(block: ExpertBlock, tokens: int) -> int:
     """What is there besides, while a block is fitted that is then trained: its inputs in both models, and its target."""
     stored = block.module.down_proj.dtype.itemsize
-    return tokens * block.hidden_size * (3 * stored + max(stored, 4))  # shared experts may have inputs of their own
+    return tokens * block.hidden_size * (4 * stored + max(stored, 4))  # shared experts may have inputs of their own
 
 
 def training_bytes(block: ExpertBlock, tokens: int, top_k: int | None) -> int:
     """What training one block takes at most, shared experts left aside.
 
-    Per token its inputs, twice while micro-batches are joined, those in the unpruned model, and the target; per weight itself,
+    Per token its inputs in both models, twice while micro-batches of one are joined, and the target; per weight itself,
     its gradient, two moments of that, what it was before and after, and what it was and is stored as; and what the backward
     of a step needs.
     """
     stored, width, hidden = block.module.down_proj.dtype.itemsize, block.width, block.hidden_size
     exact = max(stored, 4)
-    of_tokens = tokens * hidden * (5 * stored + exact)
+    of_tokens = tokens * hidden * (6 * stored + exact)
     of_weights = block.num_experts * 3 * width * hidden * (6 * exact + 2 * stored)
     of_step = TOKENS_AT_ONCE * (top_k or block.num_experts) * 2 * (2 * hidden + 5 * width) * exact
     return of_tokens + of_weights + of_step
@@ -169,21 +175,25 @@ class Student:
     Args:
         block (`ExpertBlock`): experts of the unpruned model.
         kept (`list[torch.Tensor]`): kept indices of each expert.
-        inputs (`TrainingInputs`): what it is called with in the pruned model.
+        called (`tuple[Calls, Calls]`), shared (`dict[str, torch.nn.Module]`): as for [`reconstruct_block`].
         portion (`Portion`): the tokens of these calls.
 
     Attributes:
         parameters (`dict[str, torch.Tensor]`): all that is trained: of the experts, and by their full names of shared experts.
     """
 
-    def __init__(self, block: ExpertBlock, kept: list[torch.Tensor], inputs: TrainingInputs, portion: Portion):
-        self.portion = portion
+    def __init__(
+        self,
+        block: ExpertBlock,
+        kept: list[torch.Tensor],
+        called: tuple[Calls, Calls],
+        shared: dict[str, torch.nn.Module],
+        portion: Portion,
+    ):
+        self.called, self.mlps, self.portion = called, shared, portion
         self.dtype = block.module.down_proj.dtype
         exact = _exact(self.dtype)
         self.experts = cut_block(block, kept).to(exact).requires_grad_(True)
-        self.calls = inputs.routing()
-        self.mlps = inputs.shared
-        self.shared_calls = {name: inputs.shared_inputs(name) for name in inputs.shared}
         self.parameters = dict(self.experts.named_parameters())
         for path, mlp in self.mlps.items():
             weights = {f"{path}.{name}": weight for name, weight in mlp.named_parameters()}
@@ -192,14 +202,18 @@ class Student:
                 name: weight.detach().to(exact, copy=True).requires_grad_(True) for name, weight in weights.items()
             }
 
-    def output(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What it gives for these tokens, [n, d]."""
-        hidden, index, weight = (call[tokens] for call in self.calls)
+    def output(self, *tokens: torch.Tensor) -> torch.Tensor:
+        """What it gives for some tokens as in the unpruned model and then for others as in the pruned one, [n, d]."""
+
+        def joined(of_all: Callable[[Calls], torch.Tensor]) -> torch.Tensor:
+            return torch.cat([of_all(calls)[some] for calls, some in zip(self.called, tokens)])
+
+        hidden, index, weight = (joined(attrgetter(name)) for name in ("hidden", "index", "weight"))
         # On a CPU the backward of the grouped kernel takes twice as long as one expert after another.
         forward = partial(eager_atomic_experts_forward, self.experts) if hidden.device.type == "cpu" else self.experts
         output = forward(hidden.to(self.experts.down_proj.dtype), index, weight)
         for path, mlp in self.mlps.items():
-            hidden, scale = (call[tokens].to(output.dtype) for call in self.shared_calls[path])
+            hidden, scale = (joined(lambda calls: calls.shared[path][part]).to(output.dtype) for part in (0, 1))
             weights = {name: self.parameters.get(f"{path}.{name}") for name, _ in mlp.named_parameters()}
             if "down_proj.bias" in weights:
                 weights["down_proj.bias"] = torch.zeros_like(output[0])
@@ -208,9 +222,9 @@ class Student:
 
     @torch.no_grad()
     def error(self, target: torch.Tensor, tokens: torch.Tensor) -> float:
-        """Squared error over these tokens, and those of other processes, relative to the squared target."""
+        """Squared error in the pruned model over these tokens, and those of other processes, relative to the squared target."""
         parts = tokens.split(TOKENS_AT_ONCE) if len(tokens) else ()
-        error = sum(float((self.output(part) - target[part]).square().sum()) for part in parts)
+        error = sum(float((self.output(tokens[:0], part) - target[part]).square().sum()) for part in parts)
         error, energy = numbers(self.portion.added, [error, sum(float(target[part].square().sum()) for part in parts)])
         return error / energy
 
@@ -262,9 +276,9 @@ def train(student: Student, target: torch.Tensor, tokens: torch.Tensor, config: 
     batches = _batches(tokens, steps, torch.Generator().manual_seed(config.seed))
     for batch in progress(batches, total=steps, desc="Reconstructing", unit="step", leave=False):
         optimizer.zero_grad()
-        own = portion.own(batch)
-        if len(own):
-            error = (student.output(own) - target[own]).square().sum() / energy
+        own = [portion.own(half) for half in batch.tensor_split(2)]
+        if any(map(len, own)):
+            error = (student.output(*own) - target[torch.cat(own)]).square().sum() / energy
             error.backward()
         for weight in () if portion.is_alone else student.parameters.values():
             weight.grad = portion.added(torch.zeros_like(weight) if weight.grad is None else weight.grad)

@@ -71,7 +71,7 @@ def test_several_processes_make_what_one_does(measured, model_type, options, num
         assert all(torch.equal(found[name], weight) for name, weight in first.items())
         assert (other.compensation, other.reconstruction) == (plan.compensation, plan.reconstruction)
         assert other.rectangles == plan.rectangles
-    assert {done["kept"] for done in plan.reconstruction.values()} == ({"trained"} if options is TRAINED else set())
+    assert ("trained" in {done["kept"] for done in plan.reconstruction.values()}) == (options is TRAINED)
     for one, other in zip(plan.rectangles, expected[1].rectangles, strict=True):
         assert one == {**other, "increase": pytest.approx(other["increase"])}
     assert len(plan.rectangles) > 1 or options is not FEWER
@@ -186,10 +186,10 @@ def test_processes_that_fit_other_plans_are_refused(measured, monkeypatch):
 def test_a_process_that_fails_ends_all(measured, monkeypatch):
     ranks, step = Ranks(monkeypatch), reconstruction.Student.output
 
-    def fails(student, tokens):
+    def fails(student, *tokens):
         if ranks.process_index == 1:
             raise HeaprError("out of memory")
-        return step(student, tokens)
+        return step(student, *tokens)
 
     monkeypatch.setattr(reconstruction.Student, "output", fails)
     with pytest.raises(HeaprError, match="out of memory"):
