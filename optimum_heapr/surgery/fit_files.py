@@ -163,5 +163,7 @@ def description_of_fits(plan: PruningPlan, data: CalibrationData, dtype: torch.d
         "dropped": plan.dropped,
         "data": {key: value for key, value in data.fingerprint.items() if "source" not in key},
         **{name: getattr(config, name) for name in names},
+        # Earlier versions trained on what comes in in the pruned model alone.
+        **({"trained_in": "both models"} if config.reconstruction_steps else {}),
     }
     return json.loads(json.dumps(described))

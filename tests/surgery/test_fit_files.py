@@ -105,6 +105,10 @@ def _without_rows(tensors, document):
     return tensors, {name: part for name, part in document.items() if name != "rows"}
 
 
+def _of_an_earlier_version(tensors, document):
+    return tensors, {**document, "run": {name: part for name, part in document["run"].items() if name != "trained_in"}}
+
+
 def _of_another_shape(name, change):
     """An artefact whose first tensor of such a name has another shape."""
 
@@ -152,11 +156,23 @@ def test_what_another_run_left_is_refused(measured, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fit_files, "read_artefact", lambda *given: _without_rows(*read_artefact(*given)))
             applied(measured, tmp_path / "fits")
+    # Which trained blocks in another way: half of a model would be of each.
+    monkeypatch.setattr(fit_files, "read_artefact", lambda *given: _of_an_earlier_version(*read_artefact(*given)))
+    with pytest.raises(HeaprError, match=differ.format('trained_in was null, is "both models"')):
+        applied(measured, tmp_path / "fits")
+    monkeypatch.undo()
     for file in (tmp_path / "fits").iterdir():
         file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(HeaprError, match="fit='.*': truncated or not a safetensors file"):
         applied(measured, tmp_path / "fits")
     shutil.rmtree(tmp_path / "fits")
+
+
+def test_what_an_earlier_version_fitted_without_training_is_taken_over(measured, tmp_path, monkeypatch):
+    expected, _ = applied(measured, tmp_path / "fits", reconstruction_steps=0)
+    monkeypatch.setattr(fit_files, "read_artefact", lambda *given: _of_an_earlier_version(*read_artefact(*given)))
+    found, _ = applied(measured, tmp_path / "fits", reconstruction_steps=0)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
 def test_where_no_folder_can_be_is_refused(measured, tmp_path):
