@@ -56,7 +56,7 @@ class Ranks:
     num_processes = property(lambda self: self.number)
     process_index = property(lambda self: self._here.rank)
     is_main_process = property(lambda self: self._here.rank == 0)
-    device = torch.device("cpu")
+    device = torch.device("cpu", 0)  # as accelerate has it for several processes
 
     def _sum(self, tensor: torch.Tensor, dst: int | None = None) -> None:
         """In place, on one rank or on all; elsewhere nothing is left that could be used."""

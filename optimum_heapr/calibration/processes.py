@@ -250,14 +250,17 @@ def add_progress(accelerator: Accelerator, done: Progress) -> tuple[float, int, 
 def added(accelerator: Accelerator, tensor: torch.Tensor, first_only: bool = False) -> torch.Tensor:
     """The sum over all processes, on each of them the same bits, on the device of the tensor.
 
-    Not by accelerate, which copies the tensor first: here the sum takes its place, unless it is on another device.
+    Not by accelerate, which copies the tensor first: here the sum takes its place, unless it is on another device or a slice.
 
     Args:
         accelerator (`Accelerator`): connects the processes.
         tensor (`torch.Tensor`): of this process; overwritten.
         first_only (`bool`): whether the first process alone needs the sum; the others then have no use for what they are given.
     """
-    here = tensor.to(accelerator.device)
+    # To accelerate the CPU of several processes is cpu:0, which torch takes for another device than cpu, and copies.
+    is_here = tensor.device.type == accelerator.device.type == "cpu"
+    # Of a slice what lies between would be added, too.
+    here = (tensor if is_here else tensor.to(accelerator.device)).contiguous()
     if first_only:
         torch.distributed.reduce(here, dst=0)
     else:

@@ -12,6 +12,7 @@ import torch.distributed.tensor
 from optimum_heapr import HeaprError, HeaprPruner
 from optimum_heapr.calibration import processes, runner
 from optimum_heapr.calibration.processes import (
+    added,
     check_launcher,
     check_placement,
     check_same_run,
@@ -48,6 +49,12 @@ work = Path(sys.argv[1], "work" + os.environ["RANK"])
 work.mkdir()
 statistics = calibrate_streaming(model, source, calibration_data(*{LENGTHS}), work, batch_size=2, gram=True)
 statistics.save(os.path.join(sys.argv[1], "streamed" + os.environ["RANK"]))
+from optimum_heapr.calibration.processes import added, start_processes
+tensor = torch.ones(3)
+assert added(start_processes(), tensor) is tensor and tensor.tolist() == [2, 2, 2]  # on what accelerate calls the CPU
+tensor = torch.arange(12.0).view(3, 4)
+assert torch.equal(added(start_processes(), tensor[:, 1:3]), 2 * tensor[:, 1:3])
+assert torch.equal(tensor, torch.arange(12.0).view(3, 4))
 torch.distributed.destroy_process_group()
 """
 
@@ -99,6 +106,18 @@ def test_each_process_finishes_its_share_of_the_blocks(monkeypatch):
                 assert torch.equal(getattr(found, name), getattr(expected, name))
         assert torch.equal(first[path].gradient_gram_sum, expected.gradient_gram_sum)
         assert not second[path].has_grams
+
+
+def test_sums_take_the_place_of_what_a_process_had(monkeypatch):
+    """Of matrices of gigabytes there is no second copy."""
+    ranks = Ranks(monkeypatch)
+
+    def add(rank):
+        tensor = torch.arange(3.0) * (rank + 1)
+        return tensor, added(ranks, tensor)
+
+    for tensor, total in ranks.run(add):
+        assert total is tensor and total.tolist() == [0, 3, 6]
 
 
 def test_a_process_that_fails_to_finish_ends_all(monkeypatch):
