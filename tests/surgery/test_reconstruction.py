@@ -16,6 +16,7 @@ from optimum_heapr.report.content import build_report
 from optimum_heapr.report.markdown import report_markdown
 from optimum_heapr.surgery import block_compensation, layer_by_layer, reconstruction
 from optimum_heapr.surgery.masking import masked
+from optimum_heapr.surgery.portion import Portion
 from tests.helpers import calibration_data, tiny_model
 from tests.surgery.test_block_compensation import mixture
 
@@ -92,6 +93,66 @@ def test_outputs_of_the_whole_model_come_closer_on_held_out_tokens(measured, mod
         # The plan says what a forward of the whole pruned model gives, as long as all below is as it was trained.
         assert error(trained, path) == pytest.approx(done["trained"], rel=1e-3)
         assert error(trained, path) < error(compensated, path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_blocks_are_trained_on_what_comes_in_in_both_models(measured, model_type, monkeypatch):
+    """Of the unpruned model too, in which all below is as it was; routed to the experts that stay in either."""
+    seen, trained = {}, layer_by_layer.reconstruct_block
+
+    def kept(block, *arguments):
+        seen[block.path] = arguments[2], arguments[4]
+        return trained(block, *arguments)
+
+    monkeypatch.setattr(layer_by_layer, "reconstruct_block", kept)
+    dense, data, _ = measured(model_type)
+    options = {"layout": "uniform", "width_multiple": 4, "num_experts": 5}
+    pruned, plan = pruned_by(measured(model_type), {**FEW, **options})
+    ids, target = torch.stack(data.samples), mixture_outputs(dense, plan.kept, torch.stack(data.samples))
+    for number, model in enumerate((dense, pruned)):
+        mixtures = {path: model.get_submodule(path.rpartition(".")[0]) for path in plan.kept}
+        inputs = {}
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda _, given, path=path: inputs.update({path: given[0].flatten(0, -2)})
+            )
+            for path, module in mixtures.items()
+        ]
+        with torch.no_grad():
+            model(input_ids=ids)
+        for hook in hooks:
+            hook.remove()
+        for path in plan.kept:
+            calls = seen[path][0][number]
+            torch.testing.assert_close(calls.hidden, inputs[path], rtol=1e-4, atol=1e-4)
+            assert set(calls.index.unique().tolist()) == set(plan.routed[path])
+            assert set(calls.shared) == (
+                {f"{path.rpartition('.')[0]}.shared_expert"} if model_type == "qwen2_moe" else set()
+            )
+            for given, scale in calls.shared.values():
+                assert torch.equal(given, calls.hidden) and scale.shape == (len(given), 1)
+    for path, (_, given) in seen.items():
+        torch.testing.assert_close(given, target[path], rtol=1e-4, atol=1e-4)
+    last = list(plan.kept)[-1]
+    both = seen[last][0]
+    assert not torch.allclose(both[0].hidden, both[1].hidden, atol=1e-3)
+
+
+def test_half_of_each_step_is_of_either_model():
+    class Student:
+        portion, weight = Portion(calibration_data(5000), 1), torch.ones(1, requires_grad=True)
+        parameters = {"weight": weight}
+
+        def output(self, *tokens):
+            steps.append(tokens)
+            return torch.cat(tokens)[:, None] * self.weight
+
+    steps = []
+    config = HeaprConfig(**{**OPTIONS, "reconstruction_steps": 3})
+    reconstruction.train(Student(), torch.zeros(5000, 1) + 1, torch.arange(5000), config)
+    for unpruned, pruned in steps:
+        assert len(unpruned) == len(pruned) == 1024 and not set(unpruned.tolist()) & set(pruned.tolist())
+    assert len(steps) == 3
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
