@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ServingError
 from .families import UNIFORM
 
 
 SERVED = "INT8 with a scale for each row (W8A8), or symmetric INT4 with one for each group of columns (W4A16)"
-# What permutes columns, so that an expert's are not in the order of its atomic experts.
-_PERMUTES = ("group", "dynamic")
+# Values of `actorder` that leave columns in their places, those of an expert in the order of its atomic experts.
+_KEEPS_ORDER = (None, False, "static", "weight")
+_DAMAGED = "the checkpoint is damaged: copy it again, or quantize it again"
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,15 @@ def scheme_of(model_config) -> Scheme | None:
         model_config (`vllm.config.ModelConfig`): of the engine that is about to start.
 
     Raises:
-        [`ServingError`]: for a scheme that is not served with variable widths.
+        [`ServingError`]: for a scheme that is not served with variable widths, or settings that are none.
     """
-    settings = getattr(model_config.hf_config, "quantization_config", None) or {}
+    name = "quantization_config"
+    settings = _mapping(getattr(model_config.hf_config, name, None), name)
     method = model_config.quantization or settings.get("quant_method")
     if method is None:
         return None
-    schemes = {_scheme(group) for group in settings.get("config_groups", {}).values()}
+    groups = _mapping(settings.get("config_groups"), f"{name}.config_groups")
+    schemes = {_scheme(_mapping(group, f"{name}.config_groups.{key}")) for key, group in groups.items()}
     if method != "compressed-tensors" or len(schemes) != 1 or None in schemes:
         raise ServingError(
             f"variable widths are not served with quantization ({method}) other than {SERVED}: leave it out, or {UNIFORM}"
@@ -56,10 +60,27 @@ def scheme_of(model_config) -> Scheme | None:
 
 
 def _scheme(group: dict) -> Scheme | None:
-    weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
-    kind = tuple(weights.get(name) for name in ("type", "num_bits", "strategy", "symmetric"))
-    if kind == ("int", 8, "channel", True) and (activations.get("type"), activations.get("num_bits")) == ("int", 8):
+    weights, activations = (_mapping(group.get(name), name) for name in ("weights", "input_activations"))
+    kind, of_activations = (
+        tuple(found.get(name) for name in ("type", "num_bits", "strategy", "symmetric"))
+        for found in (weights, activations)
+    )
+    if (
+        kind == ("int", 8, "channel", True)
+        and of_activations == ("int", 8, "token", True)
+        and activations.get("dynamic")
+    ):
         return Scheme(8, None)
-    if kind == ("int", 4, "group", True) and not activations and weights.get("actorder") not in _PERMUTES:
-        return Scheme(4, weights["group_size"])
+    if kind == ("int", 4, "group", True) and not activations and weights.get("actorder") in _KEEPS_ORDER:
+        columns = weights.get("group_size")
+        if type(columns) is not int or columns < 1:
+            raise ServingError(f"group_size in config.json is {columns!r}, and not a number of columns; {_DAMAGED}")
+        return Scheme(4, columns)
     return None
+
+
+def _mapping(value: Any, name: str) -> dict:
+    """What stands in `config.json` under a name; empty if nothing does."""
+    if value is not None and not isinstance(value, dict):
+        raise ServingError(f"{name} in config.json is {str(value)[:60]!r}, and not a mapping; {_DAMAGED}")
+    return value or {}

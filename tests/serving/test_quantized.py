@@ -24,6 +24,10 @@ def found(*groups: tuple[dict, dict | None], method: str = "compressed-tensors")
             for number, (weights, activations) in enumerate(groups)
         },
     }
+    return of_settings(settings)
+
+
+def of_settings(settings) -> Scheme | None:
     return scheme_of(SimpleNamespace(quantization=None, hf_config=SimpleNamespace(quantization_config=settings)))
 
 
@@ -38,9 +42,14 @@ def test_what_is_served():
     [
         [(CHANNEL, None)],  # W8A16, which is packed
         [({**CHANNEL, "symmetric": False}, DYNAMIC)],
+        [(CHANNEL, {**DYNAMIC, "dynamic": False})],  # vLLM's experts have scales of each token alone
+        [(CHANNEL, {**DYNAMIC, "strategy": "tensor"})],
+        [(CHANNEL, {**DYNAMIC, "symmetric": False})],
         [({**CHANNEL, "type": "float"}, {**DYNAMIC, "type": "float"})],
         [({**GROUP, "symmetric": False}, None)],
         [({**GROUP, "actorder": "group"}, None)],
+        [({**GROUP, "actorder": True}, None)],  # the same in other words
+        [(None, None)],
         [({**GROUP, "strategy": "channel", "group_size": None}, None)],
         [(GROUP, DYNAMIC)],
         [(GROUP, None), ({**GROUP, "group_size": 32}, None)],
@@ -51,6 +60,48 @@ def test_other_schemes_are_refused(groups):
     with pytest.raises(ServingError, match=r"with quantization \(compressed-tensors\) other than INT8") as error:
         found(*groups)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["compressed-tensors"],
+            r"^quantization_config in config.json is \"\['compressed-tensors'\]\", and not a mapping",
+        ),
+        ({"config_groups": [GROUP]}, r"^quantization_config.config_groups in config.json is "),
+        ({"config_groups": {"group_0": ["Linear"]}}, r"^quantization_config.config_groups.group_0 in config.json is "),
+        ({"config_groups": {"group_0": {"weights": "int4"}}}, "^weights in config.json is 'int4', and not a mapping"),
+        (
+            {"config_groups": {"group_0": {"weights": GROUP, "input_activations": 8}}},
+            "^input_activations in config.json",
+        ),
+        *(
+            (
+                {"config_groups": {"group_0": {"weights": {**GROUP, "group_size": size}}}},
+                f"^group_size in config.json is {said}",
+            )
+            for size, said in (
+                (None, "None"),
+                (0, "0"),
+                (-1, "-1"),
+                ("128", "'128'"),
+                ([32], r"\[32\]"),
+                (True, "True"),
+            )
+        ),
+    ],
+)
+def test_damaged_settings_are_refused_in_one_line(settings, said):
+    settings = {"quant_method": "compressed-tensors", **settings} if isinstance(settings, dict) else settings
+    with pytest.raises(ServingError, match=said + ".*the checkpoint is damaged: copy it again") as error:
+        of_settings(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_without_groups_are_refused():
+    with pytest.raises(ServingError, match=r"\(compressed-tensors\) other than INT8"):
+        of_settings({"quant_method": "compressed-tensors", "config_groups": None})
 
 
 def test_other_quantizers_are_refused():
