@@ -10,25 +10,22 @@ experts that are elsewhere, as in expert parallelism, and sums their outputs.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import ceil, lcm
+from math import lcm
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.model_executor.custom_op import op_registry_oot
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from ..modeling.atomic_experts import storage_order
 from .errors import ServingError
 from .families import UNIFORM
+from .loading import LoadsExperts
 from .on_cpu import sum_on_cpu
 from .pieces import Pieces, cut
 from .quantized import Scheme
@@ -36,8 +33,6 @@ from .quantized import Scheme
 
 # Kernels want widths that are multiples of this: the CPU's pads to it, and the blocks of the others are no narrower.
 WIDTH_MULTIPLE = 32
-
-_PER_EXPERT = re.compile(r"(\d+)\.(\w+)\.(weight|weight_packed|weight_scale|weight_shape|bias)")
 
 
 @contextmanager
@@ -121,7 +116,7 @@ def _sum_of_groups(layer, x, topk_weights, topk_ids):
     return sum(group.run(x, topk_weights, topk_ids) for group in layer.groups)
 
 
-class VariableWidths:
+class VariableWidths(LoadsExperts):
     """Mixed into `RoutedExperts`: the experts of a layer, each of a width of its own, as groups of pieces."""
 
     widths_by_layer: dict[int, list[int]]
@@ -157,6 +152,10 @@ class VariableWidths:
                 f"vLLM has no kernel here for experts in {self.scheme} and {self.params_dtype} ({_first_line(error)}): serve "
                 "them on another device or, if they are not there yet, in bfloat16, or leave them unquantized"
             ) from error
+        for expert in (expert for expert, width in enumerate(self.widths) if not width):
+            for group, _ in self.pieces.starts(expert):  # zeros, whatever is stored of it
+                for parameter in self.groups[group].parameters():
+                    parameter.data[self.groups[group].members[expert]].zero_()
         maps = torch.stack([group._expert_map for group in self.groups])
         self.register_buffer("slots", maps, persistent=False)  # by group and expert: its place there, or -1
 
@@ -181,120 +180,6 @@ class VariableWidths:
 
     def load_weights(self, weights):
         raise ServingError(f"{self.layer_name}: vLLM hands out weights in a way that is not known; {UNIFORM}")
-
-    # Loading: called by the model with what follows `experts.` in the name of a tensor.
-
-    def load(self, name: str, tensor: torch.Tensor) -> list[str]:
-        """Puts a tensor of the checkpoint where its pieces are.
-
-        Args:
-            name (`str`): its name after `experts.`: `3.gate_proj.weight`, or that of a tensor of all experts.
-            tensor (`torch.Tensor`): in the shape that the checkpoint has.
-
-        Returns:
-            `list[str]`: names of the parameters that were written, relative to this module.
-
-        Raises:
-            [`ServingError`]: if the name is none of an expert's, or the shape is not that of its width.
-        """
-        if name == "down_proj_bias":
-            return self._load_down_biases(tensor)
-        if name in ("gate_up_proj", "gate_up_proj_bias", "down_proj"):
-            return self._load_packed(name, tensor)
-        match = _PER_EXPERT.fullmatch(name)
-        part = match and self._shards().get(match[2])
-        if part is None or int(match[1]) >= len(self.widths):
-            raise ServingError(f"{self.layer_name}.{name}: no tensor of experts of this model")
-        return self._load_part(int(match[1]), part, match[3], tensor)
-
-    def _shards(self) -> dict[str, str]:
-        default = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-        return default | {
-            self.ckpt_gate_proj_name: "w1",
-            self.ckpt_down_proj_name: "w2",
-            self.ckpt_up_proj_name: "w3",
-        }
-
-    def _load_part(self, expert: int, part: str, kind: str, tensor: torch.Tensor) -> list[str]:
-        width, hidden = self.widths[expert], self.moe_config.hidden_dim_unpadded
-        rows, columns = (hidden, width) if part == "w2" else (width, hidden)
-        each = self.scheme.columns_of(kind) if self.scheme else 1
-        expected = (rows, ceil(columns / each) if each else 1)
-        expected = {"bias": (width,), "weight_shape": (2,)}.get(kind, expected)
-        if tuple(tensor.shape) != expected or (kind == "weight_shape" and tensor.tolist() != [rows, columns]):
-            found, given = (tensor.tolist(), [rows, columns]) if kind == "weight_shape" else (tensor.shape, expected)
-            raise ServingError(
-                f"{self.layer_name}: expert {expert} has a tensor of shape {list(found)}, and config.json gives it "
-                f"{list(given)}; the files belong to different models: copy or prune it again"
-            )
-        parameter, written = ("w2_" if part == "w2" else "w13_") + kind, []
-        for group, start in self.pieces.starts(expert):
-            written.append(f"groups.{group}.{parameter}")
-            if kind == "weight_shape":
-                continue
-            piece = tensor
-            if part != "w2":
-                piece = _part_of(tensor, 0, start, self.pieces.widths[group])
-            elif each:  # a scale of a whole row of a down projection is that of all its pieces
-                piece = _part_of(tensor, 1, start // each, self.pieces.widths[group] // each)
-            self._write(self.groups[group], parameter, part, expert, piece)
-        self.loaded.add((expert, f"{part}.{kind}"))
-        return written
-
-    def _write(self, group: RoutedExpertsGroup, name: str, part: str, expert: int, piece: torch.Tensor) -> None:
-        parameter = getattr(group, name)
-        if part != "w2" and self.moe_config.activation == MoEActivation.SWIGLUOAI:  # its rows are stored in turn
-            rows = parameter.data[group.members[expert]][0 if part == "w1" else 1 :: 2]
-            rank, share = self.moe_config.tp_rank, piece.shape[0] // self.moe_config.tp_size
-            rows[:share].copy_(piece.narrow(0, rank * share, share))
-        else:
-            parameter.weight_loader(parameter, piece, name, part, expert, return_success=True)
-
-    def _load_down_biases(self, biases: torch.Tensor) -> list[str]:
-        """The bias is added once: by an expert's first piece, and by the first of the ranks that share it."""
-        if self.moe_config.tp_rank == 0:
-            for expert, bias in enumerate(biases):
-                group = self.groups[self.pieces.groups_of[expert][0]]
-                group.w2_bias.data[group.members[expert], : bias.shape[0]].copy_(bias)
-        return [f"groups.{group}.w2_bias" for group in range(len(self.groups))]
-
-    def _load_packed(self, name: str, tensor: torch.Tensor) -> list[str]:
-        """A tensor of all experts, in the order in which `AtomicExperts` stores them."""
-        order, factor = storage_order(self.widths), 1 if name == "down_proj" else 2
-        if tensor.shape[0] != factor * sum(self.widths):
-            raise ServingError(
-                f"{self.layer_name}.{name} has {tensor.shape[0]} rows, and config.json gives it "
-                f"{factor * sum(self.widths)}; the files belong to different models: copy or prune it again"
-            )
-        written, kind = [], "bias" if name.endswith("_bias") else "weight"
-        for expert, rows in zip(order, tensor.split([factor * self.widths[expert] for expert in order])):
-            if name == "down_proj":
-                written += self._load_part(expert, "w2", kind, rows.T)
-                continue
-            interleaved = self.moe_config.activation == MoEActivation.SWIGLUOAI
-            gate, up = (rows[::2], rows[1::2]) if interleaved else rows.chunk(2)
-            written += self._load_part(expert, "w1", kind, gate) + self._load_part(expert, "w3", kind, up)
-        return written
-
-    def missing(self) -> list[str]:
-        """Projections of experts that no tensor was loaded for."""
-        kinds = ["weight_packed" if hasattr(self.groups[0], "w2_weight_packed") else "weight"]
-        kinds += ["weight_scale"] if hasattr(self.groups[0], "w2_weight_scale") else []
-        parts = [f"{part}.{kind}" for kind in kinds for part in ("w1", "w2", "w3")]
-        parts += ["w1.bias", "w3.bias"] if self.moe_config.has_bias else []
-        return [
-            f"expert {expert} {part}"
-            for expert, width in enumerate(self.widths)
-            for part in parts
-            if width and (expert, part) not in self.loaded
-        ]
-
-
-def _part_of(tensor: torch.Tensor, dim: int, start: int, size: int) -> torch.Tensor:
-    """So many rows or columns from a first one on; behind the last one zeros."""
-    part = tensor.narrow(dim, start, min(size, tensor.shape[dim] - start))
-    padding = (0, size - part.shape[dim])
-    return F.pad(part, padding if dim == tensor.ndim - 1 else (0, 0, *padding))
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ if importlib.util.find_spec("vllm") is None:
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
 from tests.serving.engine import log_probabilities, served  # noqa: E402
 from tests.serving.quantized_models import FORMS, GROUP, SHAPE  # noqa: E402
-from tests.serving.variable_models import padded_checkpoint, variable_checkpoint  # noqa: E402
+from tests.serving.variable_models import padded_checkpoint, variable_checkpoint, variable_model  # noqa: E402
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -105,7 +105,7 @@ def quantized(folder: Path, scheme: str) -> Path:
     return folder
 
 
-def configure(folder: Path, settings: dict) -> None:
+def configure(folder: Path, settings: dict | None) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
@@ -188,3 +188,82 @@ def test_packed_experts_of_other_shapes_are_refused(kind, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ServingError, match="the files belong to different models"):
         served(tmp_path, dtype="bfloat16")
+
+
+def as_int4_without_settings(folder: Path) -> None:
+    variable_checkpoint(folder, "qwen3_moe", multiple=GROUP, **SHAPE)
+    configure(quantized(folder, "W4A16"), None)
+
+
+def unquantized_as_int4(folder: Path) -> None:
+    variable_checkpoint(folder, "qwen3_moe", multiple=GROUP, **SHAPE)
+    configure(folder, W4A16)
+
+
+def packed_as_int8(folder: Path) -> None:
+    """Quantizers that look for linear layers pass over packed experts, and say that all was quantized."""
+    variable_model("qwen3_moe", **SHAPE).save_pretrained(folder, save_original_format=False)
+    configure(folder, W8A8)
+
+
+def floats_as_int8(folder: Path) -> None:
+    variable_checkpoint(folder, "qwen3_moe", **SHAPE)
+    file = quantized(folder, "W8A8") / "model.safetensors"
+    floats = {
+        name: tensor.float() if tensor.dtype == torch.int8 else tensor for name, tensor in load_file(file).items()
+    }
+    save_file(floats, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            as_int4_without_settings,
+            r"weight_(packed|scale|shape) of torch.\w+, and by config.json experts there are not quantized",
+        ),
+        (unquantized_as_int4, "weight of torch.float32, and by config.json experts there are in INT4 in groups of 32"),
+        (packed_as_int8, "weight of torch.float32, and by config.json experts there are in INT8"),
+        (floats_as_int8, "weight of torch.float32, and by config.json experts there are in INT8"),
+    ],
+)
+def test_experts_of_another_scheme_than_the_settings_are_refused(make, said, tmp_path):
+    needs_kernels()
+    make(tmp_path / "pruned")
+    with pytest.raises(ServingError, match=said) as error:
+        served(tmp_path / "pruned", dtype="bfloat16")
+    assert "\n" not in str(error.value)
+
+
+def test_layers_that_are_left_as_they_are(tmp_path):
+    """Experts of some layers are not quantized."""
+    needs_kernels()
+    model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=GROUP, **SHAPE)
+    plain = load_file(tmp_path / "pruned" / "model.safetensors")
+    file = quantized(tmp_path / "pruned", "W4A16") / "model.safetensors"
+    left = ".layers.0.mlp.experts."
+    tensors = {name: tensor for name, tensor in load_file(file).items() if left not in name}
+    save_file(tensors | {name: plain[name] for name in plain if left in name}, file, metadata={"format": "pt"})
+    configure(tmp_path / "pruned", {**W4A16, "ignore": [*W4A16["ignore"], "re:.*layers.0.*"]})
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32).eval()
+    experts = [found.model.layers[0].mlp.experts for found in (rounded, model)]
+    experts[0].load_state_dict(experts[1].state_dict())
+    assert 0 < median_error(rounded, tmp_path / "pruned") < 0.06
+
+
+def test_a_layer_without_experts_gives_nothing(tmp_path):
+    """Whatever is in the memory that its one piece has, where nothing is stored of it."""
+    needs_kernels()
+    variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=GROUP, **SHAPE)
+    folder, empty = quantized(tmp_path / "pruned", "W4A16"), "model.layers.0.mlp.experts"
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(empty)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["expert_widths"][empty] = [0] * len(config["expert_widths"][empty])
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32).eval()
+    model.get_submodule(empty).down_proj.data.zero_()
+    found = median_error(model, folder)
+    print(f"\nmedian error of a log-probability: {found:.4f}")
+    assert 0 < found < 0.03
