@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.models.utils import extract_layer_index
@@ -187,3 +188,11 @@ def _first_line(error: Exception) -> str:
 
 
 _OURS = (VariableWidths, RoutedExpertsGroup)
+
+
+def _zentorch_takes(layer: nn.Module, stock=cpu_moe.is_zentorch_moe_supported) -> bool:
+    """Its kernel for other types than bfloat16 ends with an error where all rows have one expert, as those of a piece may."""
+    return stock(layer) and not (isinstance(layer, RoutedExpertsGroup) and layer.params_dtype != torch.bfloat16)
+
+
+cpu_moe.is_zentorch_moe_supported = _zentorch_takes  # vLLM's own kernel takes its place, as without zentorch

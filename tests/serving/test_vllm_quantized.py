@@ -111,10 +111,10 @@ def configure(folder: Path, settings: dict | None) -> None:
 
 
 @torch.no_grad()
-def median_error(model: torch.nn.Module, folder: Path) -> float:
+def median_error(model: torch.nn.Module, folder: Path, dtype: str = "bfloat16", **options) -> float:
     """Of log-probabilities, against the model in float32."""
     errors = []
-    for ids, values in log_probabilities(served(folder, dtype="bfloat16")):
+    for ids, values in log_probabilities(served(folder, dtype=dtype, **options)):
         scores = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
         errors.append((scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] - values).abs())
     gc.collect()
@@ -249,6 +249,15 @@ def test_layers_that_are_left_as_they_are(tmp_path):
     experts = [found.model.layers[0].mlp.experts for found in (rounded, model)]
     experts[0].load_state_dict(experts[1].state_dict())
     assert 0 < median_error(rounded, tmp_path / "pruned") < 0.06
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("bfloat16", 0.06)])
+def test_experts_that_are_not_quantized_are_served_beside_zentorch(dtype, most, tmp_path):
+    """Which takes them, too, and in float32 wants several at a time, where of one prompt a piece may have one token."""
+    model = variable_checkpoint(tmp_path, "qwen3_moe", **SHAPE)
+    found = median_error(model, tmp_path, dtype=dtype, max_num_seqs=1)
+    print(f"\nmedian error of a log-probability, {dtype}: {found:.1e}")
+    assert found < most
 
 
 def test_a_layer_without_experts_gives_nothing(tmp_path):
