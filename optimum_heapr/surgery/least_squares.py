@@ -105,7 +105,8 @@ def solve_together(
 
 def numbers_at_once(unknowns: int) -> int:
     """How many numbers the solver holds at most besides the gradient and the factors: of each unknown that it solves for at once its
-    gradient, the change, a direction, the product of that with the matrix, here and of all processes, and a term of a column's sum."""
+    gradient, the change, a direction, the product of that with the matrix, here and where the sum over processes is on another device, and a
+    term of a column's sum."""
     return 6 * min(unknowns, UNKNOWNS_AT_ONCE)
 
 
