@@ -42,11 +42,16 @@ def widths_by_layer(expert_widths) -> dict[int, list[int]]:
 def weight_files(folder: Path) -> list[Path]:
     """Files of weights, as the index names them or, without one, as they are called."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if not index.exists():
+        return sorted(folder.glob("model*.safetensors"))
+    try:
         return [
             folder / name for name in sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         ]
-    return sorted(folder.glob("model*.safetensors"))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ServingError(
+            f"{index} is damaged, or names no files in a weight_map; copy the checkpoint again"
+        ) from error
 
 
 def check_folder(folder: str | Path, expert_widths) -> None:
@@ -80,10 +85,11 @@ def check_folder(folder: str | Path, expert_widths) -> None:
             found[layer].add(expert)
             if match[2] in _DOWN and match[3] == "weight_packed":  # of some columns each: compared when it is loaded
                 continue
-            width = shape[1] if match[2] in _DOWN else shape[0]
+            width = (shape[1] if match[2] in _DOWN else shape[0]) if len(shape) == 2 else None
             if expert >= len(widths[layer]) or width != widths[layer][expert]:
                 expected = widths[layer][expert] if expert < len(widths[layer]) else "no such expert"
-                raise ServingError(f"{file.name}: {name} is {width} wide, config.json says {expected}; {AGAIN}")
+                found = f"of shape {shape}" if width is None else f"{width} wide"
+                raise ServingError(f"{file.name}: {name} is {found}, config.json says {expected}; {AGAIN}")
     for layer in sorted(set(widths) - packed):
         missing = [e for e, width in enumerate(widths[layer]) if width and e not in found[layer]]
         if missing:

@@ -67,6 +67,19 @@ def test_packed_experts_are_as_wide_as_their_rows(folder):
     assert "_proj.weight_packed is 4 wide, config.json says 5" in refused(folder, wider)
 
 
+def test_tensors_that_are_no_matrices_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    save_file(tensors | {name: tensors[name].flatten()}, folder / "model.safetensors")
+    assert f"{name} is of shape [16], config.json says 2" in refused(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_refused(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json is damaged, or names no files in a weight_map" in refused(folder)
+
+
 def test_a_missing_expert_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(
