@@ -88,8 +88,8 @@ def check_folder(folder: str | Path, expert_widths) -> None:
             width = (shape[1] if match[2] in _DOWN else shape[0]) if len(shape) == 2 else None
             if expert >= len(widths[layer]) or width != widths[layer][expert]:
                 expected = widths[layer][expert] if expert < len(widths[layer]) else "no such expert"
-                found = f"of shape {shape}" if width is None else f"{width} wide"
-                raise ServingError(f"{file.name}: {name} is {found}, config.json says {expected}; {AGAIN}")
+                stored = f"of shape {shape}" if width is None else f"{width} wide"
+                raise ServingError(f"{file.name}: {name} is {stored}, config.json says {expected}; {AGAIN}")
     for layer in sorted(set(widths) - packed):
         missing = [e for e, width in enumerate(widths[layer]) if width and e not in found[layer]]
         if missing:
