@@ -146,13 +146,14 @@ class VariableWidths(LoadsExperts):
     def make_groups(self) -> None:
         try:
             self.groups = nn.ModuleList(self._group(*group) for group in enumerate(self.pieces.widths))
+            in_int8 = any(parameter.dtype == torch.int8 for parameter in self.groups.parameters())
+            if in_int8 and current_platform.is_zen_cpu() and self.params_dtype != torch.bfloat16:
+                # vLLM takes zentorch's all the same, and the first request ends in it, of stock models as well.
+                raise NotImplementedError("zentorch's takes bfloat16 alone")
         except (ValueError, NotImplementedError) as error:
             if self.scheme is None:
                 raise
-            raise ServingError(
-                f"vLLM has no kernel here for experts in {self.scheme} and {self.params_dtype} ({_first_line(error)}): serve "
-                "them on another device or, if they are not there yet, in bfloat16, or leave them unquantized"
-            ) from error
+            raise self.scheme.without_kernel(self.params_dtype, error) from error
         for expert in (expert for expert, width in enumerate(self.widths) if not width):
             for group, _ in self.pieces.starts(expert):  # zeros, whatever is stored of it
                 for parameter in self.groups[group].parameters():
@@ -181,10 +182,6 @@ class VariableWidths(LoadsExperts):
 
     def load_weights(self, weights):
         raise ServingError(f"{self.layer_name}: vLLM hands out weights in a way that is not known; {UNIFORM}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
 
 
 _OURS = (VariableWidths, RoutedExpertsGroup)

@@ -32,6 +32,16 @@ class Scheme:
         """Columns of a weight that one column of its tensor `kind` holds or scales: all of them if `None`."""
         return {"weight_packed": 32 // self.bits, "weight_scale": self.group}.get(kind, 1)
 
+    def without_kernel(self, dtype: Any, error: Exception) -> ServingError:
+        """What to do where vLLM has no kernel for these experts and activations, in the words of what vLLM 0.32 has."""
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+        cpus = "of AMD with zentorch" + (" and without VLLM_CPU_INT4_W4A8=0" if self.bits == 4 else "")
+        cpus = cpus if self.group == 32 else f"with AMX or {cpus}"  # that for AMX has other groups alone
+        return ServingError(
+            f"vLLM has no kernel here for experts in {self} and {dtype} ({reason}): serve them in bfloat16 (--dtype bfloat16) on a "
+            f"GPU or on a CPU {cpus}, or leave them unquantized"
+        )
+
     def __str__(self) -> str:
         return f"INT{self.bits}" + (f" in groups of {self.group}" if self.group else "")
 

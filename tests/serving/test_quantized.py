@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -117,3 +118,17 @@ def test_columns_that_a_stored_column_stands_for():
     assert [scheme.columns_of(kind) for kind in ("weight_packed", "weight_scale", "weight")] == [8, 128, 1]
     assert Scheme(bits=8, group=None).columns_of("weight_scale") is None
     assert (str(scheme), str(Scheme(8, None))) == ("INT4 in groups of 128", "INT8")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (Scheme(8, None), "INT8 and float32 .* a GPU or on a CPU with AMX or of AMD with zentorch, or leave"),
+        (Scheme(4, 128), "with AMX or of AMD with zentorch and without VLLM_CPU_INT4_W4A8=0, or leave"),
+        (Scheme(4, 32), "on a CPU of AMD with zentorch and without VLLM_CPU_INT4_W4A8=0, or leave"),
+    ],
+)
+def test_where_there_is_a_kernel(scheme, said):
+    """The kernel for AMX takes any groups but those of 32."""
+    error = scheme.without_kernel("float32", NotImplementedError("No backend.\nOf many."))
+    assert re.search(said, str(error)) and "(No backend): serve" in str(error) and "\n" not in str(error)

@@ -121,17 +121,19 @@ def median_error(model: torch.nn.Module, folder: Path, dtype: str = "bfloat16", 
     return torch.cat(errors).median().item()
 
 
-def needs_kernels() -> None:
+def needs_kernels(scheme: str) -> None:
     from vllm.platforms import current_platform
 
-    if not (torch.cpu._is_amx_tile_supported() or current_platform.is_zen_cpu()):
-        pytest.skip("vLLM has no kernel for quantized experts on this CPU: it takes AMX, or one of AMD and zentorch")
+    if not (current_platform.is_zen_cpu() or (scheme == "W8A8" and torch.cpu._is_amx_tile_supported())):
+        pytest.skip(
+            f"vLLM has no kernel for {scheme} here: it takes one of AMD and zentorch, or AMX, which has none in groups of 32"
+        )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_experts_lose_what_stock_ones_do(scheme, tmp_path):
     """The stock model of the full width, with zeros where atomic experts were removed, in the same scheme."""
-    needs_kernels()
+    needs_kernels(scheme)
     model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=SCHEMES[scheme][2], **SHAPE)
     padded_checkpoint(tmp_path / "padded", "qwen3_moe", model)
     folders = [quantized(tmp_path / name, scheme) for name in ("pruned", "padded")]
@@ -148,7 +150,7 @@ def test_quantized_experts_lose_what_stock_ones_do(scheme, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FORMS)
 def test_what_llm_compressor_writes_is_served(name, scheme):
-    needs_kernels()
+    needs_kernels(scheme)
     # The stock model computes what the pruned one does, and loads where an engine has started.
     model = AutoModelForCausalLM.from_pretrained(Path(WRITTEN) / "padded", dtype=torch.float32).eval()
     found = median_error(model, Path(WRITTEN) / f"{name}-{scheme}")
@@ -166,20 +168,27 @@ def test_what_other_tools_store_is_not_taken_for_damage(tmp_path):
         served(tmp_path, dtype="bfloat16")
 
 
-def test_a_kernel_that_is_not_there_is_said_in_one_line(tmp_path):
-    """None takes experts in four bits and activations in float32."""
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "setting"),
+    [("W4A16", "float32", "1"), ("W4A16", "bfloat16", "0"), ("W8A8", "float32", "1")],
+)
+def test_a_kernel_that_is_not_there_is_said_in_one_line(scheme, dtype, setting, tmp_path, monkeypatch):
+    """zentorch's take activations in bfloat16 alone, and vLLM's setting leaves that for four bits aside."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's kernels for AMX look at neither")
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", setting)
     variable_checkpoint(tmp_path, "qwen3_moe", multiple=GROUP, **SHAPE)
-    quantized(tmp_path, "W4A16")
-    with pytest.raises(
-        ServingError, match="no kernel here for experts in INT4 in groups of 32 and torch.float32"
-    ) as error:
-        served(tmp_path, dtype="float32")
+    quantized(tmp_path, scheme)
+    with pytest.raises(ServingError, match=rf"no kernel here for experts in .*torch.{dtype} \(") as error:
+        served(tmp_path, dtype=dtype)
+    assert "--dtype bfloat16" in str(error.value) and "of AMD with zentorch" in str(error.value)
+    assert ("without VLLM_CPU_INT4_W4A8=0" in str(error.value)) == (scheme == "W4A16")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["packed", "scale", "shape"])
 def test_packed_experts_of_other_shapes_are_refused(kind, tmp_path):
-    needs_kernels()
+    needs_kernels("W4A16")
     variable_checkpoint(tmp_path, "qwen3_moe", multiple=GROUP, **SHAPE)
     file = quantized(tmp_path, "W4A16") / "model.safetensors"
     tensors = load_file(file)
@@ -228,7 +237,7 @@ def floats_as_int8(folder: Path) -> None:
     ],
 )
 def test_experts_of_another_scheme_than_the_settings_are_refused(make, said, tmp_path):
-    needs_kernels()
+    needs_kernels("W4A16")
     make(tmp_path / "pruned")
     with pytest.raises(ServingError, match=said) as error:
         served(tmp_path / "pruned", dtype="bfloat16")
@@ -237,7 +246,7 @@ def test_experts_of_another_scheme_than_the_settings_are_refused(make, said, tmp
 
 def test_layers_that_are_left_as_they_are(tmp_path):
     """Experts of some layers are not quantized."""
-    needs_kernels()
+    needs_kernels("W4A16")
     model = variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=GROUP, **SHAPE)
     plain = load_file(tmp_path / "pruned" / "model.safetensors")
     file = quantized(tmp_path / "pruned", "W4A16") / "model.safetensors"
@@ -262,7 +271,7 @@ def test_experts_that_are_not_quantized_are_served_beside_zentorch(dtype, most, 
 
 def test_a_layer_without_experts_gives_nothing(tmp_path):
     """Whatever is in the memory that its one piece has, where nothing is stored of it."""
-    needs_kernels()
+    needs_kernels("W4A16")
     variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=GROUP, **SHAPE)
     folder, empty = quantized(tmp_path / "pruned", "W4A16"), "model.layers.0.mlp.experts"
     tensors = load_file(folder / "model.safetensors")
