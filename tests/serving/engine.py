@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -21,6 +25,21 @@ os.environ.update(
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 NEW_TOKENS = 12
+
+ROOT = Path(__file__).parents[2]
+RANKS = """
+import json, sys
+from tests.serving.engine import log_probabilities, served
+
+if __name__ == "__main__":  # processes of vLLM import this file
+    found = []
+    for folder in sys.argv[2:]:
+        engine = served(folder, **json.loads(sys.argv[1]))
+        found.append([(ids, values.tolist()) for ids, values in log_probabilities(engine)])
+        del engine
+    for values in found:
+        print(json.dumps(values))
+"""
 
 
 def served(folder, **options):
@@ -50,6 +69,20 @@ def log_probabilities(engine, **options) -> list[tuple[list[int], torch.Tensor]]
         steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         found.append((ids + new, torch.tensor([step[token].logprob for token, step in zip(ids[1:] + new, steps)])))
     return found
+
+
+def in_ranks(folders: list[Path], scratch: Path, **options) -> list[list[tuple[list[int], torch.Tensor]]]:
+    """What `log_probabilities` gives for each folder, of engines whose ranks are processes of their own."""
+    script = scratch / "ranks.py"
+    script.write_text(RANKS)
+    environment = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    # Behind what is there already, such as a folder of kernels.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(script), json.dumps(options), *map(str, folders)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()[-len(folders) :]
+    return [[(ids, torch.tensor(values)) for ids, values in json.loads(line)] for line in lines]
 
 
 @torch.no_grad()

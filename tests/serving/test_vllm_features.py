@@ -9,10 +9,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,26 +18,11 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; tests/serving/run_vllm.sh makes an environment", allow_module_level=True)
 
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
-from tests.serving.engine import largest_difference, log_probabilities, prompts, served  # noqa: E402
+from tests.serving.engine import in_ranks, largest_difference, log_probabilities, prompts, served  # noqa: E402
 from tests.serving.variable_models import padded_checkpoint, variable_checkpoint  # noqa: E402
 
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-
-ROOT = Path(__file__).parents[2]
-RANKS = """
-import json, sys
-from tests.serving.engine import log_probabilities, served
-
-if __name__ == "__main__":  # processes of vLLM import this file
-    found = []
-    for folder in sys.argv[2:]:
-        engine = served(folder, **json.loads(sys.argv[1]))
-        found.append([(ids, values.tolist()) for ids, values in log_probabilities(engine)])
-        del engine
-    for values in found:
-        print(json.dumps(values))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -168,16 +149,8 @@ def test_two_ranks(families, options, tmp_path):
     """Halves of every expert, or of the layers, in processes of their own: log-probabilities are those of one process."""
     for family in families:
         variable_checkpoint(tmp_path / family, family)
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    environment = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, str(script), json.dumps(options), *(str(tmp_path / family) for family in families)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    for family, line in zip(families, done.stdout.splitlines()[-len(families) :]):
-        found = [(ids, torch.tensor(values)) for ids, values in json.loads(line)]
+    of_ranks = in_ranks([tmp_path / family for family in families], tmp_path, **options)
+    for family, found in zip(families, of_ranks):
         expected = log_probabilities(served(tmp_path / family))
         gc.collect()
         assert [ids for ids, _ in found] == [ids for ids, _ in expected]

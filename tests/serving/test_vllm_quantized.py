@@ -25,7 +25,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; tests/serving/run_vllm.sh makes an environment", allow_module_level=True)
 
 from optimum_heapr.serving.errors import ServingError  # noqa: E402
-from tests.serving.engine import log_probabilities, served  # noqa: E402
+from tests.serving.engine import in_ranks, log_probabilities, served  # noqa: E402
 from tests.serving.quantized_models import FORMS, GROUP, SHAPE  # noqa: E402
 from tests.serving.variable_models import padded_checkpoint, variable_checkpoint, variable_model  # noqa: E402
 
@@ -110,11 +110,15 @@ def configure(folder: Path, settings: dict | None) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
 
-@torch.no_grad()
 def median_error(model: torch.nn.Module, folder: Path, dtype: str = "bfloat16", **options) -> float:
     """Of log-probabilities, against the model in float32."""
+    return median_error_of(model, log_probabilities(served(folder, dtype=dtype, **options)))
+
+
+@torch.no_grad()
+def median_error_of(model: torch.nn.Module, found: list[tuple[list[int], torch.Tensor]]) -> float:
     errors = []
-    for ids, values in log_probabilities(served(folder, dtype=dtype, **options)):
+    for ids, values in found:
         scores = model(input_ids=torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
         errors.append((scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] - values).abs())
     gc.collect()
@@ -144,6 +148,19 @@ def test_quantized_experts_lose_what_stock_ones_do(scheme, tmp_path):
         f"\nmedian error of a log-probability: {ours:.4f}, stock {stock:.4f}; with what rounding weights loses {unrounded:.4f}"
     )
     assert 0 < ours < min(1.5 * stock, 0.06)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_two_ranks_lose_what_one_does(scheme, tmp_path):
+    """Each finds the scales of its half of the activations, so that the two are not the same to the last bit."""
+    needs_kernels(scheme)
+    variable_checkpoint(tmp_path / "pruned", "qwen3_moe", multiple=SCHEMES[scheme][2], **SHAPE)
+    folder = quantized(tmp_path / "pruned", scheme)
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.float32).eval()
+    [found] = in_ranks([folder], tmp_path, dtype="bfloat16", tensor_parallel_size=2)
+    two, one = median_error_of(rounded, found), median_error(rounded, folder)
+    print(f"\nmedian error of a log-probability: {two:.4f} on two ranks, {one:.4f} on one")
+    assert 0 < two < min(1.5 * one, 0.06)
 
 
 @pytest.mark.skipif(WRITTEN is None, reason="LLM_COMPRESSOR names no environment of llm-compressor, see run_vllm.sh")
