@@ -91,8 +91,9 @@ def test_what_fitting_and_training_take():
     """The formulas of the page on large models."""
     config = HeaprConfig.from_file(RECIPE)
     T, d, K, E, I, L = config.num_samples * config.seq_length, MODEL.hidden_size, 8, 128, 768, 48  # noqa: E741
-    fitted = T * (2 * d + max(2 * d, 2 * K * I)) + 4 * E * (7 * I * d + I**2) + 2**27 * (1 + I / d)
-    trained = T * 14 * d + 84 * E * I * d
+    fitted = K * T * (2 * I + 28) + 6 * E * I * d + 2**27 * (1 + I / d) + 12 * T * d
+    fitted += max(2 * T * (d + I), 4 * E * I**2 + 24 * min(E * I * d, 2**25))
+    trained = T * 16 * d + 84 * E * I * d
     trained += 16_384 * K * (2 * d + 5 * I)
     flops = config.reconstruction_steps * 36_864 * K * 512 * d * L
     assert max(fitted, trained) < 24e9
