@@ -83,9 +83,7 @@ def _run(group, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, slots
     """One expert for each row. Straight to the kernel, as what vLLM does around it takes longer than a few tokens do."""
     kernel = getattr(group.quant_method, "moe_kernel", None)
     experts = kernel and kernel.fused_experts
-    if isinstance(
-        experts, ZentorchExpertsInt4
-    ):  # vLLM's class around the kernel finds the experts of a token by itself
+    if isinstance(experts, ZentorchExpertsInt4):
         _in_four_bits(group, experts, out, x, weights, slots)
     elif isinstance(experts, CPUUnquantizedExperts) and not group.apply_router_weight_on_input:
         experts.apply(
@@ -105,6 +103,7 @@ def _run(group, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, slots
 
 
 def _in_four_bits(group, experts: ZentorchExpertsInt4, out, x, weights, slots) -> None:
+    """The kernel without vLLM's class around it, which finds the experts of a token by itself."""
     torch.ops.zentorch.zentorch_fused_moe(
         out,
         x,
