@@ -188,8 +188,8 @@ _OURS = (VariableWidths, RoutedExpertsGroup)
 
 
 def _zentorch_takes(layer: nn.Module, stock=cpu_moe.is_zentorch_moe_supported) -> bool:
-    """Its kernel for other types than bfloat16 ends with an error where all rows have one expert, as those of a piece may."""
-    return stock(layer) and not (isinstance(layer, RoutedExpertsGroup) and layer.params_dtype != torch.bfloat16)
+    """Not pieces that are not quantized: where all rows have one expert its kernel ends with an error in float32, and did once in bfloat16."""
+    return stock(layer) and not isinstance(layer, RoutedExpertsGroup)
 
 
 cpu_moe.is_zentorch_moe_supported = _zentorch_takes  # vLLM's own kernel takes its place, as without zentorch

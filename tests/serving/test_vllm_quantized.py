@@ -279,7 +279,7 @@ def test_layers_that_are_left_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("bfloat16", 0.06)])
 def test_experts_that_are_not_quantized_are_served_beside_zentorch(dtype, most, tmp_path):
-    """Which takes them, too, and in float32 wants several at a time, where of one prompt a piece may have one token."""
+    """Whose kernel for them wants several at a time in float32, where of one prompt a piece may have one token: vLLM's own is used."""
     model = variable_checkpoint(tmp_path, "qwen3_moe", **SHAPE)
     found = median_error(model, tmp_path, dtype=dtype, max_num_seqs=1)
     print(f"\nmedian error of a log-probability, {dtype}: {found:.1e}")
