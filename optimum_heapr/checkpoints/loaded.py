@@ -24,7 +24,7 @@ from ..report.content import build_report
 from ..report.jump import jump_text, jumped
 from ..report.observation import Workload, observe
 from ..surgery.apply import apply_plan, check_compensation, check_plan
-from ..surgery.fit_files import remove_fits
+from ..surgery.fit_files import remove_fits, say_unused_fits
 from ..surgery.rectangles import best_rectangle
 from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
@@ -230,6 +230,7 @@ class LoadedModel:
                     "some left over (eval_samples=%d)",
                     plan.config.eval_samples,
                 )
+        say_unused_fits(plan.config, fits_path)
         self._fits_path = fits_path
         base, before = self.base, observe(self.model, plan.tokens, workload)
         apply_plan(self.model, plan, statistics, data, fits_path)

@@ -15,7 +15,7 @@ from ..hub.statistics import load_statistics, measured_before
 from ..utils.companions import STATISTICS_NAME
 from ..utils.errors import HeaprError, did_you_mean, reason_of
 from ..utils.logging import get_logger, without_warnings
-from ..utils.quantized import is_dequantizing, quantization_of, set_dequantizing
+from ..utils.quantized import check_known, is_dequantizing, quantization_of, set_dequantizing
 from .origins import base_of_adapter, hub_options_in, load_configuration, not_installed, place_of
 from .tensor_parallel import check_spreading, is_spread, spreading_options
 
@@ -122,6 +122,8 @@ def load_model(
         options = {"dtype": "auto", **model_options}
         if (dequantize or not allow_quantized) and set_dequantizing(config, str(name), dequantize):
             check_scales(str(name), *empty_model(auto_class, config, base or path, **hub_options))
+        elif as_stored:
+            check_known(str(name), as_stored)
         elif dequantize and not allow_quantized:  # of several to evaluate some may be quantized
             logger.warning(f"model={str(name)!r}: dequantize=True changes nothing, as its weights are not quantized")
         if skeleton:

@@ -19,7 +19,7 @@ from ..planning.plan import PruningPlan
 from ..report.content import build_report
 from ..report.files import write_report
 from ..report.observation import observe
-from ..surgery.fit_files import remove_fits
+from ..surgery.fit_files import remove_fits, say_unused_fits
 from ..text.samples import load_calibration_data
 from ..utils.companions import PLAN_NAME, own_folder
 from ..utils.errors import HeaprError, did_you_mean
@@ -52,7 +52,7 @@ def apply_streaming(
     max_shard_size: int | str = "5GB",
     statistics: AtomicStatistics | str | os.PathLike | None = None,
     experts_as: str = "packed",
-    fits_path: Path | None = None,
+    fits_path: str | os.PathLike | None = None,
     requantize: bool = False,
     **model_options: Any,
 ) -> Path:
@@ -72,7 +72,7 @@ def apply_streaming(
         statistics (`AtomicStatistics` or `str`, *optional*): needed if the plan asks for compensation within experts; over
             blocks, the calibration text that the plan names is read again.
         experts_as (`str`): `packed`, or `linear` for a checkpoint that loads with its experts as linear layers.
-        fits_path (`Path`, *optional*): folder to keep each block that was compensated over or trained in; a run that was ended
+        fits_path (`str`, *optional*): folder to keep each block that was compensated over or trained in; a run that was ended
             goes on from those that it finds there. They go once the output is there.
         requantize (`bool`): write in FP8 what is in FP8 in `model`, as [`~optimum_heapr.HeaprPruner.save_pretrained`].
         model_options: as for [`~optimum_heapr.HeaprPruner.from_pretrained`], without `device_map`.
@@ -83,6 +83,7 @@ def apply_streaming(
     plan = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
     statistics, size = load_statistics(statistics), parse_size("max_shard_size", str(max_shard_size))
     check_form(plan.config, experts_as)
+    say_unused_fits(plan.config, fits_path)
     folder = Path(folder)
     options = {"max_shard_size": size, "experts_as": experts_as, "fits_path": fits_path, "requantize": requantize}
     accelerator = connected_processes() if plan.config.compensates_blocks else None

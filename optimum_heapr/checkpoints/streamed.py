@@ -14,6 +14,7 @@ from ..criteria.obs import with_removal_curve
 from ..experts import find_expert_blocks
 from ..layerwise.layers import StreamedModel
 from ..surgery.apply import check_compensation
+from ..surgery.fit_files import say_unused_fits
 from ..surgery.rectangles import best_rectangle
 from ..text.samples import load_calibration_data
 from ..utils.errors import HeaprError
@@ -117,6 +118,7 @@ class OffloadedModel(LoadedModel):
         check_compensation(plan, statistics, data)
         if measured is not None and measured[1] is not None:
             logger.warning("prompts are not completed, as nothing is measured: the weights are not in memory")
+        say_unused_fits(plan.config, fits_path)
         self._statistics, self._fits_path, self._fitted = statistics, fits_path, None
         if plan.config.compensates_blocks:
             self._work = TemporaryFolder(self._folder)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from ..calibration.state import differences
 from ..fingerprint import hash_of_samples
 from ..utils.artefacts import read_artefact, write_artefact
 from ..utils.errors import HeaprError, reason_of
+from ..utils.logging import say_once
 from .fitted import FittedBlock
 from .selection import shape_of_rows
 
 
 if TYPE_CHECKING:
+    from ..configuration import HeaprConfig
     from ..experts import ExpertBlock
     from ..planning.plan import PruningPlan
     from ..text.samples import CalibrationData
@@ -140,12 +143,19 @@ def unpacked(
     return fitted
 
 
-def remove_fits(folder: Path) -> None:
+def remove_fits(folder: str | os.PathLike) -> None:
     """Deletes the folder, once what was made of it is safe; files that no run wrote stay, and the folder with them."""
+    folder = Path(folder)
     for file in folder.glob(f"*{_ENDING}"):
         file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def say_unused_fits(config: HeaprConfig, path: str | os.PathLike | None) -> None:
+    """Warns where a folder for fitted blocks was named and no block is fitted."""
+    if path is not None and not config.compensates_blocks:
+        say_once(f"fits_path={os.fspath(path)!r}: has no use, as the plan does not compensate over blocks")
 
 
 def description_of_fits(plan: PruningPlan, data: CalibrationData, dtype: torch.dtype) -> dict[str, Any]:

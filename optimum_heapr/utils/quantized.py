@@ -29,6 +29,25 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
     return {}
 
 
+def check_known(model: str, saved: dict[str, Any]) -> None:
+    """Refuses a quantized checkpoint whose method transformers does not know: it would take the numbers as they are stored for weights.
+
+    Args:
+        model (`str`): what the user called it.
+        saved (`dict`): as of [`quantization_of`].
+
+    Raises:
+        HeaprError: naming the method.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    if saved and not AutoHfQuantizer.supports_quant_method(saved):
+        raise HeaprError(
+            f"model={model!r}: its weights are quantized ({saved['quant_method']}), which this transformers does not know; install "
+            "what registers that method or a newer transformers, or name a checkpoint that is quantized otherwise"
+        )
+
+
 def set_dequantizing(config: PreTrainedConfig, model: str, dequantize: bool) -> bool:
     """Has a configuration say that its checkpoint is loaded in floating point.
 

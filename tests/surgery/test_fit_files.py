@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner
+from optimum_heapr import HeaprConfig, HeaprError, HeaprPruner, PruningPlan
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.checkpoints.saving import apply_streaming
 from optimum_heapr.surgery import fit_files, layer_by_layer
@@ -73,6 +73,18 @@ def test_what_was_fitted_is_taken_over(measured, steps, tmp_path, fits_until):
     (tmp_path / "fits" / "notes.txt").write_text("mine")
     remove_fits(tmp_path / "fits")
     assert [entry.name for entry in (tmp_path / "fits").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_for_fits_of_a_plan_without_any_is_said_to_have_no_use(tmp_path, heapr_log):
+    model, data = tiny_model("qwen2_moe"), calibration_data(*[24] * 4)
+    model.save_pretrained(tmp_path / "model")
+    plan = PruningPlan.build(calibrate(model, data), HeaprConfig(ratio=0.5))
+    fits = str(tmp_path / "fits of nothing")
+    HeaprPruner(model).apply(plan, fits_path=fits)
+    assert heapr_log.messages[-1] == f"fits_path={fits!r}: has no use, as the plan does not compensate over blocks"
+    apply_streaming(tmp_path / "model", plan, tmp_path / "pruned", fits_path=fits + " of files")
+    assert heapr_log.messages[-1].startswith(f"fits_path={fits + ' of files'!r}: has no use")
+    assert (tmp_path / "pruned" / "config.json").exists()
 
 
 def test_file_by_file_too(tmp_path, fits_until):
@@ -213,8 +225,8 @@ def test_from_a_plan_file_too(tmp_path, fits_until):
     arguments = tmp_path / "model", tmp_path / "plan.safetensors", tmp_path / "out"
     fits_until(1)
     with pytest.raises(Killed):
-        apply_streaming(*arguments, fits_path=tmp_path / "fits")
+        apply_streaming(*arguments, fits_path=str(tmp_path / "fits"))
     fitted = fits_until(None)
-    apply_streaming(*arguments, fits_path=tmp_path / "fits")
+    apply_streaming(*arguments, fits_path=str(tmp_path / "fits"))
     assert len(fitted) == 1 and (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "fits").exists()

@@ -39,6 +39,15 @@ def test_method_that_cannot_be_undone_is_refused_either_way(tmp_path):
             HeaprPruner.from_pretrained(tmp_path, dequantize=dequantize)
 
 
+@pytest.mark.parametrize("skeleton", [False, True])
+def test_a_method_that_transformers_does_not_know_is_refused_where_others_load(skeleton, tmp_path):
+    """transformers warns, and takes what is stored for weights."""
+    wide_model("qwen3_moe").save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda name, tensor: {name: tensor}, {"quant_method": "int5-by-nobody"})
+    with pytest.raises(HeaprError, match=r"\(int5-by-nobody\), which this transformers does not know; install"):
+        load_model(tmp_path, allow_quantized=True, skeleton=skeleton)
+
+
 def test_what_is_not_quantized_is_said_not_to_be(fp8, tmp_path, heapr_log):
     """Who asked for it may have named another checkpoint than was meant; of several to evaluate some may be quantized."""
     wide_model("qwen3_moe").save_pretrained(tmp_path)
