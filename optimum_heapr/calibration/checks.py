@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..layerwise import memory
+from ..modeling.half_precision import lacks_products
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger
 
@@ -64,6 +65,21 @@ def check_gram_memory(
                 "are available; spread the model over more memory, or use a criterion and compensate=False that "
                 "statistics='vector' serves"
             )
+
+
+def warn_about_products(dtype: torch.dtype, device: torch.device) -> None:
+    """Says where a model would compute in a type that the device has no fast products of.
+
+    Args:
+        dtype (`torch.dtype`): of the model.
+        device (`torch.device`): where it computes.
+    """
+    if lacks_products(torch.empty(0, dtype=dtype, device=device)):
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            f"This CPU has no instructions for products in {name}, and what PyTorch does in their place takes several times as long "
+            "as float32 does. Load the model with dtype='float32' where there is memory for twice the bytes."
+        )
 
 
 def check_vocabulary(data: CalibrationData, vocabulary: int) -> None:

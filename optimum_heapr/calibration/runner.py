@@ -16,7 +16,13 @@ from ..fingerprint import model_fingerprint, storage_of
 from ..layerwise.memory import checkpointed_layers, has_offloaded_weights
 from ..utils.logging import get_logger, progress, show_throughput
 from ..utils.sharded import is_sharded
-from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
+from .checks import (
+    check_gram_memory,
+    check_vocabulary,
+    not_finite_error,
+    warn_about_coverage,
+    warn_about_products,
+)
 from .cost import Cost, measured_cost
 from .finished import block_statistics, finished_statistics
 from .loss import summed_token_loss
@@ -88,6 +94,7 @@ def calibrate(
         if share.splits and accelerator.is_main_process:  # which puts the parts of all together
             check_gram_memory(whole, place=torch.device("cpu"))
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
+    warn_about_products(model.dtype, accelerator.device)
     batches = list(data.micro_batches(batch_size))
     own = share.micro_batches(len(batches))
     identity = model_fingerprint(model, whole, gathered=True)

@@ -24,7 +24,13 @@ from ..layerwise.memory import activation_budget
 from ..layerwise.walk import LayerWalk
 from ..utils.logging import get_logger, progress
 from .adding import add_parts
-from .checks import check_gram_memory, check_vocabulary, not_finite_error, warn_about_coverage
+from .checks import (
+    check_gram_memory,
+    check_vocabulary,
+    not_finite_error,
+    warn_about_coverage,
+    warn_about_products,
+)
 from .cost import Cost, measured_cost
 from .finished import block_statistics, finished_statistics
 from .layer_state import LayerProgress, LayerState
@@ -95,6 +101,7 @@ def calibrate_streaming(
         if accelerator.num_processes > 1 and accelerator.is_main_process:  # see `add_parts`
             check_gram_memory(streamed.blocks_of(largest), accelerator.num_processes, torch.device("cpu"))
     check_vocabulary(data, model.get_input_embeddings().weight.shape[0])
+    warn_about_products(model.dtype, accelerator.device)
     batches = list(data.micro_batches(batch_size))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     first_experts = [source.expert(block, 0) for block in blocks]

@@ -9,13 +9,18 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from .compiled import traced_forward
-from .half_precision import half_precision_forward, is_half_precision_inference, width_step
-from .operations import grouped_product
+from .half_precision import (
+    half_precision_forward,
+    is_half_precision_inference,
+    lacks_products,
+    wants_gradient,
+    width_step,
+)
+from .operations import grouped_product, linear, product, product_dtype
 
 
 PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -166,9 +171,14 @@ class AtomicExperts(nn.Module):
         """As the stock module: [tokens, d], [tokens, K], [tokens, K] -> [tokens, d]."""
         if torch.compiler.is_compiling():
             return traced_forward(self, hidden_states, top_k_index, top_k_weights)
-        implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(
-            self.config._experts_implementation, eager_atomic_experts_forward
-        )
+        name, weight = self.config._experts_implementation, self.weights()[0]
+        dtype = product_dtype(weight)
+        if lacks_products(weight, dtype):
+            # What is converted is not to be kept for the gradients, nor to be lowered again by autocast.
+            if dtype != weight.dtype or wants_gradient(self, hidden_states, top_k_weights):
+                return traced_forward(self, hidden_states, top_k_index, top_k_weights)
+            name = "eager"
+        implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(name, eager_atomic_experts_forward)
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 
 
@@ -190,8 +200,8 @@ def eager_atomic_experts_forward(
         partials = []
         all_rows = hidden_states.index_select(0, tokens[own])
         for (slot, _), rows, weight in zip(run, all_rows.split(parts), weights[own].split(parts)):
-            gate_up = F.linear(rows, gate_up_weights[slot], gate_up_biases[slot] if self.has_bias else None)
-            partials.append(self.weighted_activation(gate_up, weight) @ down_weights[slot])
+            gate_up = linear(rows, gate_up_weights[slot], gate_up_biases[slot] if self.has_bias else None)
+            partials.append(product(self.weighted_activation(gate_up, weight), down_weights[slot]))
         partial = partials[0] if len(partials) == 1 else torch.cat(partials)
         self.add_partial(output, partial, run, tokens[own], weights[own])
     return output

@@ -2,9 +2,11 @@
 """`AtomicExperts` in bfloat16 and float16 on a CPU, without gradients. This file travels with pruned checkpoints.
 
 There oneDNN does the products. It compiles a kernel for each new shape, which takes longer than the product and is kept for
-the last 1024 only; and it repacks the weights in each call. So products come in few shapes, or all in one.
+the last 1024 only; and it repacks the weights in each call. So products come in few shapes, or all in one. Where oneDNN has
+none of the type, `operations.py` computes them in float32, with gradients and without.
 """
 
+import functools
 import itertools
 
 import torch
@@ -45,12 +47,32 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def lacks_products(weight: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the device of a weight has no fast products of its type, or of `dtype` where autocast lowers it: half precision on
+    a CPU that oneDNN has no kernels for. torch's own take up to 60 times as long as float32 with the conversion does."""
+    return weight.device.type == "cpu" and not _has_products(dtype or weight.dtype)
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if name is None:
+        return True
+    supported = getattr(torch.ops.mkldnn, name, None)  # not in builds of torch without oneDNN
+    return supported is not None and supported()
+
+
+def wants_gradient(experts: nn.Module, *inputs: torch.Tensor) -> bool:
+    # Not the parameters: a weight may be computed from frozen ones and an adapter's.
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *experts.weights()))
+
+
 def is_half_precision_inference(experts: nn.Module, *inputs: torch.Tensor) -> bool:
     """Whether `half_precision_forward` is to be used. Not where a gradient is wanted: that of each of the views into a packed
     weight that it takes would be as large as the weight."""
-    weights = experts.weights()  # not the parameters: a weight may be computed from frozen ones and an adapter's
-    half = weights[0].dtype in (torch.bfloat16, torch.float16) and weights[0].device.type == "cpu"
-    return half and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)))
+    weight = experts.weights()[0]
+    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
+    return half and not lacks_products(weight) and not wants_gradient(experts, *inputs)
 
 
 def half_precision_forward(

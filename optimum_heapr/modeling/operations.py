@@ -10,7 +10,8 @@ Pairs are a token and one of its experts, P of them, sorted by where the expert 
 
 - `tokens` [P] are the tokens of the pairs, and `ends` [experts] the numbers of pairs up to and with each stored expert;
 - `weight` [R, d] has `parts * width` rows for each expert, one after the other, in the order of `widths`;
-- rows of tokens may be of a higher precision, in which what they get is then summed; products are in that of the weight;
+- rows of tokens may be of a higher precision, in which what they get is then summed; products are in that of the weight, or
+  in float32 where the device lacks those (see `half_precision.py`), one an expert and of any shape;
 - `padded` [P, parts * max(widths)] has each part of an expert's row, with zeros behind it;
 - `grouped` asks for one grouped product for neighbours of equal width;
 - `step`, where it is not 0, for products of few shapes (see `half_precision.py`), by widths that are multiples of it.
@@ -24,7 +25,10 @@ import torch.nn.functional as F
 from torch import library
 from transformers.integrations.moe import _grouped_mm
 
-from .half_precision import rounded_rows, rounded_span, takes_all_experts, zeros_around
+from .half_precision import lacks_products, rounded_rows, rounded_span, takes_all_experts, zeros_around
+
+
+FEW_ROWS = 2
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -47,6 +51,23 @@ def grouped_product(
     if can_be_grouped(len(counts), dtype, *weight.shape[1:]):
         return _grouped_mm(rows, weight.to(dtype), offs=offsets)
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight)])
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b of one type, into `out` where it is given."""
+    if not lacks_products(b):
+        return a @ b if out is None else torch.mm(a, b, out=out)
+    with torch.autocast(b.device.type, enabled=False):
+        result = a.float() @ b.float()
+    return result.to(b.dtype) if out is None else out.copy_(result)
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, converted where that is faster: torch's own kernel for this order of factors is good at few rows."""
+    if len(rows) <= FEW_ROWS or not lacks_products(weight):
+        return F.linear(rows, weight, bias)
+    result = product(rows, weight.T)
+    return result if bias is None else result + bias
 
 
 def operation(function: Callable) -> Callable:
@@ -108,6 +129,8 @@ def expand(
     step: int,
 ) -> torch.Tensor:
     """rows [tokens, d] -> padded: each pair's token times the rows of its expert."""
+    if lacks_products(weight):
+        grouped, step = False, 0
     padded = weight.new_zeros(len(tokens), parts * max(widths))
     view = padded.view(len(tokens), parts, -1)
     if step and takes_all_experts(weight, len(rows), len(tokens) / len(widths)):
@@ -120,13 +143,13 @@ def expand(
     for pairs, counts, span, width in _groups(ends, widths, parts, grouped):
         if len(counts) > 1:
             matrices = weight[span].unflatten(0, (len(counts), parts * width)).transpose(1, 2)
-            product = grouped_product(gathered[pairs], matrices, _offsets(counts, rows.device), counts)
+            results = grouped_product(gathered[pairs], matrices, _offsets(counts, rows.device), counts)
         else:
             first, before, end = rounded_span(span, step * parts, len(weight))
             count = pairs.stop - pairs.start
             some = gathered[pairs.start : pairs.start + (rounded_rows(count) if step else count)]
-            product = F.linear(some, weight[first:end])[:count, before : before + parts * width]
-        view[pairs, :, :width] = product.unflatten(1, (parts, width))
+            results = linear(some, weight[first:end])[:count, before : before + parts * width]
+        view[pairs, :, :width] = results.unflatten(1, (parts, width))
     return padded
 
 
@@ -144,6 +167,8 @@ def reduce(
 ) -> torch.Tensor:
     """padded -> [tokens, d], in shape and dtype `like` that: for each token the sum over its pairs of theirs times the rows of
     the expert."""
+    if lacks_products(weight):
+        grouped, step = False, 0
     output = torch.zeros_like(like)
     view = padded.view(len(tokens), parts, -1)
     if step and takes_all_experts(weight, len(like), len(tokens) / len(widths)):
@@ -162,7 +187,7 @@ def reduce(
             rounded = rounded_rows(len(some)) if step else len(some)
             some = zeros_around(some, before, end - first - some.shape[1] - before, rounded - len(some))
             # What is computed too much is overwritten by the next pairs.
-            torch.mm(some, weight[first:end], out=products[pairs.start : pairs.start + rounded])
+            product(some, weight[first:end], out=products[pairs.start : pairs.start + rounded])
     return output.index_add_(0, tokens, products[: len(tokens)].to(output.dtype))
 
 
@@ -178,17 +203,18 @@ def outer(
     step: int,
 ) -> torch.Tensor:
     """padded and rows [tokens, d] -> a gradient [R, d] of the weight: for each expert the sum of products of its pairs."""
+    grouped = grouped and not lacks_products(padded)
     gradient = padded.new_zeros(parts * sum(widths), rows.shape[1])
     view, gathered = padded.view(len(tokens), parts, -1), rows.index_select(0, tokens).to(padded.dtype)
     for pairs, counts, span, width in _groups(ends, widths, parts, grouped):
         some = view[pairs, :, :width].flatten(1).contiguous().T
         if can_be_grouped(len(counts), padded.dtype, rows.shape[1], parts * width):
-            product = _grouped_mm(some, gathered[pairs], offs=_offsets(counts, rows.device))
-            gradient[span].unflatten(0, product.shape[:2]).copy_(product)
+            results = _grouped_mm(some, gathered[pairs], offs=_offsets(counts, rows.device))
+            gradient[span].unflatten(0, results.shape[:2]).copy_(results)
             continue
         for count, part, matrix in zip(counts, gathered[pairs].split(counts), gradient[span].chunk(len(counts))):
             if count:
-                torch.mm(some[:, :count], part, out=matrix)
+                product(some[:, :count], part, out=matrix)
                 some = some[:, count:]
     return gradient
 

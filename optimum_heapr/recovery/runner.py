@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..calibration.checks import warn_about_products
 from ..experts import experts_of_any_width
 from ..utils.errors import HeaprError
 from ..utils.logging import get_logger, is_main_process
@@ -119,7 +120,8 @@ def recover(
         for each in running:
             stack.enter_context(experts_of_any_width(each))
         wrapped = stack.enter_context(as_it_was_after_errors(model))
-        start, stage = held_out_loss(place(model), data), _stage_of(model)
+        warn_about_products(place(model).dtype, model.device)
+        start, stage = held_out_loss(model, data), _stage_of(model)
         peft_model = _with_adapter(model, config, saved_at)
         wrapped.append(peft_model)
         began = time.perf_counter()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
+
+from ..modeling.operations import linear
 
 
 if TYPE_CHECKING:
@@ -88,4 +89,4 @@ def activations_of(block: ExpertBlock, expert: int, hidden: torch.Tensor) -> tor
     module = block.module
     weight = module.gate_up_proj[expert]
     bias = module.gate_up_proj_bias[expert] if module.has_bias else None
-    return module._apply_gate(F.linear(hidden, weight.T if module.is_transposed else weight, bias))
+    return module._apply_gate(linear(hidden, weight.T if module.is_transposed else weight, bias))

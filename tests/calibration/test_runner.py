@@ -11,6 +11,7 @@ import torch
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.tap import CALIBRATION_IMPLEMENTATION
 from optimum_heapr.cli.tables import statistics_table
+from optimum_heapr.modeling import half_precision
 from optimum_heapr.text.samples import CalibrationData
 from optimum_heapr.utils.errors import HeaprError
 from tests.helpers import assert_same_statistics, calibration_data, random_ids, tiny_model
@@ -239,6 +240,16 @@ def test_unreached_experts_are_named_in_a_warning(heapr_log):
     for step in ("num_samples", "protect_unreached=True", "min_width"):
         assert step in message
     assert heapr_log.records[-1].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("dtype, there, said", [("bfloat16", False, 1), ("float32", False, 0), ("bfloat16", True, 0)])
+def test_a_type_that_the_cpu_is_slow_in_is_named_before_the_first_batch(dtype, there, said, heapr_log, monkeypatch):
+    monkeypatch.setattr(half_precision, "_has_products", lambda dtype: there or dtype == torch.float32)
+    calibrate(tiny_model("qwen3_moe").to(getattr(torch, dtype)), calibration_data(8))
+    messages = [record.getMessage() for record in heapr_log.records]
+    found = [message for message in messages if "no instructions for products in bfloat16" in message]
+    assert len(found) == said
+    assert not said or (messages[0] == found[0] and "dtype='float32'" in found[0])
 
 
 def test_without_unreached_experts_there_is_no_warning(heapr_log):

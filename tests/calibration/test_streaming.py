@@ -20,6 +20,7 @@ from optimum_heapr.families import TESTED
 from optimum_heapr.layerwise import walk
 from optimum_heapr.layerwise.layers import check_layers
 from optimum_heapr.layerwise.source import SourceCheckpoint
+from optimum_heapr.modeling import half_precision
 from optimum_heapr.planning.plan import PruningPlan
 from optimum_heapr.text.samples import CalibrationData
 from optimum_heapr.utils.errors import HeaprError
@@ -177,6 +178,13 @@ def test_killed_and_resumed(calls, gram, folder, tmp_path, monkeypatch):
     statistics, _ = streamed(folder, data, tmp_path / "work", **options)
     assert_equal_bits(statistics, expected)
     assert len(seen) == 21 - 3 * (done // 3), "layers that were done are not done again"
+
+
+def test_a_type_that_the_cpu_is_slow_in_is_named_before_the_first_layer(tmp_path, monkeypatch, heapr_log):
+    monkeypatch.setattr(half_precision, "_has_products", lambda dtype: dtype == torch.float32)
+    tiny_model("qwen3_moe").bfloat16().save_pretrained(tmp_path / "model")
+    streamed(tmp_path / "model", padded_data(), tmp_path / "work")
+    assert "no instructions for products in bfloat16" in heapr_log.records[0].getMessage()
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from optimum_heapr.modeling import operations
+from optimum_heapr.modeling import half_precision, operations
 from optimum_heapr.surgery.apply import apply_plan
 from optimum_heapr.surgery.linear import to_linear_experts
 from tests.helpers import random_ids, tiny_model
@@ -101,7 +101,10 @@ def test_frozen_tensors_get_no_gradient(frozen):
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("model_type, widths", [("gpt_oss", "different"), ("qwen3_moe", "equal")])
-def test_half_precision(model_type, widths, implementation):
+@pytest.mark.parametrize("products", [True, False])
+def test_half_precision(products, model_type, widths, implementation, monkeypatch):
+    """Whether or not the CPU has products of it."""
+    monkeypatch.setattr(half_precision, "_has_products", lambda dtype: products or dtype != torch.bfloat16)
     experts = use(cut_block(block_of(model_type, torch.bfloat16), kept_of(WIDTHS[widths])), implementation)
     exact = use(cut_block(block_of(model_type, torch.float64), kept_of(WIDTHS[widths])), "eager")
     expected = results_of(exact, exact, dtype=torch.float64)

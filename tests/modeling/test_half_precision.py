@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.modeling import atomic_experts, half_precision
@@ -63,9 +64,63 @@ def test_experts_that_were_not_chosen_do_not_leak():
     assert not half_precision.all_experts_forward(experts, *reached).isfinite().all()
 
 
+def say_products(monkeypatch, there: bool) -> None:
+    """Whatever this CPU has: that oneDNN has products of half precision, or none."""
+    monkeypatch.setattr(
+        half_precision, "_has_products", lambda dtype: there or dtype not in (torch.bfloat16, torch.float16)
+    )
+
+
+class Products(TorchDispatchMode):
+    """Records the types of the factors of products of matrices, and how many rows the first has."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm):
+            matrices = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.ndim > 1]
+            self.seen.add((len(matrices[0]), *(matrix.dtype for matrix in matrices)))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_products_that_the_cpu_lacks_are_in_float32(implementation, dtype, autocast, trained, monkeypatch):
+    """Forward and backward; but for one or two tokens of an expert, whose product with the rows of a weight torch is good at."""
+    say_products(monkeypatch, False)
+    experts = use(
+        cut_block(block_of("gpt_oss", torch.float32 if autocast else dtype), kept_of(WIDTHS["equal"])), implementation
+    )
+    inputs = routed(60, dtype=torch.float32 if autocast else dtype)
+    with Products() as products, torch.set_grad_enabled(trained):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            output = experts(*inputs)
+        if trained:
+            output.square().sum().backward()
+    assert output.dtype == inputs[0].dtype
+    used = {kind for rows, *kinds in products.seen for kind in kinds if rows > 2}
+    assert used == {torch.float32}
+
+
+def test_which_products_the_cpu_has_is_asked_of_onednn():
+    assert not half_precision.lacks_products(torch.empty(1)) and not half_precision.lacks_products(
+        torch.empty(1).double()
+    )
+    assert not half_precision.lacks_products(torch.empty(1, dtype=torch.bfloat16, device="meta"))
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    for dtype, name in asked.items():
+        assert half_precision.lacks_products(torch.empty(1, dtype=dtype)) is not getattr(torch.ops.mkldnn, name)()
+        assert half_precision.lacks_products(torch.empty(1), dtype) is not getattr(torch.ops.mkldnn, name)()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_few_tokens_take_all_experts_where_the_cpu_has_tiles(implementation, monkeypatch):
+    say_products(monkeypatch, True)
     used = []
     for name in ("all_experts_forward", "few_shapes_forward"):
         function = getattr(half_precision, name)
@@ -103,6 +158,7 @@ def test_tokens_are_rounded_to_few_numbers():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_half_precision_on_a_cpu_has_few_shapes_of_products(implementation, monkeypatch):
     """32 experts of 32 widths, and tokens as they come: what the matrix library has compiled once serves again."""
+    say_products(monkeypatch, True)
     shapes = set()
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.add((len(x), len(w))) or linear(x, w, b))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from optimum_heapr.modeling import compiled
+from optimum_heapr.modeling import compiled, half_precision
 from optimum_heapr.surgery.selection import cut_block
 from tests.modeling.test_atomic_experts import block_of, kept_of, routed, use
 
@@ -32,6 +32,10 @@ INPUTS = ("hidden", "weights")
 # What needs a gradient; "adapter" adds a trained tensor to each frozen parameter, as PEFT does.
 TRAINED = {"nothing": (), "everything": "all", "inputs": INPUTS, "experts": "parameters", "adapter": "adapter"}
 WAYS = [*itertools.product(("loop", "grouped", "traced loop", "traced grouped"), TRAINED)]
+WAYS += [
+    *itertools.product(("in float32, loop", "in float32, grouped"), TRAINED),
+    ("in float32, traced", "everything"),
+]
 WAYS += [("all experts at once", "nothing"), ("traced, all experts at once", "everything")]
 
 
@@ -106,6 +110,8 @@ def trained_tensors(experts, inputs: dict, trained) -> dict[str, torch.Tensor]:
 
 def computed(way: str, experts, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "all experts" in way)
+    has_products = {**dict.fromkeys(DTYPES, "in float32" not in way), torch.float32: True}
+    monkeypatch.setattr(half_precision, "_has_products", has_products.__getitem__)
     use(experts, "grouped_mm" if "grouped" in way else "eager")
     # What a graph is traced from also runs by itself.
     return functools.partial(compiled.traced_forward, experts) if "traced" in way else experts

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_heapr import HeaprError
 from optimum_heapr.checkpoints.loading import load_model
+from optimum_heapr.modeling import half_precision
 from optimum_heapr.recovery import runner
 from optimum_heapr.recovery import trainer as trainer_module
 from optimum_heapr.recovery.adapter import load_adapter
@@ -313,11 +314,13 @@ def test_one_process_takes_one_of_several_gpus(tmp_path, monkeypatch):
     assert arguments.train_batch_size == 2 and arguments.parallel_mode.value == "not_parallel"
 
 
-def test_weights_in_bfloat16_are_trained_in_float32(pruned, model, tmp_path):
+def test_weights_in_bfloat16_are_trained_in_float32(pruned, model, tmp_path, heapr_log, monkeypatch):
+    monkeypatch.setattr(half_precision, "_has_products", lambda dtype: dtype == torch.float32)
     recovery = run(model.bfloat16(), tmp_path / "state", weight_interpolation=0.75)
     assert {p.dtype for p in recovery.model.parameters() if p.requires_grad} == {torch.float32}
     assert recovery.report.improved
     assert recovery.merge().dtype == torch.bfloat16
+    assert "no instructions for products in bfloat16" in heapr_log.records[0].getMessage()
 
 
 def test_teachers_that_cannot_be_are_refused(pruned, model, tmp_path):
