@@ -16,6 +16,7 @@ from .running import check_resume, end_processes, fits_from
 class ApplyCommand(HeaprSubcommand):
     NAME = "apply"
     HELP = "Cut a model as a plan says."
+    KEPT = (".fits",)
 
     @staticmethod
     def parse_args(parser):

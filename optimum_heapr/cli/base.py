@@ -39,6 +39,8 @@ class HeaprSubcommand(BaseOptimumCLICommand):
 
     NAME: ClassVar[str]
     HELP: ClassVar[str]
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    """What `--resume` goes on from, by the endings of what lies beside the output; the last that is there is named where a run ends."""
 
     def __init__(self, *args: Any, from_defaults_factory: bool = False, **kwargs: Any):
         super().__init__(*args, from_defaults_factory=from_defaults_factory, **kwargs)
@@ -69,7 +71,8 @@ class HeaprSubcommand(BaseOptimumCLICommand):
             from ..utils.files import beside
 
             left = str(error) or "nothing half-written was left behind"
-            for ending in (".fits", ".state") if hasattr(self.args, "resume") else ():
+            measured = getattr(self.args, "statistics", None) is not None  # so there is no state of a calibration
+            for ending in (ending for ending in self.KEPT if not (measured and ending == ".state")):
                 kept = beside(getattr(self.args, "output", None) or "", ending)
                 if os.path.exists(kept):
                     left = f"{kept} holds what was done, and --resume goes on from there"

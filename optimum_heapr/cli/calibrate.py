@@ -16,6 +16,7 @@ from .running import add_memory_options, add_state_options, chosen_memory, end_p
 class CalibrateCommand(HeaprSubcommand):
     NAME = "calibrate"
     HELP = "Measure the statistics of every atomic expert; they serve for any ratio."
+    KEPT = (".state",)
 
     @staticmethod
     def parse_args(parser):

@@ -37,6 +37,7 @@ from .running import (
 class PruneCommand(HeaprSubcommand):
     NAME = "prune"
     HELP = f"Calibrate, plan and cut a model in one go. What loses least is {RECOMMENDED}."
+    KEPT = (".fits", ".state")
 
     @staticmethod
     def parse_args(parser):

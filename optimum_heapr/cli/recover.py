@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class RecoverCommand(HeaprSubcommand):
     NAME = "recover"
     HELP = "Train a pruned model with LoRA, against text or the unpruned model, and keep the result if it is better."
+    KEPT = (".state",)
 
     @staticmethod
     def parse_args(parser):

@@ -145,6 +145,16 @@ def arguments_of(inputs, output) -> list:
     return ["-m", inputs.model, "-o", output, "--overwrite", "-s", inputs.statistics]
 
 
+@pytest.mark.parametrize("command", ["apply", "prune"])
+def test_what_an_earlier_calibration_left_is_not_said_to_be_gone_on_from(command, run, inputs, tmp_path, monkeypatch):
+    """Neither of these calibrates here."""
+    (tmp_path / "out.state").write_text("of a run of calibrate")
+    given = ["-s", inputs.statistics] if command == "prune" else ["-p", inputs.plan, "--in-memory"]
+    interrupted_after(monkeypatch, *MOMENTS["loading"])
+    result = run(command, "-m", inputs.model, "-o", tmp_path / "out", *given)
+    assert result.status == 130 and "interrupted; nothing half-written was left behind" in result.error
+
+
 @pytest.mark.slow
 def test_signals_while_writing(run, inputs, tmp_path):
     processes = {}
