@@ -171,13 +171,16 @@ class AtomicExperts(nn.Module):
         """As the stock module: [tokens, d], [tokens, K], [tokens, K] -> [tokens, d]."""
         if torch.compiler.is_compiling():
             return traced_forward(self, hidden_states, top_k_index, top_k_weights)
-        name, weight = self.config._experts_implementation, self.weights()[0]
-        dtype = product_dtype(weight)
-        if lacks_products(weight, dtype):
-            # What is converted is not to be kept for the gradients, nor to be lowered again by autocast.
-            if dtype != weight.dtype or wants_gradient(self, hidden_states, top_k_weights):
-                return traced_forward(self, hidden_states, top_k_index, top_k_weights)
-            name = "eager"
+        name = self.config._experts_implementation
+        if (
+            hidden_states.device.type == "cpu"
+        ):  # asked first, as a quantizer restores weights for whoever looks at them
+            dtype = product_dtype(weight := self.weights()[0])
+            if lacks_products(weight, dtype):
+                # What is converted is not to be kept for the gradients, nor to be lowered again by autocast.
+                if dtype != weight.dtype or wants_gradient(self, hidden_states, top_k_weights):
+                    return traced_forward(self, hidden_states, top_k_index, top_k_weights)
+                name = "eager"
         implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(name, eager_atomic_experts_forward)
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 

@@ -41,9 +41,8 @@ def traced_forward(
         shares = top_k_weights.new_zeros(hidden_states.shape[0], len(widths)).scatter_add(
             1, top_k_index, top_k_weights
         )
-        wide = torch.promote_types(
-            shares.dtype, torch.float32
-        )  # small, and not every CPU has products of half precision
+        # In float32 at least: it is small, and not every CPU has products of half precision.
+        wide = torch.promote_types(shares.dtype, torch.float32)
         with torch.autocast(shares.device.type, enabled=False):
             output = output + (shares.to(wide) @ biases[1].to(wide)).to(output.dtype)
     return output

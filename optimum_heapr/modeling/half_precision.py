@@ -70,9 +70,9 @@ def wants_gradient(experts: nn.Module, *inputs: torch.Tensor) -> bool:
 def is_half_precision_inference(experts: nn.Module, *inputs: torch.Tensor) -> bool:
     """Whether `half_precision_forward` is to be used. Not where a gradient is wanted: that of each of the views into a packed
     weight that it takes would be as large as the weight."""
-    weight = experts.weights()[0]
-    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
-    return half and not lacks_products(weight) and not wants_gradient(experts, *inputs)
+    if inputs[0].device.type != "cpu" or (weight := experts.weights()[0]).dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not lacks_products(weight) and not wants_gradient(experts, *inputs)
 
 
 def half_precision_forward(
