@@ -12,7 +12,7 @@ import torch
 from ..layerwise import memory
 from ..modeling.half_precision import lacks_products
 from ..utils.errors import HeaprError
-from ..utils.logging import get_logger
+from ..utils.logging import get_logger, is_main_process
 
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def check_gram_memory(
 
 
 def warn_about_products(dtype: torch.dtype, device: torch.device) -> None:
-    """Says where a model would compute in a type that the device has no fast products of.
+    """Says, on rank 0 alone, where a model would compute in a type that the device has no fast products of.
 
     Args:
         dtype (`torch.dtype`): of the model.
         device (`torch.device`): where it computes.
     """
-    if lacks_products(torch.empty(0, dtype=dtype, device=device)):
+    if is_main_process() and lacks_products(torch.empty(0, dtype=dtype, device=device)):
         name = str(dtype).removeprefix("torch.")
         logger.warning(
             f"This CPU has no instructions for products in {name}, and what PyTorch does in their place takes several times as long "

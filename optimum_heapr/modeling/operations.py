@@ -79,8 +79,7 @@ def operation(function: Callable) -> Callable:
     if not hasattr(torch.ops.heapr, name):
         library.custom_op(f"heapr::{name}", function, mutates_args=())
         library.register_fake(f"heapr::{name}", _FAKES[name])
-        if name in _GRADIENTS:
-            library.register_autograd(f"heapr::{name}", _GRADIENTS[name], setup_context=_save)
+        library.register_autograd(f"heapr::{name}", _GRADIENTS[name], setup_context=_save)
     return getattr(torch.ops.heapr, name)
 
 
@@ -105,6 +104,14 @@ def _reduce_gradients(ctx, gradient):
     return of_padded, None, None, of_weight, None, None, None, None, None
 
 
+def _outer_gradients(ctx, gradient):
+    padded, tokens, ends, rows = ctx.saved_tensors
+    options = (ctx.widths, ctx.parts, ctx.grouped, ctx.step)
+    of_padded = expand(rows, tokens, ends, gradient, *options) if ctx.needs_input_grad[0] else None
+    of_rows = reduce(padded, tokens, ends, gradient, rows, *options) if ctx.needs_input_grad[3] else None
+    return of_padded, None, None, of_rows, None, None, None, None
+
+
 _FAKES = {
     "expand": lambda rows, tokens, ends, weight, widths, parts, grouped, step: weight.new_empty(
         tokens.shape[0], parts * max(widths)
@@ -114,7 +121,7 @@ _FAKES = {
         parts * sum(widths), rows.shape[1]
     ),
 }
-_GRADIENTS = {"expand": _expand_gradients, "reduce": _reduce_gradients}
+_GRADIENTS = {"expand": _expand_gradients, "reduce": _reduce_gradients, "outer": _outer_gradients}
 
 
 @operation
@@ -132,13 +139,13 @@ def expand(
     if lacks_products(weight):
         grouped, step = False, 0
     padded = weight.new_zeros(len(tokens), parts * max(widths))
-    view = padded.view(len(tokens), parts, -1)
+    view = padded.unflatten(1, (parts, -1))
     if step and takes_all_experts(weight, len(rows), len(tokens) / len(widths)):
         everything = weight @ rows.to(weight.dtype).T
         for pairs, _, span, width in _groups(ends, widths, parts, False):
             view[pairs, :, :width] = everything[span].index_select(1, tokens[pairs]).T.unflatten(1, (parts, width))
         return padded
-    surplus = rounded_rows(len(tokens)) if step else 0
+    surplus = rounded_rows(len(tokens)) if step and len(tokens) else 0
     gathered = rows.index_select(0, F.pad(tokens, (0, surplus))).to(weight.dtype)
     for pairs, counts, span, width in _groups(ends, widths, parts, grouped):
         if len(counts) > 1:
@@ -170,7 +177,7 @@ def reduce(
     if lacks_products(weight):
         grouped, step = False, 0
     output = torch.zeros_like(like)
-    view = padded.view(len(tokens), parts, -1)
+    view = padded.unflatten(1, (parts, -1))
     if step and takes_all_experts(weight, len(like), len(tokens) / len(widths)):
         everything = padded.new_zeros(len(like), len(weight))
         for pairs, _, span, width in _groups(ends, widths, parts, False):
@@ -205,7 +212,7 @@ def outer(
     """padded and rows [tokens, d] -> a gradient [R, d] of the weight: for each expert the sum of products of its pairs."""
     grouped = grouped and not lacks_products(padded)
     gradient = padded.new_zeros(parts * sum(widths), rows.shape[1])
-    view, gathered = padded.view(len(tokens), parts, -1), rows.index_select(0, tokens).to(padded.dtype)
+    view, gathered = padded.unflatten(1, (parts, -1)), rows.index_select(0, tokens).to(padded.dtype)
     for pairs, counts, span, width in _groups(ends, widths, parts, grouped):
         some = view[pairs, :, :width].flatten(1).contiguous().T
         if can_be_grouped(len(counts), padded.dtype, rows.shape[1], parts * width):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from optimum_heapr.calibration.checks import warn_about_products
 from optimum_heapr.calibration.runner import calibrate
 from optimum_heapr.calibration.tap import CALIBRATION_IMPLEMENTATION
 from optimum_heapr.cli.tables import statistics_table
@@ -250,6 +251,15 @@ def test_a_type_that_the_cpu_is_slow_in_is_named_before_the_first_batch(dtype, t
     found = [message for message in messages if "no instructions for products in bfloat16" in message]
     assert len(found) == said
     assert not said or (messages[0] == found[0] and "dtype='float32'" in found[0])
+
+
+def test_of_several_processes_the_first_alone_names_that_type(heapr_log, monkeypatch):
+    monkeypatch.setattr(half_precision, "_has_products", lambda dtype: False)
+    for rank in "10":
+        assert not heapr_log.records
+        monkeypatch.setenv("RANK", rank)
+        warn_about_products(torch.bfloat16, torch.device("cpu"))
+    assert len(heapr_log.records) == 1
 
 
 def test_without_unreached_experts_there_is_no_warning(heapr_log):

@@ -153,7 +153,7 @@ def test_weights_are_taken_as_they_are_at_the_call():
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("step", [0, 3])
 def test_operations_are_one_anothers_gradients(parts, grouped, step):
-    """Against differences, in float64, with an expert of width 0 and one without tokens."""
+    """And of the gradients in turn. Against differences, in float64, with an expert of width 0 and one without tokens."""
     generator = torch.Generator().manual_seed(0)
     widths, counts = [4, 2, 2, 1, 0], [3, 0, 2, 4, 1]
     tokens = torch.randint(0, 5, (10,), generator=generator)
@@ -163,13 +163,12 @@ def test_operations_are_one_anothers_gradients(parts, grouped, step):
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     weight, options = random(parts * 9, 3), (widths, parts, grouped, step)
-    assert torch.autograd.gradcheck(
-        lambda x, w: operations.expand(x, tokens, ends, w, *options), (random(5, 3), weight)
-    )
     like = torch.zeros(5, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda a, w: operations.reduce(a, tokens, ends, w, like, *options), (random(10, parts * 4), weight)
-    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, w: operations.expand(x, tokens, ends, w, *options), (random(5, 3), weight))
+        assert check(
+            lambda a, w: operations.reduce(a, tokens, ends, w, like, *options), (random(10, parts * 4), weight)
+        )
     if step:
         torch.library.opcheck(torch.ops.heapr.expand.default, (random(5, 3), tokens, ends, weight, *options))
 

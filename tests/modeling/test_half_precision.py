@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimum_heapr.experts import find_expert_blocks
 from optimum_heapr.modeling import atomic_experts, half_precision
 from optimum_heapr.modeling.atomic_experts import AtomicExperts
+from optimum_heapr.modeling.compiled import traced_forward
 from optimum_heapr.surgery.selection import cut_block
 from tests.helpers import tiny_model
 from tests.modeling.test_atomic_experts import (
@@ -104,6 +105,42 @@ def test_products_that_the_cpu_lacks_are_in_float32(implementation, dtype, autoc
     assert output.dtype == inputs[0].dtype
     used = {kind for rows, *kinds in products.seen for kind in kinds if rows > 2}
     assert used == {torch.float32}
+
+
+def second_gradient(experts, dtype) -> torch.Tensor:
+    """To the inputs, of a gradient of the weights."""
+    hidden, *routing = routed(60, dtype=dtype)
+    output = experts(hidden.requires_grad_(), *routing)
+    (first,) = torch.autograd.grad(output.square().sum(), experts.down_proj, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), hidden)[0]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["equal", "different"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_have_gradients_where_products_are_converted(implementation, name, model_type, monkeypatch):
+    say_products(monkeypatch, False)
+    actual, expected = (
+        second_gradient(use(cut_block(block_of(model_type, dtype), kept_of(WIDTHS[name])), implementation), dtype)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    assert (actual - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("forward", ["forward", "traced"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens_with_gradients(implementation, forward, products, monkeypatch):
+    say_products(monkeypatch, products)
+    experts = use(cut_block(block_of("gpt_oss", torch.bfloat16), kept_of(WIDTHS["equal"])), implementation)
+    hidden, index, weights = (tensor[:0] for tensor in routed(4, dtype=torch.bfloat16))
+    hidden.requires_grad_()
+    output = (
+        experts(hidden, index, weights) if forward == "forward" else traced_forward(experts, hidden, index, weights)
+    )
+    assert output.shape == hidden.shape
+    (output.sum() + hidden.sum()).backward()
+    assert experts.down_proj.grad is None or not experts.down_proj.grad.any()
 
 
 def test_which_products_the_cpu_has_is_asked_of_onednn():
