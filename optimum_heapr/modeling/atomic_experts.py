@@ -172,15 +172,13 @@ class AtomicExperts(nn.Module):
         if torch.compiler.is_compiling():
             return traced_forward(self, hidden_states, top_k_index, top_k_weights)
         name = self.config._experts_implementation
-        if (
-            hidden_states.device.type == "cpu"
-        ):  # asked first, as a quantizer restores weights for whoever looks at them
-            dtype = product_dtype(weight := self.weights()[0])
-            if lacks_products(weight, dtype):
-                # What is converted is not to be kept for the gradients, nor to be lowered again by autocast.
-                if dtype != weight.dtype or wants_gradient(self, hidden_states, top_k_weights):
-                    return traced_forward(self, hidden_states, top_k_index, top_k_weights)
-                name = "eager"
+        # The device first: a quantizer restores weights for whoever looks at them.
+        on_cpu = hidden_states.device.type == "cpu"
+        if on_cpu and lacks_products(weight := self.weights()[0], product_dtype(weight)):
+            # What is converted is not to be kept for the gradients. Without them autocast lowers the experts that are used, not all.
+            if wants_gradient(self, hidden_states, top_k_weights):
+                return traced_forward(self, hidden_states, top_k_index, top_k_weights)
+            name = "eager"
         implementation = ATOMIC_EXPERTS_FUNCTIONS.get_interface(name, eager_atomic_experts_forward)
         return implementation(self, hidden_states, top_k_index, top_k_weights)
 

@@ -54,20 +54,21 @@ def grouped_product(
 
 
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ b of one type, into `out` where it is given."""
-    if not lacks_products(b):
+    """a @ b of one type, or of that which autocast lowers them to; into `out` where it is given."""
+    dtype = product_dtype(b)
+    if not lacks_products(b, dtype):
         return a @ b if out is None else torch.mm(a, b, out=out)
     with torch.autocast(b.device.type, enabled=False):
-        result = a.float() @ b.float()
-    return result.to(b.dtype) if out is None else out.copy_(result)
+        result = a.to(dtype).float() @ b.to(dtype).float()
+    return result.to(dtype) if out is None else out.copy_(result)
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`, converted where that is faster: torch's own kernel for this order of factors is good at few rows."""
-    if len(rows) <= FEW_ROWS or not lacks_products(weight):
+    if len(rows) <= FEW_ROWS or not lacks_products(weight, product_dtype(weight)):
         return F.linear(rows, weight, bias)
     result = product(rows, weight.T)
-    return result if bias is None else result + bias
+    return result if bias is None else result + bias.to(result.dtype)
 
 
 def operation(function: Callable) -> Callable:

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0
 """What half precision on a CPU runs instead of the loop; mostly in float64, where it can be told from it."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +107,24 @@ def test_products_that_the_cpu_lacks_are_in_float32(implementation, dtype, autoc
     assert output.dtype == inputs[0].dtype
     used = {kind for rows, *kinds in products.seen for kind in kinds if rows > 2}
     assert used == {torch.float32}
+
+
+@torch.no_grad()
+def test_autocast_lowers_the_experts_that_are_used_alone(monkeypatch):
+    class Copies(TorchDispatchMode):
+        sizes: ClassVar[set] = set()
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation.overloadpacket is torch.ops.aten._to_copy:
+                self.sizes.add(args[0].numel())
+            return operation(*args, **(kwargs or {}))
+
+    say_products(monkeypatch, False)
+    experts = use(cut_block(block_of("gpt_oss"), kept_of(WIDTHS["equal"])), "grouped_mm")
+    with Copies() as copies, torch.autocast("cpu", torch.bfloat16):
+        actual = experts(*routed(1))
+    torch.testing.assert_close(actual, experts(*routed(1)), atol=0.03, rtol=0.03)
+    assert max(copies.sizes) == experts.gate_up_proj.numel() // experts.num_experts
 
 
 def second_gradient(experts, dtype) -> torch.Tensor:
