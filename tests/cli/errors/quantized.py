@@ -53,7 +53,7 @@ def weights_whose_package_is_not_installed(inputs, here):
 def a_quantizer_that_is_no_name(inputs, here):
     model = copied_model(inputs, here / "model")
     rewrite(model, lambda name, tensor: {name: tensor}, {"quant_method": ["fp8"]})
-    named = [str(model), "its weights are quantized (['fp8'])", "cannot be loaded here", "go where they can be loaded"]
+    named = [str(model), "its weights are quantized (['fp8'])", "does not know", "that is quantized otherwise"]
     return ["evaluate", "-m", model, "--dataset", inputs.text], named
 
 
