@@ -72,9 +72,9 @@ class HeaprSubcommand(BaseOptimumCLICommand):
 
             left = str(error) or "nothing half-written was left behind"
             measured = getattr(self.args, "statistics", None) is not None  # so there is no state of a calibration
-            for ending in (ending for ending in self.KEPT if not (measured and ending == ".state")):
+            for ending in self.KEPT:
                 kept = beside(getattr(self.args, "output", None) or "", ending)
-                if os.path.exists(kept):
+                if os.path.exists(kept) and not (measured and ending == ".state"):
                     left = f"{kept} holds what was done, and --resume goes on from there"
             print(f"optimum-cli heapr {self.NAME}: interrupted; {left}", file=sys.stderr)
             sys.exit(128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT))

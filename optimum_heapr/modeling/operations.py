@@ -28,6 +28,7 @@ from transformers.integrations.moe import _grouped_mm
 from .half_precision import lacks_products, rounded_rows, rounded_span, takes_all_experts, zeros_around
 
 
+# Up to so many rows torch's own kernel for a linear layer in half precision takes less than converting its weight: measured with AVX2.
 FEW_ROWS = 2
 
 
